@@ -1,0 +1,247 @@
+"""The artifact: the only thing that compiler and runtime share.
+
+    DIR/model.so                 host code; carries the manifest too (symbol llmc_manifest)
+    DIR/weights-00001.safetensors ...
+    DIR/manifest.json            this module's Manifest
+    DIR/tokenizer.json ...       tokenizer files, copied from the checkpoint
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from llmc.errors import LlmcError
+from llmc.kv_plan import KVPlan
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+LIBRARY = "model.so"
+# files that describe the checkpoint's tokenizer; copied as they are
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class ParamEntry:
+    """One packed weight: `nbytes` bytes at `offset` (from the start of the file `shard`), C order."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    shard: str
+    offset: int
+    nbytes: int
+    layout: str  # e.g. "rows" (as in the checkpoint) or "blocked(n=32,k=2)"
+    sources: tuple[str, ...]  # names in the source model
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An argument or result of a compiled function; symbolic dimensions are names."""
+
+    name: str
+    dtype: str
+    shape: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class FunctionEntry:
+    """A compiled function: arguments in order, then (as tuples) the KV pools and the parameters."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper bounds of the symbolic sizes, from the compile spec."""
+
+    max_seq_len: int
+    max_batch: int
+    max_step_tokens: int
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the model was."""
+
+    source: str
+    architecture: str
+    model_type: str
+    vocab_size: int
+    layers: int
+    parameters: int  # number of weights in the source
+    dtype: str
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    add_bos: bool = False
+
+
+@dataclass(frozen=True)
+class TargetInfo:
+    """What the artifact needs of a machine; checked when loading."""
+
+    target: str
+    preset: str
+    triple: str
+    mcpu: str
+    features: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class QualityReport:
+    """The check of the compiled artifact against the source model in float32.
+
+    `max_abs_error` is over logits; `tolerance` is what it had to stay under; `reference_noise` is the error of the
+    source model itself when run in the artifact's dtype. `relative_error` is the root mean square of the
+    difference over that of the reference logits (mean-centred per row).
+    """
+
+    mode: str  # off, sample, full
+    tokens: int = 0
+    prefill_max_abs_error: float | None = None
+    decode_max_abs_error: float | None = None
+    relative_error: float | None = None
+    kl_mean: float | None = None
+    top1_agreement: float | None = None
+    reference_noise: float | None = None
+    tolerance: float | None = None
+    seconds: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything the runtime must know. `files` maps file names to sha256 (model.so and weights; not itself)."""
+
+    schema: int
+    llmc_version: str
+    tvm_version: str
+    created: str  # ISO 8601, UTC; the only field that differs between two compiles of one spec
+    spec: dict[str, Any]
+    model: ModelInfo
+    target: TargetInfo
+    limits: Limits
+    kv_plan: KVPlan
+    functions: tuple[FunctionEntry, ...]
+    params: tuple[ParamEntry, ...]
+    quality: QualityReport
+    tuning_records: tuple[dict[str, Any], ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)  # torch, transformers, ... that compiled it
+    files: dict[str, str] = field(default_factory=dict)
+
+    def as_text(self) -> str:
+        """JSON, stable key order."""
+        return json.dumps(to_plain(self), indent=1, sort_keys=True)
+
+    @staticmethod
+    def from_text(text: str, where: str) -> Manifest:
+        """Parse and check the schema version.
+
+        Raises:
+            LlmcError: not JSON, fields missing or of a wrong kind, another schema version.
+        """
+        try:
+            raw = json.loads(text)
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise LlmcError(
+                "manifest-corrupt", f"{where} is not a readable llmc manifest: {e}.", hint="Compile the model again."
+            ) from None
+        found = raw.get("schema") if isinstance(raw, dict) else None
+        if found != SCHEMA:
+            raise LlmcError(
+                "manifest-version",
+                f"{where} has manifest schema {found!r}; this llmc reads schema {SCHEMA}.",
+                hint="Compile the model again with this llmc, or install the llmc that wrote it.",
+            )
+        try:
+            return typing.cast(Manifest, from_plain(Manifest, raw))
+        except (KeyError, TypeError, ValueError) as e:
+            raise LlmcError(
+                "manifest-corrupt", f"{where} is damaged: {e}.", hint="Compile the model again."
+            ) from None
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, enums and tuples to JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(v) for v in value]
+    return value
+
+
+def from_plain(kind: Any, value: Any) -> Any:
+    """Inverse of to_plain for a dataclass type; raises KeyError/TypeError/ValueError on what does not fit."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        for option in args:
+            if option is type(None):
+                continue
+            try:
+                return from_plain(option, value)
+            except (TypeError, ValueError, KeyError):
+                continue
+        raise TypeError(f"{value!r} is not {kind}")
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise TypeError(f"expected an object for {kind}")
+        hints = typing.get_type_hints(kind)
+        out = {}
+        for f in dataclasses.fields(kind):
+            if f.name in value:
+                out[f.name] = from_plain(hints[f.name], value[f.name])
+            elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                raise KeyError(f"field {f.name!r} is missing")
+        return typing.cast(Any, kind)(**out)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise TypeError(f"expected a list, found {value!r}")
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(from_plain(args[0], v) for v in value)
+        if len(args) != len(value):
+            raise ValueError(f"expected {len(args)} values, found {len(value)}")
+        return tuple(from_plain(a, v) for a, v in zip(args, value, strict=True))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise TypeError(f"expected an object, found {value!r}")
+        return {k: from_plain(args[1], v) for k, v in value.items()}
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError(f"expected {kind.__name__}, found {value!r}")
+    return value
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while piece := f.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

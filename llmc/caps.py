@@ -1,0 +1,39 @@
+"""What a target machine can do. Passes and schedules ask these; they never ask for a target's name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """Facts about the machine that the code is generated for.
+
+    Attributes:
+        target: name of the target folder, for messages and the manifest only.
+        preset: the resolved preset, e.g. ``cpu/x86-64-v4``.
+        triple: LLVM target triple.
+        mcpu: LLVM processor name.
+        mattr: extra LLVM features, each with its sign, e.g. ``+avx512bf16``.
+        features: what the running machine must have, in /proc/cpuinfo's names; checked when loading.
+        vector_bytes: width of a vector register.
+        vector_registers: how many there are.
+        has_bf16_dot: 2-way bf16 dot product with float32 accumulation (vdpbf16ps).
+        threads: worker threads that default schedules are sized for.
+    """
+
+    target: str
+    preset: str
+    triple: str
+    mcpu: str
+    mattr: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    vector_bytes: int = 16
+    vector_registers: int = 16
+    has_bf16_dot: bool = False
+    threads: int = 2
+
+    @property
+    def lanes_f32(self) -> int:
+        """float32 elements in a vector register."""
+        return self.vector_bytes // 4

@@ -1,0 +1,42 @@
+"""What llmc uses of tvm's Relax, typed. Passes and the frontend build and match opaque ops through this module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tvm
+from tvm import relax, tirx
+from tvm.ir import Op
+
+Expr = relax.Expr
+Var = relax.Var
+IRModule = tvm.IRModule
+
+
+def tensor_type(shape: Sequence[Any], dtype: str) -> Any:
+    """Relax tensor type with the given (symbolic or int) shape."""
+    return relax.TensorType([tirx.IntImm("int64", s) if isinstance(s, int) else s for s in shape], dtype)
+
+
+def opaque_call(name: str, tensors: Sequence[Any], attrs_json: str, out_type: Any) -> Any:
+    """A pure call to the opaque operator `name` (llmc/ops.py)."""
+    return relax.call_pure_packed(name, *tensors, relax.StringImm(attrs_json), ty_args=out_type)
+
+
+def match_opaque(expr: Any, name: str) -> tuple[list[Any], str] | None:
+    """(tensor operands, attributes as JSON) if `expr` is a call to the opaque operator `name`, else None."""
+    if not isinstance(expr, relax.Call) or not isinstance(expr.op, Op) or expr.op.name != "relax.call_pure_packed":
+        return None
+    callee = expr.args[0]
+    if not isinstance(callee, relax.ExternFunc) or callee.global_symbol != name:
+        return None
+    operands = list(expr.args[1:])
+    attrs = operands.pop()
+    assert isinstance(attrs, relax.StringImm)
+    return operands, attrs.value
+
+
+def is_op(expr: Any, name: str) -> bool:
+    """True if `expr` is a call to the Relax operator `name`, e.g. ``relax.matmul``."""
+    return isinstance(expr, relax.Call) and isinstance(expr.op, Op) and expr.op.name == name

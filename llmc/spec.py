@@ -1,0 +1,137 @@
+"""CompileSpec: everything that a compile depends on, frozen. Readable from TOML (``llmc compile --spec``)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from llmc.errors import LlmcError
+
+
+class DType(str, Enum):
+    """Element type of weights, activations or cache pages."""
+
+    F32 = "float32"
+    F16 = "float16"
+    BF16 = "bfloat16"
+
+    @staticmethod
+    def parse(text: str) -> DType:
+        """Accept ``f32 f16 bf16`` and the long names."""
+        short = {"f32": DType.F32, "f16": DType.F16, "bf16": DType.BF16}
+        try:
+            return short.get(text) or DType(text)
+        except ValueError:
+            raise LlmcError(
+                "unknown-dtype", f"A dtype must be one of f32, f16, bf16; found {text!r}.", hint="Use --dtype bf16."
+            ) from None
+
+
+class Verify(str, Enum):
+    """How much of the model the check at the end of a compile covers."""
+
+    OFF = "off"
+    SAMPLE = "sample"
+    FULL = "full"
+
+
+@dataclass(frozen=True)
+class CompileSpec:
+    """What to compile, for what, and how.
+
+    Attributes:
+        model: Hugging Face folder or hub id; ``<python object>`` when compiled from the Python API.
+        target: ``cpu`` or a preset such as ``cpu/x86-64-v4`` or ``cpu/aarch64``.
+        dtype: of weights and activations; None = the checkpoint's.
+        kv_dtype: of the cache pages; None = the same as dtype.
+        page_size: tokens per cache page, a multiple of 16.
+        max_seq_len: longest sequence (prompt + new tokens); None = the checkpoint's limit.
+        max_batch: most sequences in one step.
+        max_step_tokens: most tokens in one step; longer prompts are prefilled in chunks of this size.
+        verify: how much to check against the source model at the end.
+        revision: hub revision.
+        meta_weights: compile the graph without weights (no weights and no check; for sizing).
+    """
+
+    model: str
+    target: str = "cpu"
+    dtype: DType | None = None
+    kv_dtype: DType | None = None
+    page_size: int = 32
+    max_seq_len: int | None = None
+    max_batch: int = 16
+    max_step_tokens: int = 512
+    verify: Verify = Verify.SAMPLE
+    revision: str | None = None
+    meta_weights: bool = False
+
+    def __post_init__(self) -> None:
+        if self.page_size < 16 or self.page_size % 16:
+            raise LlmcError(
+                "page-size", f"page_size must be a multiple of 16, found {self.page_size}.", hint="Use 16, 32 or 64."
+            )
+        for name in ("max_batch", "max_step_tokens"):
+            if getattr(self, name) < 1:
+                raise LlmcError("bound", f"{name} must be at least 1, found {getattr(self, name)}.")
+        if self.max_step_tokens < self.max_batch:
+            raise LlmcError(
+                "bound",
+                f"max_step_tokens must be at least max_batch ({self.max_batch}), found {self.max_step_tokens}.",
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, fit for JSON and TOML."""
+        return {k: (v.value if isinstance(v, Enum) else v) for k, v in asdict(self).items()}
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> CompileSpec:
+        """Inverse of to_json; unknown keys are refused by name."""
+        known = {f.name for f in fields(CompileSpec)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise LlmcError(
+                "unknown-spec-key",
+                f"The spec has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}.",
+                hint="Correct or remove them.",
+            )
+        if "model" not in values:
+            raise LlmcError("spec-without-model", "The spec needs a key 'model'.", hint='Add model = "FOLDER".')
+        out = dict(values)
+        for key in ("dtype", "kv_dtype"):
+            if out.get(key) is not None:
+                out[key] = DType.parse(out[key])
+        if "verify" in out:
+            try:
+                out["verify"] = Verify(out["verify"])
+            except ValueError:
+                raise LlmcError(
+                    "unknown-verify", f"verify must be off, sample or full; found {out['verify']!r}."
+                ) from None
+        return CompileSpec(**out)
+
+    @staticmethod
+    def from_toml(path: Path, **overrides: Any) -> CompileSpec:
+        """Read a TOML file; values given in `overrides` win."""
+        try:
+            import tomllib
+        except ModuleNotFoundError:  # Python 3.10
+            import tomli as tomllib  # type: ignore[no-redef]
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as e:
+            raise LlmcError("spec-unreadable", f"The spec {path} cannot be read: {e.strerror}.") from None
+        except tomllib.TOMLDecodeError as e:
+            raise LlmcError("spec-not-toml", f"The spec {path} is not valid TOML: {e}.") from None
+        return CompileSpec.from_json({**values, **overrides})
+
+    def with_(self, **changes: Any) -> CompileSpec:
+        """A copy with some values replaced."""
+        return replace(self, **changes)
+
+    def hash(self) -> str:
+        """Stable identifier of this spec (hex, 16 digits)."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Targets: one folder each, a frozen BACKEND manifest, loaded on first use."""

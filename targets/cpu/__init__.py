@@ -1,0 +1,1 @@
+"""The cpu target: x86-64 and aarch64 through LLVM."""
