@@ -7,7 +7,7 @@ from typing import Any
 
 import tvm
 from tvm import relax, tirx
-from tvm.ir import Op
+from tvm.ir import Op, StringImm
 
 Expr = relax.Expr
 Var = relax.Var
@@ -21,7 +21,7 @@ def tensor_type(shape: Sequence[Any], dtype: str) -> Any:
 
 def opaque_call(name: str, tensors: Sequence[Any], attrs_json: str, out_type: Any) -> Any:
     """A pure call to the opaque operator `name` (llmc/ops.py)."""
-    return relax.call_pure_packed(name, *tensors, relax.StringImm(attrs_json), ty_args=out_type)
+    return relax.call_pure_packed(name, *tensors, StringImm(attrs_json), ty_args=out_type)
 
 
 def match_opaque(expr: Any, name: str) -> tuple[list[Any], str] | None:
@@ -33,7 +33,7 @@ def match_opaque(expr: Any, name: str) -> tuple[list[Any], str] | None:
         return None
     operands = list(expr.args[1:])
     attrs = operands.pop()
-    assert isinstance(attrs, relax.StringImm)
+    assert isinstance(attrs, StringImm)
     return operands, attrs.value
 
 
