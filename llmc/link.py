@@ -1,0 +1,139 @@
+"""Linking model.so: the C++ driver, the embedded manifest, and tvm's export with reproducible bytes."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llmc import knobs
+from llmc.errors import LlmcError
+
+DRIVERS = ("g++", "clang++", "c++")
+MANIFEST_SYMBOL = "llmc_manifest"
+MANIFEST_SIZE_SYMBOL = "llmc_manifest_size"
+
+# no build id, no symbol table (it names temporary files): the same objects give the same bytes
+_LINUX_FLAGS = ("-Wl,--build-id=none", "-Wl,-s", "-Wl,--as-needed", "-static-libgcc", "-lm")
+_DARWIN_FLAGS = ("-undefined", "dynamic_lookup", "-Wl,-S", "-Wl,-x", "-Wl,-no_uuid")
+
+
+def find_cxx() -> str | None:
+    """Path of the C++ driver: LLMC_CXX, or the first of g++, clang++, c++ on PATH; None = there is none."""
+    if knobs.cxx():
+        return shutil.which(knobs.cxx())
+    for name in DRIVERS:
+        if path := shutil.which(name):
+            return path
+    return None
+
+
+def require_cxx() -> str:
+    """find_cxx, or a sentence on what to install."""
+    path = find_cxx()
+    if path is None:
+        wanted = f"LLMC_CXX={knobs.cxx()}" if knobs.cxx() else ", ".join(DRIVERS)
+        raise LlmcError(
+            "no-cxx",
+            f"Linking model.so needs a C++ compiler driver; none was found on PATH ({wanted}).",
+            hint="Install one (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
+            "macOS: xcode-select --install) or set LLMC_CXX to its path.",
+        )
+    return path
+
+
+def run_cxx(arguments: Sequence[str], cwd: Path | None = None) -> None:
+    """Run the C++ driver.
+
+    Raises:
+        LlmcError: there is none, it failed, or the disk is full.
+    """
+    command = [require_cxx(), *arguments]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    except OSError as e:
+        raise LlmcError(
+            "no-cxx", f"{command[0]} cannot be run: {e.strerror}.", hint="Set LLMC_CXX."
+        ) from None
+    if done.returncode == 0:
+        return
+    output = (done.stdout + done.stderr).strip()
+    if "No space left on device" in output:
+        raise LlmcError(
+            "disk-full", "The disk is full: model.so could not be linked.", hint="Free space and retry."
+        )
+    last = output.splitlines()[-1] if output else "no output"
+    raise LlmcError(
+        "link-failed",
+        f"{Path(command[0]).name} failed with exit code {done.returncode}: {last}.",
+        hint="LLMC_DEBUG=1 shows the whole output.",
+        context={"command": command, "output": output},
+    )
+
+
+def embed_manifest(manifest_text: str, folder: Path) -> Path:
+    """Compile the manifest into an object file in `folder` and return its path.
+
+    Exported symbols: ``char llmc_manifest[]`` (UTF-8, NUL-terminated) and ``uint64_t llmc_manifest_size``
+    (bytes without the NUL).
+    """
+    raw = manifest_text.encode()
+    if b"\0" in raw:
+        raise ValueError("a manifest holds no NUL")
+    source = folder / "llmc_manifest.cc"
+    export = '__attribute__((visibility("default"), used))'
+    lines = [
+        'extern "C" {',
+        f"extern const char {MANIFEST_SYMBOL}[];",
+        f"extern const unsigned long long {MANIFEST_SIZE_SYMBOL};",
+        f"{export} const char {MANIFEST_SYMBOL}[] =",
+        *(_literal(raw[i : i + 2048]) for i in range(0, len(raw), 2048)),
+        '"";' if raw else ";",
+        f"{export} const unsigned long long {MANIFEST_SIZE_SYMBOL} = {len(raw)}ull;",
+        "}",
+    ]
+    source.write_text("\n".join(lines) + "\n", encoding="ascii")
+    # relative names, so that no temporary path ends up in the object
+    run_cxx(["-c", "-O0", "-g0", "-fPIC", source.name, "-o", "llmc_manifest.o"], cwd=folder)
+    return folder / "llmc_manifest.o"
+
+
+def link_library(executable: Any, path: Path, objects: Sequence[Path] = ()) -> None:
+    """Link a tvm executable (or runtime module) and `objects` into the shared library `path`.
+
+    The same executable and objects give the same bytes.
+
+    Raises:
+        LlmcError: see run_cxx.
+    """
+
+    def fcompile(output: str, files: Sequence[str], **_: Any) -> None:
+        flags = _DARWIN_FLAGS if sys.platform == "darwin" else _LINUX_FLAGS
+        run_cxx(["-shared", "-fPIC", "-o", output, *files, *flags])
+
+    require_cxx()
+    with tempfile.TemporaryDirectory(prefix="llmc-link-") as work:
+        executable.export_library(
+            str(path), fcompile=fcompile, addons=[str(o) for o in objects], workspace_dir=work
+        )
+
+
+def _literal(raw: bytes) -> str:
+    """A C string literal of `raw`; octal escapes, because a hexadecimal one has no fixed length."""
+    out = []
+    for byte in raw:
+        char = chr(byte)
+        out.append(char if 32 <= byte < 127 and char not in '"\\?' else f"\\{byte:03o}")
+    return '"' + "".join(out) + '"'
