@@ -1,0 +1,80 @@
+"""How weights lie in memory for the matmul kernels. numpy only: the packer uses it without a compiler."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmc.caps import Capabilities
+
+_TEXT = re.compile(r"blocked\(n=(\d+),k=(\d+)\)")
+
+
+@dataclass(frozen=True)
+class BlockedLayout:
+    """A weight [N, K] cut into blocks of `n_block` rows, `k_pack` neighbouring columns kept together.
+
+    packed[b, j, r, p] = weight[b * n_block + r, j * k_pack + p], zero outside of the weight. One block is one
+    contiguous stream: for each step of k_pack columns, a row of lanes that each hold one output.
+
+    Attributes:
+        n_block: outputs per block, a multiple of the vector width of the kernel that reads it.
+        k_pack: columns that one lane holds next to each other (2 for a two-way dot product).
+    """
+
+    n_block: int
+    k_pack: int
+
+    def packed_shape(self, n: int, k: int) -> tuple[int, int, int, int]:
+        """Shape of a packed weight [n, k]."""
+        return (-(-n // self.n_block), -(-k // self.k_pack), self.n_block, self.k_pack)
+
+    def pack(self, weight: np.ndarray) -> np.ndarray:
+        """Pack [N, K], or [E, N, K] per leading index, of any dtype; pads with zeros.
+
+        Returns:
+            A C-contiguous array [..., ceil(N/n_block), ceil(K/k_pack), n_block, k_pack] of the same dtype.
+        """
+        *lead, n, k = weight.shape
+        blocks, steps, nb, kp = self.packed_shape(n, k)
+        if (blocks * nb, steps * kp) != (n, k):
+            padded = np.zeros((*lead, blocks * nb, steps * kp), weight.dtype)
+            padded[..., :n, :k] = weight
+            weight = padded
+        split = weight.reshape(*lead, blocks, nb, steps, kp)
+        return np.ascontiguousarray(np.swapaxes(split, -3, -2))
+
+    def unpack(self, packed: np.ndarray, n: int, k: int) -> np.ndarray:
+        """Inverse of `pack` for a weight [..., n, k]."""
+        *lead, blocks, steps, nb, kp = packed.shape
+        full = np.swapaxes(packed, -3, -2).reshape(*lead, blocks * nb, steps * kp)
+        return np.ascontiguousarray(full[..., :n, :k])
+
+    def as_text(self) -> str:
+        """The name that the manifest records, e.g. ``blocked(n=64,k=2)``."""
+        return f"blocked(n={self.n_block},k={self.k_pack})"
+
+    @staticmethod
+    def parse(text: str) -> BlockedLayout:
+        """Inverse of as_text.
+
+        Raises:
+            ValueError: not such a name.
+        """
+        match = _TEXT.fullmatch(text)
+        if not match:
+            raise ValueError(f"{text!r} is not a blocked layout")
+        return BlockedLayout(int(match[1]), int(match[2]))
+
+
+def linear_layout(dtype: str, caps: Capabilities) -> BlockedLayout:
+    """The layout that the linear kernel wants for weights of `dtype` on a machine.
+
+    Four vectors of outputs per block where there are 32 registers, else two: with six or fewer rows of activations
+    the accumulators then fill the register file. bf16 is kept in pairs also without a dot product instruction,
+    because pairs in 32-bit lanes become two float32 vectors by a shift and a mask.
+    """
+    vectors = 4 if caps.vector_registers >= 32 else 2
+    return BlockedLayout(vectors * caps.lanes_f32, 2 if dtype == "bfloat16" else 1)

@@ -1,0 +1,296 @@
+"""Matrix times packed weight, for one row or many."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from llmc.caps import Capabilities
+from llmc.schedules import emit as e
+from llmc.schedules.gather import EmbeddingConfig, GatherConfig, embedding, gather_rows
+from llmc.schedules.layout import BlockedLayout, linear_layout
+
+__all__ = [
+    "EmbeddingConfig",
+    "GatherConfig",
+    "LinearConfig",
+    "MicroKernel",
+    "embedding",
+    "gather_rows",
+    "linear",
+]
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """y[T, n] = x[T, k] @ weight[n, k].T (+ bias[n]).
+
+    Attributes:
+        n, k: outputs and inputs.
+        in_dtype, weight_dtype: of x and the weight; the same.
+        out_dtype: of y; float32 or in_dtype.
+        has_bias: a bias[n] of in_dtype follows the weight.
+        lead: unit dimensions before T in x and y.
+        layout: of the packed weight; None = linear_layout's.
+        rows_tile: rows that share one pass over a weight block; 0 = what the registers allow.
+        k_block: columns per pass, so that a piece of a weight block stays in the second-level cache.
+        t_block: rows of one task.
+        prefetch: bytes that the weight stream is asked for ahead of its use.
+    """
+
+    n: int
+    k: int
+    in_dtype: str
+    weight_dtype: str
+    out_dtype: str
+    has_bias: bool = False
+    lead: int = 0
+    layout: BlockedLayout | None = None
+    rows_tile: int = 0
+    k_block: int = 2048
+    t_block: int = 240
+    prefetch: int = 2304
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> LinearConfig:
+        layout = values.get("layout")
+        return LinearConfig(**{**values, "layout": BlockedLayout(**layout) if layout else None})
+
+
+class MicroKernel:
+    """rows x n_block outputs in registers, accumulated over a range of k steps of one weight block.
+
+    Args:
+        x: flat view of the activations, as int32 pairs for bf16 with even k, else as elements.
+        w: flat view of the weight, as int32 pairs for bf16, else as elements.
+        k: columns of x (its row stride).
+        dtype: of both.
+    """
+
+    def __init__(
+        self, caps: Capabilities, layout: BlockedLayout, dtype: str, k: int, x: Any, w: Any, prefetch: int
+    ) -> None:
+        self.caps, self.layout, self.dtype, self.k, self.x, self.w = caps, layout, dtype, k, x, w
+        self.lanes = caps.lanes_f32
+        if layout.n_block % self.lanes:
+            raise ValueError(f"n_block {layout.n_block} is not a multiple of {self.lanes} lanes")
+        self.vectors = layout.n_block // self.lanes
+        self.pairs = layout.k_pack == 2
+        self.dot = self.pairs and caps.has_bf16_dot and self.lanes == 16
+        item = 4 if dtype == "float32" or self.pairs else 2
+        self.step_bytes = layout.n_block * item
+        self.prefetch_ahead = prefetch // self.step_bytes
+
+    def max_rows(self) -> int:
+        """Rows whose accumulators fit in the registers beside the weights of one step and a broadcast."""
+        weights = self.vectors * (2 if self.pairs and not self.dot else 1)
+        return max(1, min(6, (self.caps.vector_registers - weights - 2) // self.vectors))
+
+    def accumulate(
+        self, acc: list[list[Any]], rows: int, row_base: list[Any], w_base: Any, steps: int
+    ) -> None:
+        """acc[r][v] += x[row r] . w for k steps [0, steps); bases are in elements of the views.
+
+        The caller has laid `row_base` and `w_base` at the first step.
+        """
+        unroll = 4 if rows == 1 else 1
+        whole = steps // unroll
+        with e.loop(whole) as j:
+            for u in range(unroll):
+                self._step(acc, rows, row_base, w_base, j * unroll + u)
+        if unroll > 1 and not (steps % unroll == 0):
+            with e.loop(whole * unroll, steps) as j:
+                self._step(acc, rows, row_base, w_base, j)
+
+    def _step(self, acc: list[list[Any]], rows: int, row_base: list[Any], w_base: Any, j: Any) -> None:
+        lanes, nb = self.lanes, self.layout.n_block
+        at = w_base + j * nb
+        if self.prefetch_ahead:
+            line = 64 // (self.step_bytes // nb)
+            for i in range(0, nb, line):
+                e.prefetch(self.w, at + self.prefetch_ahead * nb + i)
+        loads = [e.let(e.load(self.w, at + v * lanes, lanes)) for v in range(self.vectors)]
+        if self.dot:
+            for r in range(rows):
+                a = e.let(e.splat(self._pair(row_base[r], j), lanes))
+                for v in range(self.vectors):
+                    self._update(acc[r][v], lambda c, v=v, a=a: e.dot_bf16(c, a, loads[v]))
+        elif self.pairs:
+            even = [e.let(e.pair_even(w, lanes)) for w in loads]
+            odd = [e.let(e.pair_odd(w, lanes)) for w in loads]
+            for r in range(rows):
+                pair = e.let(self._pair(row_base[r], j))
+                for half, weights in ((e.pair_even(pair, 1), even), (e.pair_odd(pair, 1), odd)):
+                    a = e.let(e.splat(half, lanes))
+                    for v in range(self.vectors):
+                        self._update(acc[r][v], lambda c, v=v, a=a, ws=weights: c + a * ws[v])
+        else:
+            wide = [e.let(e.widen(w, self.dtype, lanes)) for w in loads]
+            for r in range(rows):
+                a = e.let(e.splat(e.widen(self.x[row_base[r] + j], self.dtype, 1), lanes))
+                for v in range(self.vectors):
+                    self._update(acc[r][v], lambda c, v=v, a=a: c + a * wide[v])
+
+    def _update(self, acc: Any, f: Any) -> None:
+        e.store(acc, 0, f(e.load(acc, 0, self.lanes)), self.lanes)
+
+    def _pair(self, base: Any, j: Any) -> Any:
+        """Columns 2j and 2j+1 of a row as one int32; an odd last column is paired with zero."""
+        if self.k % 2 == 0:
+            return self.x[base + j]
+        low = tirx.Cast("int32", self.x[base + 2 * j])
+        inside = base + T.min(2 * j + 1, e.i64(self.k - 1))
+        high = tirx.Select(2 * j + 1 < self.k, tirx.Cast("int32", self.x[inside]), tirx.IntImm("int32", 0))
+        return T.bitwise_or(low, T.shift_left(high, tirx.IntImm("int32", 16)))
+
+    def new_accumulators(self, rows: int) -> list[list[Any]]:
+        return [[e.scratch(self.lanes) for _ in range(self.vectors)] for _ in range(rows)]
+
+
+def row_view(x: Any, size: Any, k: int, pairs: bool) -> tuple[Any, int]:
+    """Flat view of activations for MicroKernel, and elements of it per row."""
+    if pairs and k % 2 == 0:
+        return e.flat(x, size // 2, "int32"), k // 2
+    return e.flat(x, size), k
+
+
+def weight_view(w: Any, size: int, pairs: bool) -> Any:
+    """Flat view of a packed weight for MicroKernel."""
+    return e.flat(w, size // 2, "int32") if pairs else e.flat(w, size)
+
+
+def row_sizes(largest: int) -> list[int]:
+    """Row counts of the micro-kernels that cover any number of rows below `largest`, descending."""
+    return [s for s in (16, 8, 4, 2, 1) if s < largest]
+
+
+def write_rows(
+    micro: MicroKernel,
+    acc: list[list[Any]],
+    rows: list[Any],
+    block: Any,
+    n: int,
+    bias: Any,
+    in_dtype: str,
+    y: Any,
+    out_dtype: str,
+    bias_base: Any = 0,
+) -> None:
+    """Add the bias and store accumulators to rows of y[., n]; columns past n are dropped."""
+    lanes, caps = micro.lanes, micro.caps
+    nb = micro.layout.n_block
+    for v in range(micro.vectors):
+        column = e.let(block * nb + v * lanes)
+
+        def vector(v: int = v, column: Any = column) -> None:
+            extra = None
+            if bias is not None:
+                extra = e.let(e.widen(e.load(bias, bias_base + column, lanes), in_dtype, lanes))
+            for r, row in enumerate(rows):
+                value = e.load(acc[r][v], 0, lanes)
+                value = value + extra if extra is not None else value
+                e.store(y, row * n + column, e.narrow(value, out_dtype, lanes, caps), lanes)
+
+        def elements(v: int = v, column: Any = column) -> None:
+            for r, row in enumerate(rows):
+                with e.loop(T.max(e.i64(0), e.i64(n) - column)) as i:
+                    value = acc[r][v][i]
+                    if bias is not None:
+                        value = value + e.widen(bias[bias_base + column + i], in_dtype, 1)
+                    e.store(y, row * n + column + i, e.narrow(value, out_dtype, 1, caps), 1)
+
+        if n % nb == 0:
+            vector()
+            continue
+        with T.If(column + lanes <= n):
+            with T.Then():
+                vector()
+            with T.Else():
+                elements()
+
+
+def linear(cfg: LinearConfig, caps: Capabilities) -> Any:
+    """The PrimFunc (x[1 x lead, T, k], w packed, [bias[n]], y[1 x lead, T, n]) with symbolic T.
+
+    Rows are taken in tiles whose accumulators stay in registers; a task is a weight block times t_block rows, so
+    one row (GEMV) streams the weight once over all threads, and many rows reuse a piece of it from the cache.
+    """
+    layout = cfg.layout or linear_layout(cfg.weight_dtype, caps)
+    if cfg.in_dtype != cfg.weight_dtype:
+        raise ValueError(f"x is {cfg.in_dtype}, the weight {cfg.weight_dtype}; they must be the same")
+    n, k = cfg.n, cfg.k
+    blocks, steps, nb, kp = layout.packed_shape(n, k)
+    built: list[Any] = []
+    with e.kernel(built):
+        t = e.dim("T")
+        ones = [1] * cfg.lead
+        x = e.tensor("x", [*ones, t, k], cfg.in_dtype)
+        w = e.tensor("w", [blocks, steps, nb, kp], cfg.weight_dtype)
+        bias = e.tensor("bias", [n], cfg.in_dtype) if cfg.has_bias else None
+        y = e.tensor("y", [*ones, t, n], cfg.out_dtype)
+        with e.root():
+            pairs = kp == 2
+            xf, x_stride = row_view(x, t * k, k, pairs)
+            wf = weight_view(w, blocks * steps * nb * kp, pairs)
+            bias = e.flat(bias, n) if bias is not None else None
+            yf = e.flat(y, t * n)
+            micro = MicroKernel(caps, layout, cfg.in_dtype, k, xf, wf, cfg.prefetch)
+            tile = cfg.rows_tile or micro.max_rows()
+            t_block = -(-cfg.t_block // tile) * tile
+            chunk = min(steps, max(1, cfg.k_block // kp))
+            chunks = -(-steps // chunk)
+            row_blocks = (t + (t_block - 1)) // t_block
+            with e.parallel(blocks * row_blocks, caps) as task:
+                block = e.let(task // row_blocks)
+                first = e.let(task % row_blocks * t_block)
+                count = e.let(T.min(e.i64(t_block), t - first))
+                partial = e.workspace(t_block * nb) if chunks > 1 else None
+
+                def tile_of(rows: int, start: Any, c: Any, last: bool, zero: bool) -> None:
+                    """`rows` rows from `start` of the task over the k chunk `c`."""
+                    acc = micro.new_accumulators(rows)
+                    lanes = micro.lanes
+                    where = [
+                        [(start + r) * nb + v * lanes for v in range(micro.vectors)] for r in range(rows)
+                    ]
+                    for r in range(rows):
+                        for v in range(micro.vectors):
+                            value = e.splat(0.0, lanes) if zero else e.load(partial, where[r][v], lanes)
+                            e.store(acc[r][v], 0, value, lanes)
+                    begin = c * chunk
+                    size = chunk if not last else steps - (chunks - 1) * chunk
+                    bases = [e.let((first + start + r) * x_stride + begin) for r in range(rows)]
+                    micro.accumulate(acc, rows, bases, e.let((block * steps + begin) * nb), size)
+                    if last:
+                        out = [e.let(first + start + r) for r in range(rows)]
+                        write_rows(micro, acc, out, block, n, bias, cfg.in_dtype, yf, cfg.out_dtype)
+                    else:
+                        for r in range(rows):
+                            for v in range(micro.vectors):
+                                e.store(partial, where[r][v], e.load(acc[r][v], 0, lanes), lanes)
+
+                def pass_over(c: Any, last: bool, zero: bool) -> None:
+                    with e.loop(count // tile) as i:
+                        tile_of(tile, i * tile, c, last, zero)
+                    done = e.let(count // tile * tile)
+                    rest = e.let(count - done)
+                    for size in row_sizes(tile):
+                        with T.If(T.bitwise_and(rest, e.i64(size)) != 0), T.Then():
+                            above = T.bitwise_and(rest, e.i64(~(2 * size - 1)))
+                            tile_of(size, e.let(done + above), c, last, zero)
+
+                if chunks == 1:
+                    pass_over(e.i64(0), last=True, zero=True)
+                else:
+                    pass_over(e.i64(0), last=False, zero=True)
+                    if chunks > 2:
+                        with e.loop(1, chunks - 1) as c:
+                            pass_over(c, last=False, zero=False)
+                    pass_over(e.i64(chunks - 1), last=True, zero=False)
+    return built[0]
