@@ -1,9 +1,9 @@
 """The artifact: the only thing that compiler and runtime share.
 
-    DIR/model.so                 host code; carries the manifest too (symbol llmc_manifest)
-    DIR/weights-00001.safetensors ...
-    DIR/manifest.json            this module's Manifest
-    DIR/tokenizer.json ...       tokenizer files, copied from the checkpoint
+DIR/model.so                 host code; carries the manifest too (symbol llmc_manifest)
+DIR/weights-00001.safetensors ...
+DIR/manifest.json            this module's Manifest
+DIR/tokenizer.json ...       tokenizer files, copied from the checkpoint
 """
 
 from __future__ import annotations
@@ -160,7 +160,9 @@ class Manifest:
             raw = json.loads(text)
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
             raise LlmcError(
-                "manifest-corrupt", f"{where} is not a readable llmc manifest: {e}.", hint="Compile the model again."
+                "manifest-corrupt",
+                f"{where} is not a readable llmc manifest: {e}.",
+                hint="Compile the model again.",
             ) from None
         found = raw.get("schema") if isinstance(raw, dict) else None
         if found != SCHEMA:

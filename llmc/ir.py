@@ -26,7 +26,11 @@ def opaque_call(name: str, tensors: Sequence[Any], attrs_json: str, out_type: An
 
 def match_opaque(expr: Any, name: str) -> tuple[list[Any], str] | None:
     """(tensor operands, attributes as JSON) if `expr` is a call to the opaque operator `name`, else None."""
-    if not isinstance(expr, relax.Call) or not isinstance(expr.op, Op) or expr.op.name != "relax.call_pure_packed":
+    if (
+        not isinstance(expr, relax.Call)
+        or not isinstance(expr.op, Op)
+        or expr.op.name != "relax.call_pure_packed"
+    ):
         return None
     callee = expr.args[0]
     if not isinstance(callee, relax.ExternFunc) or callee.global_symbol != name:
@@ -40,3 +44,24 @@ def match_opaque(expr: Any, name: str) -> tuple[list[Any], str] | None:
 def is_op(expr: Any, name: str) -> bool:
     """True if `expr` is a call to the Relax operator `name`, e.g. ``relax.matmul``."""
     return isinstance(expr, relax.Call) and isinstance(expr.op, Op) and expr.op.name == name
+
+
+def shallow_copy(module: IRModule) -> IRModule:
+    """A module with the same functions, to add to or replace in without touching the original."""
+    return tvm.IRModule(dict(module.functions.items()), attrs=module.attrs)
+
+
+def is_one(dim: Any) -> bool:
+    """True if a dimension is the constant 1."""
+    return isinstance(dim, tirx.IntImm) and int(dim) == 1
+
+
+def is_rows(var: Any) -> bool:
+    """[1, ..., 1, rows, K] with a constant K."""
+    shape = dims(var)
+    return len(shape) >= 2 and all(is_one(d) for d in shape[:-2]) and isinstance(shape[-1], tirx.IntImm)
+
+
+def dims(var: Any) -> list[Any]:
+    """The dimensions of a tensor variable (IntImm or symbolic)."""
+    return list(var.ty.shape)

@@ -27,7 +27,9 @@ class DType(str, Enum):
             return short.get(text) or DType(text)
         except ValueError:
             raise LlmcError(
-                "unknown-dtype", f"A dtype must be one of f32, f16, bf16; found {text!r}.", hint="Use --dtype bf16."
+                "unknown-dtype",
+                f"A dtype must be one of f32, f16, bf16; found {text!r}.",
+                hint="Use --dtype bf16.",
             ) from None
 
 
@@ -72,7 +74,9 @@ class CompileSpec:
     def __post_init__(self) -> None:
         if self.page_size < 16 or self.page_size % 16:
             raise LlmcError(
-                "page-size", f"page_size must be a multiple of 16, found {self.page_size}.", hint="Use 16, 32 or 64."
+                "page-size",
+                f"page_size must be a multiple of 16, found {self.page_size}.",
+                hint="Use 16, 32 or 64.",
             )
         for name in ("max_batch", "max_step_tokens"):
             if getattr(self, name) < 1:
@@ -99,7 +103,9 @@ class CompileSpec:
                 hint="Correct or remove them.",
             )
         if "model" not in values:
-            raise LlmcError("spec-without-model", "The spec needs a key 'model'.", hint='Add model = "FOLDER".')
+            raise LlmcError(
+                "spec-without-model", "The spec needs a key 'model'.", hint='Add model = "FOLDER".'
+            )
         out = dict(values)
         for key in ("dtype", "kv_dtype"):
             if out.get(key) is not None:

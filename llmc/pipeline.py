@@ -1,0 +1,294 @@
+"""The compile pipeline: one CompileSpec in, one artifact out. Reads top to bottom, one line per stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import llmc
+from llmc.artifact import (
+    SCHEMA,
+    FunctionEntry,
+    Limits,
+    Manifest,
+    ModelInfo,
+    ParamEntry,
+    QualityReport,
+    TargetInfo,
+)
+from llmc.caps import Capabilities
+from llmc.errors import LlmcError
+from llmc.spec import CompileSpec, Verify
+from llmc.stages import STAGES, ProgressReporter, StageRunner, run_passes
+from llmc.writer import ArtifactWriter, PackedTensor, check_output, created
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from llmc.frontend.graph import ModelGraph, SourceModel
+    from llmc.passes.step_module import StepModule
+
+NO_CHECK = QualityReport(mode=Verify.OFF.value, note="not checked against the source model")
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What a compile made.
+
+    Attributes:
+        output: the artifact's folder; None if the compile stopped before writing it.
+        manifest: as written.
+        runner: timings of the stages.
+    """
+
+    output: Path | None
+    manifest: Manifest | None
+    runner: StageRunner
+
+
+def compile_model(
+    model: Any,
+    output: str | Path,
+    *,
+    spec: CompileSpec | None = None,
+    dump_ir: str | Path | None = None,
+    time_passes: bool = False,
+    stop_after: str | None = None,
+    progress: ProgressReporter | None = None,
+    **fields: Any,
+) -> CompileResult:
+    """Compile `model` into an artifact folder.
+
+    Args:
+        model: Hugging Face folder or hub id, ``.pt2`` file, ``torch.nn.Module`` or ``torch.export.ExportedProgram``.
+        output: folder to write; an artifact that is there is replaced when the new one is whole.
+        spec: everything else; or give its fields by name (``target="cpu", dtype="bf16"``).
+        dump_ir, time_passes, stop_after, progress: see llmc.stages.StageRunner.
+
+    Raises:
+        LlmcError: bad input, or the artifact does not compute what the model does; nothing is left behind.
+    """
+    spec = _spec_of(model, spec, fields)
+    output = Path(output).expanduser()
+    check_output(output)
+    runner = StageRunner(
+        spec,
+        stages=STAGES,
+        dump_ir=Path(dump_ir) if dump_ir else None,
+        time_passes=time_passes,
+        stop_after=stop_after,
+        progress=progress,
+    )
+    manifest: Manifest | None = None
+    done: Path | None = None
+    with runner, ArtifactWriter(output) as writer:
+        from llmc.targets.backend import get
+
+        backend, caps = get(spec.target)
+        target = backend.tvm_target(caps)
+        source, graph = runner.run("capture", _capture, model, spec)
+        step = runner.run("lower", _lower, graph, spec, source, caps, target, runner)
+        del graph
+        executable = runner.run("build", _build, step, target, runner)
+        params = runner.run("pack", _pack, step, source, writer, runner)
+        manifest = _manifest(spec, source, caps, step, params)
+        manifest = runner.run("write", _write, writer, executable, manifest, source)
+        quality = runner.run("verify", _verify, writer, source, spec)
+        manifest = writer.finish(executable, dataclasses.replace(manifest, quality=quality, files={}))
+        writer.commit()
+        done = output
+    return CompileResult(done, manifest if done else None, runner)
+
+
+def run_taps(source: SourceModel, spec: CompileSpec, token_ids: Sequence[int]) -> Mapping[str, np.ndarray]:
+    """Hidden states after each decoder layer, computed by a debug variant of the compiled graph.
+
+    Args:
+        source: the opened model, with weights.
+        spec: target and dtypes of the artifact under suspicion.
+        token_ids: n tokens of one sequence.
+
+    Returns:
+        module path of each layer -> float32 [n, d].
+    """
+    from llmc.debug_taps import run
+
+    return run(source, spec, token_ids)
+
+
+def _spec_of(model: Any, spec: CompileSpec | None, fields: Mapping[str, Any]) -> CompileSpec:
+    name = str(model) if isinstance(model, (str, Path)) else "<python object>"
+    if spec is None:
+        return CompileSpec.from_json({"model": name, **fields})
+    return spec.with_(model=name, **fields) if fields or spec.model != name else spec
+
+
+def _capture(model: Any, spec: CompileSpec, *, taps: bool = False) -> tuple[SourceModel, ModelGraph]:
+    """Open the model (structure only) and bring it into Relax."""
+    from llmc.frontend.capture import capture
+    from llmc.frontend.checkpoint import open_model
+
+    source = open_model(
+        model if not isinstance(model, Path) else str(model),
+        dtype=spec.dtype,
+        revision=spec.revision,
+        meta_weights=spec.meta_weights,
+    )
+    return source, capture(source, taps=taps)
+
+
+def _lower(
+    graph: ModelGraph,
+    spec: CompileSpec,
+    source: SourceModel,
+    caps: Capabilities,
+    target: Any,
+    runner: StageRunner,
+) -> StepModule:
+    """Graph passes, KV plan, step functions, schedules."""
+    from llmc.passes import order
+    from llmc.passes.plan_kv_cache import PlanKVCache
+    from llmc.passes.step_module import LoweredGraph
+
+    limits = _limits(spec, source)
+    plan_cache = PlanKVCache(
+        page_size=spec.page_size,
+        kv_dtype=spec.kv_dtype.value if spec.kv_dtype else None,
+        max_seq_len=limits.max_seq_len,
+    )
+    lowered = run_passes(runner, "lower", order.graph_phase(caps), LoweredGraph.from_model(graph))
+    plan = plan_cache(lowered)
+    step = runner.run_pass("lower", "MakeStepFunction", order.make_step(caps, plan), lowered)
+    bounds = {"T": limits.max_step_tokens, "B": limits.max_batch, "R": limits.max_step_tokens}
+    return run_passes(runner, "lower", order.step_phase(caps, target, bounds), step)
+
+
+def _build(step: StepModule, target: Any, runner: StageRunner) -> Any:
+    """Relax VM bytecode and machine code."""
+    from llmc.passes import order
+    from llmc.targets.codegen import build_executable
+
+    module = step.module
+    with target:
+        module = run_passes(runner, "build", order.build_phase(), module)
+    return runner.run_pass("build", "codegen", lambda m: build_executable(m, target), module)
+
+
+def _pack(
+    step: StepModule, source: SourceModel, writer: ArtifactWriter, runner: StageRunner
+) -> tuple[ParamEntry, ...]:
+    """Stream the weights into the artifact's shards."""
+    from llmc.packing import packed_tensors
+
+    tensors = [PackedTensor(p.name, p.shape, p.dtype, p.layout, (p.source,)) for p in step.params]
+    if source.weights is None:  # --meta-weights: the graph alone
+        return ()
+    total = sum(t.nbytes for t in tensors)
+    done = 0
+    with writer.shards(tensors) as shards:
+        for param, data in packed_tensors(step.params, source.weights):
+            shards.write(param.name, data)
+            done += data.nbytes
+            runner.progress.advance(done, total, param.name)
+    return tuple(shards.entries)
+
+
+def _write(writer: ArtifactWriter, executable: Any, manifest: Manifest, source: SourceModel) -> Manifest:
+    """Tokenizer files, model.so and manifest, into the temporary folder."""
+    writer.copy_tokenizer(source.folder)
+    return writer.finish(executable, manifest)
+
+
+def _verify(writer: ArtifactWriter, source: SourceModel, spec: CompileSpec) -> QualityReport:
+    """Compare the artifact with the source model in float32; raises if it is off."""
+    if spec.verify is Verify.OFF:
+        return NO_CHECK
+    if source.weights is None:
+        return dataclasses.replace(NO_CHECK, note="no weights, nothing to check")
+    from llmc.runtime.model import load
+    from llmc.verify import verify
+
+    model = load(writer.folder, check_hashes=False)
+    return verify(
+        model,
+        source,
+        mode=spec.verify,
+        dtype=spec.dtype.value if spec.dtype else source.dtype,
+        taps_runner=lambda ids: run_taps(source, spec, ids),
+    )
+
+
+def _limits(spec: CompileSpec, source: SourceModel) -> Limits:
+    """Bounds of the symbolic sizes; a sequence may not be longer than the model was made for."""
+    longest = spec.max_seq_len or source.max_seq_len
+    if longest > source.max_seq_len:
+        raise LlmcError(
+            "max-seq-len",
+            f"{source.name} handles at most {source.max_seq_len} tokens; max_seq_len is {longest}.",
+            hint=f"Use --max-seq-len {source.max_seq_len} or less.",
+        )
+    return Limits(longest, spec.max_batch, min(spec.max_step_tokens, max(longest, spec.max_batch)))
+
+
+def _manifest(
+    spec: CompileSpec,
+    source: SourceModel,
+    caps: Capabilities,
+    step: StepModule,
+    params: tuple[ParamEntry, ...],
+) -> Manifest:
+    import tvm
+
+    def versions() -> dict[str, str]:
+        import torch
+        import transformers
+
+        return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+    functions = tuple(FunctionEntry(name, step.inputs, (step.output,)) for name in ("step", "decode"))
+    return Manifest(
+        schema=SCHEMA,
+        llmc_version=llmc.__version__,
+        tvm_version=tvm.__version__,
+        created=created(),
+        spec=spec.to_json(),
+        model=_model_info(source, step),
+        target=TargetInfo(caps.target, caps.preset, caps.triple, caps.mcpu, caps.features),
+        limits=_limits(spec, source),
+        kv_plan=step.kv_plan,
+        functions=functions,
+        params=params,
+        quality=NO_CHECK,
+        versions=versions(),
+    )
+
+
+def _model_info(source: SourceModel, step: StepModule) -> ModelInfo:
+    config = source.config
+    eos = config.get("eos_token_id")
+    bos = config.get("bos_token_id")
+    architectures = config.get("architectures")
+    name = (
+        architectures[0]
+        if isinstance(architectures, list) and architectures
+        else type(source.module).__name__
+    )
+    return ModelInfo(
+        source=source.name,
+        architecture=str(name),
+        model_type=source.model_type,
+        vocab_size=int(step.output.shape[-1]),
+        layers=sum(len(g.layers) for g in step.kv_plan.groups) + len(step.kv_plan.shared),
+        parameters=_count(source),
+        dtype=source.dtype,
+        bos_token_id=bos if isinstance(bos, int) else None,
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,) if isinstance(eos, int) else (),
+    )
+
+
+def _count(source: SourceModel) -> int:
+    """Number of weights of the source, tied ones once."""
+    return sum(p.numel() for p in dict.fromkeys(source.module.parameters()))

@@ -1,0 +1,87 @@
+"""LowerExperts: expert_linear ops become calls of the grouped expert kernel on packed weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import relax
+
+from llmc import ir
+from llmc.caps import Capabilities
+from llmc.errors import LlmcError
+from llmc.ops import EXPERT_LINEAR, ExpertLinearAttrs
+from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
+from llmc.passes.step_module import LoweredGraph, PackedParam
+from llmc.schedules.experts import ExpertConfig, expert_linear
+from llmc.schedules.layout import linear_layout
+
+
+class LowerExperts:
+    """Replace llmc.expert_linear by its kernel.
+
+    before: y = llmc.expert_linear(x[n,d], ids[n], w[e,o,d], b?)
+    after:  y = call_tir(expert_linear, x, ids, w'[e, o/nb, d/kp, nb, kp], b?)
+
+    Runs beside LowerLinear, before LegalizeOps, which does not know the op.
+    """
+
+    def __init__(self, caps: Capabilities) -> None:
+        self.caps = caps
+
+    def __call__(self, lowered: LoweredGraph) -> LoweredGraph:
+        func = lowered.module["main"]
+        graph = Graph(func)
+        params, infos = list(func.params), list(lowered.params)
+        index_of = {var: i for i, var in enumerate(params[2:])}
+        module = ir.shallow_copy(lowered.module)
+        kernels, build = Kernels(module), Builder()
+        packed_vars: dict[tuple[Any, bool], Any] = {}
+        changed = False
+        for binding in graph.bindings:
+            match = ir.match_opaque(binding.value, EXPERT_LINEAR)
+            if match is None:
+                build.keep(binding)
+                continue
+            changed = True
+            operands, text = match
+            attrs = ExpertLinearAttrs.from_json(text)
+            x, ids, weight = operands[0], operands[1], graph.source(operands[2])
+            if weight not in index_of:
+                raise LlmcError(
+                    "expert-weight-computed",
+                    f"Expert weights must be parameters of the model; {operands[2].name} is computed in the graph.",
+                    hint="Please report the model's architecture.",
+                )
+            info = infos[index_of[weight]]
+            experts = info.shape[0]
+            n, k = (info.shape[2], info.shape[1]) if attrs.transposed else (info.shape[1], info.shape[2])
+            dtype = str(x.ty.dtype)
+            layout = linear_layout(dtype, self.caps)
+            key = (weight, attrs.transposed)
+            if key not in packed_vars:
+                shape = (experts, *layout.packed_shape(n, k))
+                packed_vars[key] = relax.Var(
+                    info.name.replace(".", "_") + "_packed", ir.tensor_type(shape, dtype)
+                )
+                params.append(packed_vars[key])
+                infos.append(
+                    PackedParam(info.name, info.source, dtype, shape, layout.as_text(), attrs.transposed)
+                )
+            config = ExpertConfig(
+                experts=experts,
+                n=n,
+                k=k,
+                in_dtype=dtype,
+                weight_dtype=dtype,
+                out_dtype=str(binding.var.ty.dtype),
+                ids_dtype=str(ids.ty.dtype),
+                has_bias=attrs.has_bias,
+                layout=layout,
+            )
+            gvar = kernels.get(config, f"expert_linear_{n}_{k}", lambda c=config: expert_linear(c, self.caps))
+            args = [x, ids, packed_vars[key], *operands[3:]]
+            build.bind(binding.var, relax.call_tir(gvar, args, binding.var.ty))
+        if not changed:
+            return lowered
+        new = build.function(params, func.body.body, func.attrs, symbol="main")
+        return LoweredGraph(update_function(module, "main", new), tuple(infos))

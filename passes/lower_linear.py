@@ -1,0 +1,184 @@
+"""LowerLinear: matmuls with a weight become calls of the linear kernel on packed weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import relax, tirx
+
+from llmc import ir
+from llmc.caps import Capabilities
+from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
+from llmc.passes.step_module import LoweredGraph, PackedParam
+from llmc.schedules.layout import linear_layout
+from llmc.schedules.linear import LinearConfig, linear
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A parameter seen through casts and transposes: which one, whether [in, out], and in which dtype it is used."""
+
+    param: Any
+    transposed: bool
+    dtype: str
+
+
+@dataclass
+class _Match:
+    weight: _Weight
+    x: Any
+    bias: Any | None
+    out_dtype: str
+    result: Any  # the variable that the kernel's output is bound to
+
+
+class LowerLinear:
+    """Replace ``matmul(x, permute_dims(w)) (+ bias) (as float32)`` by one kernel over the packed weight.
+
+    before: w [N, K] param;  t = permute_dims(w); y = matmul(x, t); z = add(y, b)
+    after:  w' [N/nb, K/kp, nb, kp] param;  z = call_tir(linear, x, w', b)
+
+    Also ``matmul(x, w)`` with w [K, N], weights behind a cast, and the logits' cast to float32, which the head then writes
+    directly. Runs before LegalizeOps, because the ops are still recognisable; before LowerEmbedding, which reuses the
+    packed layout of tied weights. A matmul whose operand is not a plain weight is left to the generic schedules.
+    """
+
+    def __init__(self, caps: Capabilities) -> None:
+        self.caps = caps
+
+    def __call__(self, lowered: LoweredGraph) -> LoweredGraph:
+        func = lowered.module["main"]
+        graph = Graph(func)
+        params = list(func.params)
+        infos = list(lowered.params)
+        index_of = {var: i for i, var in enumerate(params[2:])}
+        module = ir.shallow_copy(lowered.module)
+        kernels = Kernels(module)
+        build = Builder()
+        matches = self._match_all(graph, set(index_of))
+        absorbed = {m for match in matches.values() for m in match[1]}
+        packed_vars: dict[tuple[str, str, bool], Any] = {}
+        for binding in graph.bindings:
+            if binding.var in absorbed:
+                continue
+            found = matches.get(binding.var)
+            if found is None:
+                build.keep(binding)
+                continue
+            match = found[0]
+            info = infos[index_of[match.weight.param]]
+            n, k = (info.shape[1], info.shape[0]) if match.weight.transposed else info.shape
+            dtype = match.weight.dtype
+            layout = linear_layout(dtype, self.caps)
+            key = (info.source, dtype, match.weight.transposed)
+            if key not in packed_vars:
+                shape = layout.packed_shape(n, k)
+                name = info.name if not _is_packed(packed_vars, info.source) else f"{info.name}.{dtype}"
+                packed = PackedParam(
+                    name, info.source, dtype, shape, layout.as_text(), match.weight.transposed
+                )
+                packed_vars[key] = relax.Var(
+                    info.name.replace(".", "_") + "_packed", ir.tensor_type(shape, dtype)
+                )
+                params.append(packed_vars[key])
+                infos.append(packed)
+            config = LinearConfig(
+                n=n,
+                k=k,
+                in_dtype=dtype,
+                weight_dtype=dtype,
+                out_dtype=match.out_dtype,
+                has_bias=match.bias is not None,
+                lead=len(match.x.ty.shape) - 2,
+                layout=layout,
+            )
+            gvar = kernels.get(config, f"linear_{n}_{k}", lambda c=config: linear(c, self.caps))
+            args = [match.x, packed_vars[key]] + ([match.bias] if match.bias is not None else [])
+            out = ir.tensor_type([*ir.dims(match.x)[:-1], tirx.IntImm("int64", n)], match.out_dtype)
+            build.bind(binding.var, relax.call_tir(gvar, args, out))
+        new = build.function(params, func.body.body, func.attrs, symbol="main")
+        return LoweredGraph(update_function(module, "main", new), tuple(infos))
+
+    def _match_all(self, graph: Graph, weights: set[Any]) -> dict[Any, tuple[_Match, list[Any]]]:
+        """result variable -> (match, variables that the kernel absorbs)."""
+        found: dict[Any, tuple[_Match, list[Any]]] = {}
+        for binding in graph.bindings:
+            if not ir.is_op(binding.value, "relax.matmul"):
+                continue
+            x, w = binding.value.args
+            weight = self._weight(graph, w, weights)
+            if weight is None or not _rows_of_tokens(x):
+                continue
+            match = _Match(weight, x, None, str(binding.value.ty.dtype), binding.var)
+            if str(x.ty.dtype) != weight.dtype:
+                continue
+            absorbed: list[Any] = []
+            self._absorb_bias(graph, match, absorbed)
+            self._absorb_cast(graph, match, absorbed)
+            found[match.result] = (match, absorbed)
+        return found
+
+    def _weight(self, graph: Graph, var: Any, weights: set[Any]) -> _Weight | None:
+        """Trace `var` to a two-dimensional parameter through permute_dims and astype."""
+        swaps, dtype = 0, str(var.ty.dtype)
+        while True:
+            var = graph.source(var)
+            if var in weights:
+                break
+            value = graph.definition(var)
+            if ir.is_op(value, "relax.permute_dims") and len(value.args[0].ty.shape) == 2:
+                swaps, var = swaps + 1, value.args[0]
+            elif ir.is_op(value, "relax.astype"):
+                if str(value.args[0].ty.dtype) not in _FLOATS:
+                    return None
+                var = value.args[0]
+            else:
+                return None
+        if len(var.ty.shape) != 2 or dtype not in _FLOATS:
+            return None
+        return _Weight(var, transposed=swaps % 2 == 0, dtype=dtype)
+
+    def _absorb_bias(self, graph: Graph, match: _Match, absorbed: list[Any]) -> None:
+        user = _only_user(graph, match.result)
+        if user is None or not ir.is_op(user.value, "relax.add"):
+            return
+        a, b = user.value.args
+        bias = b if graph.source(a) == graph.source(match.result) else a
+        shape = getattr(bias.ty, "shape", None)
+        if shape is None or len(shape) != 1 or str(bias.ty.dtype) != str(match.x.ty.dtype):
+            return
+        if graph.definition(graph.source(bias)) is not None or not _same_shape(user.var, match.result):
+            return  # only plain weights: a computed bias might be defined after the matmul
+        absorbed.append(match.result)
+        match.result, match.bias = user.var, bias
+
+    def _absorb_cast(self, graph: Graph, match: _Match, absorbed: list[Any]) -> None:
+        user = _only_user(graph, match.result)
+        if user is None or not ir.is_op(user.value, "relax.astype") or str(user.var.ty.dtype) != "float32":
+            return
+        absorbed.append(match.result)
+        match.result, match.out_dtype = user.var, "float32"
+
+
+_FLOATS = ("float32", "float16", "bfloat16")
+
+
+def _is_packed(packed: dict[tuple[str, str, bool], Any], source: str) -> bool:
+    """True if the source weight is packed already (in another dtype or orientation)."""
+    return any(key[0] == source for key in packed)
+
+
+def _rows_of_tokens(x: Any) -> bool:
+    """[1, ..., 1, rows, K]: leading dimensions are units."""
+    shape = ir.dims(x)
+    return len(shape) >= 2 and all(isinstance(d, tirx.IntImm) and int(d) == 1 for d in shape[:-2])
+
+
+def _only_user(graph: Graph, var: Any) -> Any | None:
+    users = graph.users(var)
+    return users[0] if graph.uses.get(var, 0) == 1 and len(users) == 1 else None
+
+
+def _same_shape(a: Any, b: Any) -> bool:
+    return len(ir.dims(a)) == len(ir.dims(b))

@@ -1,0 +1,111 @@
+"""The order of all passes, by phase. Nowhere else is a pass put before or after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from llmc.caps import Capabilities
+from llmc.kv_plan import KVPlan
+from llmc.passes.lower_embedding import LowerEmbedding
+from llmc.passes.lower_experts import LowerExperts
+from llmc.passes.lower_linear import LowerLinear
+from llmc.passes.make_step_function import MakeStepFunction
+from llmc.passes.specialize_decode import SpecializeDecode
+from llmc.passes.step_module import LoweredGraph, StepModule
+from llmc.schedules.generic import DefaultSchedule
+
+GraphPass = tuple[str, Callable[[LoweredGraph], LoweredGraph]]
+StepPass = tuple[str, Callable[[StepModule], StepModule]]
+
+
+def graph_phase(caps: Capabilities) -> list[GraphPass]:
+    """On the graph of one sequence, while operators are still recognisable."""
+    return [
+        ("LowerLinear", LowerLinear(caps)),
+        ("LowerExperts", LowerExperts(caps)),
+        # after LowerLinear: a tied embedding reads the head's packed weight
+        ("LowerEmbedding", LowerEmbedding(caps)),
+    ]
+
+
+def step_phase(caps: Capabilities, target: Any, bounds: dict[str, int]) -> list[StepPass]:
+    """From ``step`` in Relax operators to ``step`` and ``decode`` calling scheduled kernels."""
+    transform = relax.transform
+    return [
+        ("DeadCodeElimination", on_module(transform.DeadCodeElimination(["step"]))),
+        # sort and scan have library kernels; they must be taken before LegalizeOps gives them loops
+        ("DispatchSortScan", on_module(relax.backend.DispatchSortScan(), target)),
+        ("LegalizeOps", on_module(transform.LegalizeOps(), target)),
+        ("AnnotateTIROpPattern", on_module(transform.AnnotateTIROpPattern())),
+        ("FuseOps", on_module(transform.FuseOps())),
+        ("FuseTIR", on_module(transform.FuseTIR())),
+        ("DefaultSchedule", on_module(DefaultSchedule(caps), target)),
+        # after scheduling, so that both functions share every kernel but attention
+        ("SpecializeDecode", SpecializeDecode(caps)),
+        ("BoundSymbols", BoundSymbols(bounds)),
+    ]
+
+
+def build_phase() -> list[tuple[str, Any]]:
+    """Relax to VM: memory, registers, shapes."""
+    transform = relax.transform
+    return [
+        ("RewriteDataflowReshape", transform.RewriteDataflowReshape()),
+        ("ToNonDataflow", transform.ToNonDataflow()),
+        ("RemovePurityChecking", transform.RemovePurityChecking()),
+        ("CallTIRRewrite", transform.CallTIRRewrite()),
+        ("StaticPlanBlockMemory", transform.StaticPlanBlockMemory()),
+        ("LowerAllocTensor", transform.LowerAllocTensor()),
+        ("KillAfterLastUse", transform.KillAfterLastUse()),
+        ("LowerRuntimeBuiltin", transform.LowerRuntimeBuiltin()),
+        ("ComputePrimValue", transform.ComputePrimValue()),
+        ("VMShapeLower", transform.VMShapeLower()),
+        ("AttachGlobalSymbol", transform.AttachGlobalSymbol()),
+    ]
+
+
+def make_step(caps: Capabilities, plan: KVPlan) -> Callable[[LoweredGraph], StepModule]:
+    """The pass between the two phases."""
+    return MakeStepFunction(caps, plan)
+
+
+def on_module(fn: Any, target: Any = None) -> Callable[[StepModule], StepModule]:
+    """A tvm pass as a pass on StepModule, run under `target` if it asks for one."""
+
+    def run(step: StepModule) -> StepModule:
+        if target is None:
+            return replace(step, module=fn(step.module))
+        with target:
+            return replace(step, module=fn(step.module))
+
+    return run
+
+
+class BoundSymbols:
+    """Annotate the step functions with upper bounds of T, B, R, so that memory is planned statically.
+
+    before: step(...)                     after: step(...) {tir_var_upper_bound: {T: 512, B: 16, R: 512}}
+
+    Runs before StaticPlanBlockMemory, which reads the attribute.
+    """
+
+    def __init__(self, bounds: dict[str, int]) -> None:
+        self.bounds = bounds
+
+    def __call__(self, step: StepModule) -> StepModule:
+        module = tvm.IRModule(dict(step.module.functions.items()), attrs=step.module.attrs)
+        present = {gvar.name_hint for gvar in module.get_global_vars()}
+        for name in [n for n in ("step", "decode") if n in present]:
+            func = module[name]
+            names = {v.name for v in relax.analysis.defined_symbolic_vars(func)}
+            bounds = dict(self.bounds)
+            if name == "decode":  # one row and one token per sequence
+                bounds.update({k: self.bounds["B"] for k in ("T", "R")})
+            bounds = {k: v for k, v in bounds.items() if k in names}
+            module.update_func(module.get_global_var(name), func.with_attr("tir_var_upper_bound", bounds))
+        return replace(step, module=module)

@@ -1,0 +1,67 @@
+"""What a target folder exports, and the lazy table of targets."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llmc.caps import Capabilities
+from llmc.errors import LlmcError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A target's manifest (STYLE 10).
+
+    Attributes:
+        name: the target's name, the part of ``--target`` before a slash.
+        presets: preset names that ``--target NAME/PRESET`` accepts.
+        capabilities: preset (or "" for what this machine has) -> Capabilities.
+        tvm_target: Capabilities -> tvm.target.Target for host and device code.
+    """
+
+    name: str
+    presets: tuple[str, ...]
+    capabilities: Callable[[str], Capabilities]
+    tvm_target: Callable[[Capabilities], Any]
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier() or not self.presets:
+            raise ValueError(f"a backend needs a name and presets, found {self.name!r}, {self.presets!r}")
+
+
+# name -> module that exports BACKEND; imported on first use, so that a missing SDK fails only its own target
+_TARGETS = {"cpu": "llmc.targets.cpu.backend"}
+# targets on the road map, and what to say until they exist
+_PLANNED = ("cuda", "vulkan", "android")
+
+
+def names() -> tuple[str, ...]:
+    """Targets that this version can compile for."""
+    return tuple(_TARGETS)
+
+
+def get(target: str) -> tuple[Backend, Capabilities]:
+    """Resolve ``cpu`` or ``cpu/x86-64-v4`` to its backend and capabilities.
+
+    Raises:
+        LlmcError: unknown target or preset, with the names that exist.
+    """
+    name, _, preset = target.partition("/")
+    if name not in _TARGETS:
+        later = " It is planned for a later version." if name in _PLANNED else ""
+        raise LlmcError(
+            "unknown-target",
+            f"The target must be one of {', '.join(_TARGETS)}; found {target!r}.{later}",
+            hint="Use --target cpu, or cpu/PRESET.",
+        )
+    backend: Backend = importlib.import_module(_TARGETS[name]).BACKEND
+    if preset and preset not in backend.presets:
+        raise LlmcError(
+            "unknown-preset",
+            f"Target {name} has the presets {', '.join(backend.presets)}; found {preset!r}.",
+            hint=f"Use --target {name} for the machine at hand.",
+        )
+    return backend, backend.capabilities(preset)

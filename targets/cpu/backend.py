@@ -1,0 +1,107 @@
+"""The cpu target's manifest: presets, detection of the machine at hand, and the LLVM target."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from llmc.caps import Capabilities
+from llmc.errors import LlmcError
+from llmc.targets.backend import Backend
+
+# psABI micro-architecture levels in /proc/cpuinfo's names (https://gitlab.com/x86-psABIs/x86-64-ABI)
+_V3 = ("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
+_V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_V4_BF16 = (*_V4, "avx512_bf16", "avx512_vnni")
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    # best first: detection takes the first one whose features the machine has
+    "x86-64-v4-bf16": dict(
+        machine="x86_64",
+        mcpu="x86-64-v4",
+        mattr=("+avx512bf16", "+avx512vnni", "-prefer-256-bit"),
+        features=_V4_BF16,
+        vector_bytes=64,
+        vector_registers=32,
+        has_bf16_dot=True,
+    ),
+    "x86-64-v4": dict(
+        machine="x86_64",
+        mcpu="x86-64-v4",
+        mattr=("-prefer-256-bit",),
+        features=_V4,
+        vector_bytes=64,
+        vector_registers=32,
+    ),
+    "x86-64-v3": dict(machine="x86_64", mcpu="x86-64-v3", features=_V3, vector_bytes=32, vector_registers=16),
+    "aarch64": dict(
+        machine="aarch64", mcpu="generic", mattr=("+neon",), features=(), vector_bytes=16, vector_registers=32
+    ),
+}
+
+
+def host_features() -> frozenset[str]:
+    """CPU flags of this machine in /proc/cpuinfo's names; empty where that file does not exist."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def detect() -> str:
+    """The best preset that this machine can run."""
+    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    flags = host_features()
+    for name, preset in _PRESETS.items():
+        if preset["machine"] == machine and set(preset["features"]) <= flags:
+            return name
+    raise LlmcError(
+        "cpu-too-old",
+        f"The cpu target needs x86-64-v3 (AVX2, FMA) or aarch64; this machine is {machine} "
+        f"and lacks {', '.join(f for f in _V3 if f not in flags) or 'a preset'}.",
+        hint="Name a preset with --target cpu/PRESET to compile for another machine.",
+    )
+
+
+def capabilities(preset: str) -> Capabilities:
+    """Capabilities of a preset; "" = of this machine."""
+    name = preset or detect()
+    facts = _PRESETS[name]
+    system = "apple-darwin" if platform.system() == "Darwin" else "unknown-linux-gnu"
+    machine = "arm64" if system.startswith("apple") and facts["machine"] == "aarch64" else facts["machine"]
+    return Capabilities(
+        target="cpu",
+        preset=f"cpu/{name}",
+        triple=f"{machine}-{system}",
+        mcpu=facts["mcpu"],
+        mattr=facts.get("mattr", ()),
+        features=facts["features"],
+        vector_bytes=facts["vector_bytes"],
+        vector_registers=facts["vector_registers"],
+        has_bf16_dot=facts.get("has_bf16_dot", False),
+        threads=os.cpu_count() or 1,
+    )
+
+
+def tvm_target(caps: Capabilities) -> Any:
+    """The LLVM target for these capabilities."""
+    import tvm
+
+    return tvm.target.Target(
+        {
+            "kind": "llvm",
+            "mtriple": caps.triple,
+            "mcpu": caps.mcpu,
+            "mattr": list(caps.mattr),
+            "num-cores": caps.threads,
+        }
+    )
+
+
+BACKEND = Backend(name="cpu", presets=tuple(_PRESETS), capabilities=capabilities, tvm_target=tvm_target)
