@@ -84,11 +84,13 @@ def write_reproducer(
     (folder / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n", encoding="utf-8")
     if text is not None:
         (folder / "before.py").write_text(text, encoding="utf-8")
-    if hasattr(value, "script"):
+    # llmc's own stage results carry the TVM module in a field
+    module = getattr(value, "module", value)
+    if hasattr(module, "script"):
         try:
             import tvm
 
-            (folder / "before.json").write_text(tvm.ir.save_json(value), encoding="utf-8")
+            (folder / "before.json").write_text(tvm.ir.save_json(module), encoding="utf-8")
         except Exception:
             # the text is there already; a second failure must not hide the first
             (folder / "before.json").unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from llmc.reproducer import write_reproducer
 from llmc.spec import CompileSpec
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 # the stages of a compile, in order; pipeline.py runs exactly these
 STAGES = ("capture", "lower", "build", "pack", "write", "verify")
@@ -171,12 +172,13 @@ class StageRunner:
         self.progress.stage_started(name, number, len(self.stages))
         result = self._timed(name, "", args[0] if args else None, fn, *args, **kwargs)
         self.progress.stage_finished(self.timings[-1])
-        self.dump(name, type(result).__name__, result)
+        for part in result if isinstance(result, tuple) else (result,):
+            self.dump(name, type(part).__name__, part)
         if name == self._stop_after:
             raise Stopped(name, result)
         return result
 
-    def run_pass(self, stage: str, name: str, fn: Callable[[T], T], value: T) -> T:
+    def run_pass(self, stage: str, name: str, fn: Callable[[U], T], value: U) -> T:
         """Run one pass of a stage: timed, dumped if it changed the text, reproducible if it fails."""
         result = self._timed(stage, name, value, fn, value)
         self.dump(stage, name, result)

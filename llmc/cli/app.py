@@ -1,0 +1,165 @@
+"""The command line: options and their help. What a command does is imported when it runs.
+
+Nothing here may import tvm, torch or transformers: ``llmc --help`` must answer at once, and ``llmc doctor``
+must work where they are broken.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmc import __version__
+from llmc.cli.guard import guard
+
+app = typer.Typer(
+    name="llmc",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Ahead-of-time compiler for large language models: checkpoint in, verified artifact out.",
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"llmc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Options before the command's name."""
+
+
+@app.command()
+def compile(
+    model: Annotated[
+        str | None, typer.Argument(help="Hugging Face folder or hub id (not with --spec).")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the artifact.")] = None,
+    target: Annotated[str | None, typer.Option(help="cpu, or a preset such as cpu/x86-64-v4.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="f32, bf16 or f16 [default: the checkpoint's].")] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="Of the KV cache [default: --dtype].")] = None,
+    page_size: Annotated[int | None, typer.Option(help="Tokens per KV-cache page.")] = None,
+    max_seq_len: Annotated[int | None, typer.Option(help="Longest sequence [default: the model's].")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Most sequences in one step.")] = None,
+    max_step_tokens: Annotated[int | None, typer.Option(help="Most tokens in one step.")] = None,
+    verify: Annotated[
+        str | None, typer.Option(help="off, sample or full: how much to check against the source model.")
+    ] = None,
+    spec: Annotated[
+        Path | None, typer.Option(help="TOML file with the spec; options given here win.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
+    meta_weights: Annotated[
+        bool, typer.Option("--meta-weights", help="Compile the graph only, for sizing.")
+    ] = False,
+    dump_ir: Annotated[Path | None, typer.Option(help="Write NNN_stage_Pass.py files there.")] = None,
+    time_passes: Annotated[
+        bool, typer.Option("--time-passes", help="Print what each stage and pass took.")
+    ] = False,
+    stop_after: Annotated[str | None, typer.Option(help="Stop after this stage; writes no artifact.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Compile MODEL into an artifact folder."""
+    with guard():
+        from llmc.cli.compile import run_compile
+
+        run_compile(
+            {
+                "model": model,
+                "target": target,
+                "dtype": dtype,
+                "kv_dtype": kv_dtype,
+                "page_size": page_size,
+                "max_seq_len": max_seq_len,
+                "max_batch": max_batch,
+                "max_step_tokens": max_step_tokens,
+                "verify": verify,
+                "revision": revision,
+                "meta_weights": meta_weights or None,
+            },
+            spec_file=spec,
+            output=output,
+            dump_ir=dump_ir,
+            time_passes=time_passes,
+            stop_after=stop_after,
+            quiet=quiet,
+        )
+
+
+@app.command()
+def run(
+    artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
+    prompt: Annotated[str, typer.Argument(help="Text; - reads it from stdin.")],
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 = always the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest; 0 = all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample among the likeliest with this total probability.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Drop tokens below this share of the likeliest's probability.")
+    ] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes repetition less likely.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End at this text (may be given more than once).")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Wrap the prompt with the model's chat template.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="Worker threads [default: all cores].")] = None,
+    kv_pages: Annotated[int | None, typer.Option(help="KV-cache pages.")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="Memory for the KV cache, e.g. 512M or 2G.")] = None,
+) -> None:
+    """Generate text from an artifact, streaming it to stdout."""
+    with guard():
+        from llmc.cli.run import run_generate
+
+        run_generate(
+            artifact,
+            prompt,
+            chat=chat,
+            threads=threads,
+            kv_pages=kv_pages,
+            max_memory=max_memory,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop or (),
+        )
+
+
+@app.command()
+def inspect(
+    artifact: Annotated[Path, typer.Argument(help="Artifact folder, or its model.so.")],
+    json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    params: Annotated[bool, typer.Option("--params", help="List every parameter.")] = False,
+) -> None:
+    """Show what an artifact is: target, functions, KV plan, parameters, sizes, quality, versions."""
+    with guard():
+        from llmc.cli.inspect import run_inspect
+
+        run_inspect(artifact, as_json=json, all_params=params)
+
+
+@app.command()
+def doctor() -> None:
+    """Show this environment: versions, CPU, memory, compiler driver, and the targets that work here."""
+    with guard():
+        from llmc.cli.doctor import run_doctor
+
+        run_doctor()

@@ -1,0 +1,139 @@
+"""``llmc compile``: resolve the spec, compile, say what came out."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from llmc.artifact import MANIFEST, Manifest, QualityReport
+from llmc.cli.format import grid, human_bytes, human_count
+from llmc.cli.progress import reporter
+from llmc.errors import LlmcError
+from llmc.spec import CompileSpec
+from llmc.stages import STAGES, Timing
+from llmc.writer import check_output
+
+
+def run_compile(
+    options: dict[str, Any],
+    *,
+    spec_file: Path | None,
+    output: Path | None,
+    dump_ir: Path | None,
+    time_passes: bool,
+    stop_after: str | None,
+    quiet: bool,
+) -> None:
+    """Compile with the options that are not None over those of `spec_file`.
+
+    Raises:
+        LlmcError: everything that is the user's to correct.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    spec = CompileSpec.from_toml(spec_file, **given) if spec_file else _spec_from_options(given)
+    if stop_after is not None and stop_after not in STAGES:
+        raise LlmcError(
+            "unknown-stage",
+            f"There is no stage {stop_after!r}; the stages are {', '.join(STAGES)}.",
+            hint="Give --stop-after one of them.",
+        )
+    if output is None and stop_after is None:
+        raise LlmcError("no-output", "llmc compile needs an output folder.", hint="Add -o DIR.")
+    if output is not None:
+        check_output(output)
+    console = Console(file=sys.stdout, highlight=False)
+    if not quiet:
+        console.print(spec_table(spec, output))
+    show = reporter(quiet)
+    # torch and tvm come in here, after everything that can be refused without them
+    from llmc.pipeline import compile_model
+
+    with tempfile.TemporaryDirectory(prefix="llmc-") as nowhere:
+        compile_model(
+            spec.model,
+            output or Path(nowhere) / "stopped",
+            spec=spec,
+            dump_ir=dump_ir,
+            time_passes=time_passes,
+            stop_after=stop_after,
+            progress=show,
+        )
+    if quiet:
+        return
+    if stop_after is not None:
+        console.print(f"stopped after stage {stop_after}; no artifact was written")
+    elif output is not None:
+        console.print(summary_table(output, show.finished))
+
+
+def _spec_from_options(given: dict[str, Any]) -> CompileSpec:
+    if "model" not in given:
+        raise LlmcError("no-model", "llmc compile needs a MODEL or --spec.", hint="See llmc compile --help.")
+    return CompileSpec.from_json(given)
+
+
+def spec_table(spec: CompileSpec, output: Path | None) -> Table:
+    """The resolved spec, one key per row, with what a missing value will resolve to."""
+    absent = {
+        "dtype": "the checkpoint's",
+        "kv_dtype": "same as dtype",
+        "max_seq_len": "the model's",
+        "revision": "default",
+    }
+    table = grid(f"spec {spec.hash()}")
+    for key, value in spec.to_json().items():
+        table.add_row(key, absent.get(key, "") if value is None else str(value))
+    table.add_row("output", str(output) if output else "none")
+    return table
+
+
+def summary_table(output: Path, finished: list[Timing]) -> Table:
+    """Sizes, times, quality and path of a new artifact."""
+    manifest = Manifest.from_text((output / MANIFEST).read_text(encoding="utf-8"), str(output / MANIFEST))
+    sizes = {p.name: p.stat().st_size for p in output.iterdir() if p.is_file()}
+    weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
+    table = grid("artifact")
+    table.add_row(
+        "model", f"{manifest.model.architecture}, {human_count(manifest.model.parameters)} parameters"
+    )
+    table.add_row("target", manifest.target.preset)
+    table.add_row(
+        "size",
+        f"{human_bytes(sum(sizes.values()))} (weights {human_bytes(weights)}, code "
+        f"{human_bytes(sizes.get('model.so', 0))})",
+    )
+    table.add_row("KV cache", f"{human_bytes(manifest.kv_plan.bytes_per_token())} per token")
+    table.add_row(
+        "time",
+        f"{sum(t.seconds for t in finished):.1f} s ("
+        + ", ".join(f"{t.stage} {t.seconds:.1f}" for t in finished)
+        + f"), peak memory {human_bytes(max((t.peak_rss for t in finished), default=0))}",
+    )
+    table.add_row("quality", quality_text(manifest.quality))
+    table.add_row("output", str(output))
+    return table
+
+
+def quality_text(quality: QualityReport) -> str:
+    """The quality report in a line."""
+    if quality.mode == "off":
+        return "not checked" + (f" ({quality.note})" if quality.note else "")
+    parts = [f"checked ({quality.mode}, {quality.tokens} tokens)"]
+    if quality.prefill_max_abs_error is not None:
+        parts.append(f"largest logit error: prefill {quality.prefill_max_abs_error:.2e}")
+    if quality.decode_max_abs_error is not None:
+        parts.append(f"decode {quality.decode_max_abs_error:.2e}")
+    if quality.tolerance is not None:
+        parts.append(f"tolerance {quality.tolerance:.2e}")
+    if quality.relative_error is not None:
+        parts.append(f"relative error {quality.relative_error:.2e}")
+    if quality.top1_agreement is not None:
+        parts.append(f"same top token {100 * quality.top1_agreement:.1f} %")
+    if quality.note:
+        parts.append(quality.note)
+    return ", ".join(parts)

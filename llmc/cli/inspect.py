@@ -1,0 +1,172 @@
+"""``llmc inspect``: an artifact's manifest as tables or JSON."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from llmc.artifact import Manifest, ParamEntry
+from llmc.cli.compile import quality_text
+from llmc.cli.format import grid, human_bytes, human_count
+from llmc.inspect import ArtifactReport, inspect
+from llmc.kv_plan import KVKind
+
+# parameters listed without --params
+_SOME = 12
+
+
+def run_inspect(path: Path, *, as_json: bool, all_params: bool) -> None:
+    """Print the artifact at `path`.
+
+    Raises:
+        LlmcError: see llmc.inspect.inspect.
+    """
+    report = inspect(path)
+    if as_json:
+        print(report.manifest.as_text())
+        return
+    console = Console(file=sys.stdout, highlight=False)
+    for table in (
+        overview(report),
+        functions_table(report.manifest),
+        kv_table(report.manifest),
+        params_table(report.manifest, all_params),
+        files_table(report),
+        versions_table(report.manifest),
+    ):
+        console.print(table)
+        console.print()
+    for problem in report.problems:
+        console.print(f"[bold red]problem:[/bold red] {problem}")
+
+
+def overview(report: ArtifactReport) -> Table:
+    """Model, target, limits, quality."""
+    m = report.manifest
+    table = grid(f"artifact {report.folder}")
+    table.add_row(
+        "model",
+        f"{m.model.source}: {m.model.architecture} ({m.model.model_type}), {m.model.layers} layers, "
+        f"{human_count(m.model.parameters)} parameters, vocabulary {m.model.vocab_size}, {m.model.dtype}",
+    )
+    table.add_row("target", f"{m.target.preset} ({m.target.triple}, {m.target.mcpu})")
+    table.add_row("needs", " ".join(m.target.features) or "no extra CPU features")
+    table.add_row(
+        "limits",
+        f"{m.limits.max_seq_len} tokens per sequence, {m.limits.max_batch} sequences and "
+        f"{m.limits.max_step_tokens} tokens per step",
+    )
+    table.add_row("quality", quality_text(m.quality))
+    table.add_row("tuning", f"{len(m.tuning_records)} records" if m.tuning_records else "default schedules")
+    table.add_row("created", m.created)
+    return table
+
+
+def functions_table(manifest: Manifest) -> Table:
+    """The compiled functions with their arguments' shapes."""
+    table = _table("functions", "function", "argument", "dtype", "shape")
+    for function in manifest.functions:
+        name = f"[bold]{function.name}[/bold]"
+        for spec in function.inputs:
+            table.add_row(name, spec.name, spec.dtype, _shape(spec.shape))
+            name = ""
+        for spec in function.outputs:
+            table.add_row("", f"-> {spec.name}", spec.dtype, _shape(spec.shape))
+    return table
+
+
+def kv_table(manifest: Manifest) -> Table:
+    """The KV-cache plan, one row per group of layers."""
+    plan = manifest.kv_plan
+    table = _table(
+        f"KV cache: pages of {plan.page_size} tokens, {human_bytes(plan.bytes_per_token())} per token",
+        "group", "kind", "layers", "kv heads", "key dim", "value dim", "dtype", "page",
+    )  # fmt: skip
+    for group in plan.groups:
+        kind = group.kind.value
+        if group.kind in (KVKind.SLIDING_WINDOW, KVKind.CHUNKED):
+            kind += f" {group.window}"
+        if group.sink_tokens:
+            kind += f" + {group.sink_tokens} sink tokens"
+        table.add_row(
+            group.name,
+            kind,
+            f"{len(group.layers)} ({_ranges(group.layers)})",
+            str(group.kv_heads),
+            str(group.key_dim),
+            str(group.value_dim),
+            group.dtype,
+            human_bytes(group.page_bytes(plan.page_size)),
+        )
+    if plan.shared:
+        table.caption = "shared: " + ", ".join(f"layer {a} reads layer {b}'s" for a, b in plan.shared)
+    return table
+
+
+def params_table(manifest: Manifest, everything: bool) -> Table:
+    """The packed weights."""
+    params = manifest.params
+    total = sum(p.nbytes for p in params)
+    dtypes = Counter[str]()
+    for p in params:
+        dtypes[p.dtype] += p.nbytes
+    shares = ", ".join(f"{name} {human_bytes(size)}" for name, size in dtypes.most_common())
+    table = _table(
+        f"parameters: {len(params)} tensors, {human_bytes(total)} ({shares})",
+        "name", "shape", "dtype", "layout", "size", "shard",
+    )  # fmt: skip
+    shown = params if everything or len(params) <= _SOME else params[:_SOME]
+    for p in shown:
+        table.add_row(*_param_row(p))
+    if len(shown) < len(params):
+        table.caption = f"{len(params) - len(shown)} more; --params lists all"
+        table.caption_justify = "left"
+    return table
+
+
+def files_table(report: ArtifactReport) -> Table:
+    """The files with sizes and the start of their hashes."""
+    table = _table(f"files: {human_bytes(sum(report.sizes.values()))}", "file", "size", "sha256")
+    for name, size in report.sizes.items():
+        table.add_row(name, human_bytes(size), report.manifest.files.get(name, "")[:16])
+    return table
+
+
+def versions_table(manifest: Manifest) -> Table:
+    """What compiled it."""
+    table = grid("versions")
+    table.add_row("llmc", manifest.llmc_version)
+    table.add_row("tvm", manifest.tvm_version)
+    for name, version in sorted(manifest.versions.items()):
+        table.add_row(name, version)
+    return table
+
+
+def _param_row(p: ParamEntry) -> tuple[str, ...]:
+    return p.name, _shape(p.shape), p.dtype, p.layout, human_bytes(p.nbytes), p.shard
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _shape(shape: tuple[str | int, ...]) -> str:
+    return "x".join(str(s) for s in shape) or "scalar"
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """``(0, 1, 2, 4) -> '0-2, 4'``."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

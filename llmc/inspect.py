@@ -1,0 +1,99 @@
+"""Reads an artifact's manifest for people and tools, without tvm and without loading the model."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.artifact import LIBRARY, MANIFEST, Manifest, sha256_file
+from llmc.errors import LlmcError
+from llmc.link import MANIFEST_SYMBOL
+
+
+@dataclass(frozen=True)
+class ArtifactReport:
+    """An artifact as it lies on the disk.
+
+    Attributes:
+        folder: where.
+        manifest: what it says.
+        sizes: file name -> bytes, of the files that the manifest lists, manifest.json, and tokenizer files.
+        problems: sentences about files that are missing or changed; empty = intact.
+    """
+
+    folder: Path
+    manifest: Manifest
+    sizes: dict[str, int]
+    problems: tuple[str, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weight shards."""
+        return sum(size for name, size in self.sizes.items() if name.endswith(".safetensors"))
+
+
+def inspect(path: Path, *, check_hashes: bool = False) -> ArtifactReport:
+    """Read the manifest of an artifact folder or of a ``model.so``.
+
+    Args:
+        path: the folder, or the library alone (its weights should lie beside it).
+        check_hashes: also compare every file's sha256 (reads all weights).
+
+    Raises:
+        LlmcError: nothing there, not an artifact, a damaged manifest, another schema version.
+    """
+    if path.is_dir():
+        folder, manifest = path, _manifest_of_folder(path)
+    elif path.is_file():
+        folder, manifest = path.parent, manifest_of_library(path)
+    else:
+        raise LlmcError(
+            "no-artifact", f"{path} does not exist.", hint="Give the folder that llmc compile wrote."
+        )
+    sizes, problems = {}, []
+    for name in sorted({*manifest.files, MANIFEST, LIBRARY}):
+        file = folder / name
+        if not file.is_file():
+            if name in manifest.files:
+                problems.append(f"{name} is missing")
+            continue
+        sizes[name] = file.stat().st_size
+        if check_hashes and name in manifest.files and sha256_file(file) != manifest.files[name]:
+            problems.append(f"{name} has changed since the artifact was written")
+    return ArtifactReport(folder, manifest, sizes, tuple(problems))
+
+
+def manifest_of_library(path: Path) -> Manifest:
+    """The manifest inside a model.so.
+
+    Raises:
+        LlmcError: not a library of this machine's kind, or one without a manifest.
+    """
+    try:
+        library = ctypes.CDLL(str(path.resolve()))
+        symbol = ctypes.c_char.in_dll(library, MANIFEST_SYMBOL)
+    except (OSError, ValueError):
+        raise LlmcError(
+            "no-artifact",
+            f"{path} is not a library that llmc compile wrote for this kind of machine.",
+            hint=f"Give the artifact's folder (it holds a {MANIFEST}).",
+        ) from None
+    return Manifest.from_text(
+        ctypes.string_at(ctypes.addressof(symbol)).decode("utf-8", "replace"), str(path)
+    )
+
+
+def _manifest_of_folder(folder: Path) -> Manifest:
+    file = folder / MANIFEST
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise LlmcError(
+            "no-artifact", f"{folder} holds no {MANIFEST}.", hint="Give the folder that llmc compile wrote."
+        ) from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise LlmcError(
+            "manifest-corrupt", f"{file} cannot be read: {e}.", hint="Compile the model again."
+        ) from None
+    return Manifest.from_text(text, str(file))
