@@ -1,17 +1,19 @@
-"""What llmc uses of tvm's Relax, typed. Passes and the frontend build and match opaque ops through this module."""
+"""What llmc uses of tvm's Relax, typed. Passes and the frontend build and match opaque ops here."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import tvm
 from tvm import relax, tirx
 from tvm.ir import Op, StringImm
 
-Expr = relax.Expr
-Var = relax.Var
-IRModule = tvm.IRModule
+# tvm has no type information; these names say what is meant
+Expr: TypeAlias = Any
+Var: TypeAlias = Any
+IRModule: TypeAlias = Any
+Function: TypeAlias = Any
 
 
 def tensor_type(shape: Sequence[Any], dtype: str) -> Any:
@@ -43,7 +45,7 @@ def match_opaque(expr: Any, name: str) -> tuple[list[Any], str] | None:
 
 def is_op(expr: Any, name: str) -> bool:
     """True if `expr` is a call to the Relax operator `name`, e.g. ``relax.matmul``."""
-    return isinstance(expr, relax.Call) and isinstance(expr.op, Op) and expr.op.name == name
+    return op_name(expr) == name
 
 
 def shallow_copy(module: IRModule) -> IRModule:
@@ -65,3 +67,8 @@ def is_rows(var: Any) -> bool:
 def dims(var: Any) -> list[Any]:
     """The dimensions of a tensor variable (IntImm or symbolic)."""
     return list(var.ty.shape)
+
+
+def op_name(expr: Any) -> str:
+    """Name of the Relax operator that `expr` calls, e.g. ``relax.add``; "" if it is no operator call."""
+    return expr.op.name if isinstance(expr, relax.Call) and isinstance(expr.op, Op) else ""

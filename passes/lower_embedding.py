@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from tvm import relax
@@ -10,8 +11,8 @@ from llmc import ir
 from llmc.caps import Capabilities
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph
-from llmc.schedules.layout import BlockedLayout
 from llmc.schedules.gather import EmbeddingConfig, embedding
+from llmc.schedules.layout import BlockedLayout
 
 
 class LowerEmbedding:
@@ -57,7 +58,7 @@ class LowerEmbedding:
                 lead=len(ids.ty.shape) - 1,
                 layout=layout,
             )
-            gvar = kernels.get(config, "embedding", lambda c=config: embedding(c, self.caps))
+            gvar = kernels.get(config, "embedding", partial(embedding, config, self.caps))
             build.bind(binding.var, relax.call_tir(gvar, [ids, weight], binding.var.ty))
         new = build.function(params, func.body.body, func.attrs, symbol="main")
         return LoweredGraph(update_function(module, "main", new), lowered.params)

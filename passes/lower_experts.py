@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from llmc.schedules.experts import ExpertConfig, expert_linear
 from tvm import relax
 
 from llmc import ir
@@ -12,7 +14,6 @@ from llmc.errors import LlmcError
 from llmc.ops import EXPERT_LINEAR, ExpertLinearAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph, PackedParam
-from llmc.schedules.experts import ExpertConfig, expert_linear
 from llmc.schedules.layout import linear_layout
 
 
@@ -78,7 +79,7 @@ class LowerExperts:
                 has_bias=attrs.has_bias,
                 layout=layout,
             )
-            gvar = kernels.get(config, f"expert_linear_{n}_{k}", lambda c=config: expert_linear(c, self.caps))
+            gvar = kernels.get(config, f"expert_linear_{n}_{k}", partial(expert_linear, config, self.caps))
             args = [x, ids, packed_vars[key], *operands[3:]]
             build.bind(binding.var, relax.call_tir(gvar, args, binding.var.ty))
         if not changed:

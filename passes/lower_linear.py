@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tvm import relax, tirx
@@ -93,7 +94,7 @@ class LowerLinear:
                 lead=len(match.x.ty.shape) - 2,
                 layout=layout,
             )
-            gvar = kernels.get(config, f"linear_{n}_{k}", lambda c=config: linear(c, self.caps))
+            gvar = kernels.get(config, f"linear_{n}_{k}", partial(linear, config, self.caps))
             args = [match.x, packed_vars[key]] + ([match.bias] if match.bias is not None else [])
             out = ir.tensor_type([*ir.dims(match.x)[:-1], tirx.IntImm("int64", n)], match.out_dtype)
             build.bind(binding.var, relax.call_tir(gvar, args, out))

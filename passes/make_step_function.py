@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmc.schedules.attention import AttentionConfig, attention_prefill, kv_append
 from tvm import relax, tirx
 
 from llmc import ir
@@ -11,9 +12,8 @@ from llmc.artifact import TensorSpec
 from llmc.caps import Capabilities
 from llmc.kv_plan import KVPlan
 from llmc.ops import ATTENTION, AttentionAttrs
-from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
+from llmc.passes.rewrite import Builder, Graph, Kernels
 from llmc.passes.step_module import LoweredGraph, StepModule
-from llmc.schedules.attention import AttentionConfig, attention_prefill, kv_append
 from llmc.schedules.gather import GatherConfig, gather_rows
 
 
@@ -201,9 +201,28 @@ class _Head:
         self.after = after
 
 
-_PER_TOKEN = (
-    "astype multiply add subtract divide tanh exp clip reshape squeeze expand_dims minimum maximum negative power sqrt rsqrt mean"
-).split()
+# operators that keep a row a row, so that rows may be selected before them
+_PER_TOKEN = frozenset(
+    {
+        "relax.add",
+        "relax.astype",
+        "relax.clip",
+        "relax.divide",
+        "relax.exp",
+        "relax.expand_dims",
+        "relax.maximum",
+        "relax.minimum",
+        "relax.multiply",
+        "relax.negative",
+        "relax.power",
+        "relax.reshape",
+        "relax.rsqrt",
+        "relax.sqrt",
+        "relax.squeeze",
+        "relax.subtract",
+        "relax.tanh",
+    }
+)
 
 
 def _head(graph: Graph, func: Any) -> _Head:
@@ -224,7 +243,7 @@ def _head(graph: Graph, func: Any) -> _Head:
             return best
         if ir.is_op(value, "relax.call_tir"):
             inputs = [a for a in value.args[1].fields if isinstance(a, relax.Var) and a not in params]
-        elif isinstance(value.op, ir.Op) and value.op.name.removeprefix("relax.") in _PER_TOKEN:
+        elif ir.op_name(value) in _PER_TOKEN:
             inputs = [a for a in value.args if isinstance(a, relax.Var) and a not in params]
         else:
             return best

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import tvm
+from llmc.schedules.generic import DefaultSchedule
 from tvm import relax
 
 from llmc.caps import Capabilities
@@ -17,7 +18,6 @@ from llmc.passes.lower_linear import LowerLinear
 from llmc.passes.make_step_function import MakeStepFunction
 from llmc.passes.specialize_decode import SpecializeDecode
 from llmc.passes.step_module import LoweredGraph, StepModule
-from llmc.schedules.generic import DefaultSchedule
 
 GraphPass = tuple[str, Callable[[LoweredGraph], LoweredGraph]]
 StepPass = tuple[str, Callable[[StepModule], StepModule]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from llmc.errors import LlmcError
 from llmc.ir import match_opaque
@@ -81,7 +82,7 @@ class PlanKVCache:
         return KVKind.FULL, 0
 
 
-def attention_layers(graph: Graph) -> Iterator[tuple[AttentionAttrs, object, object]]:
+def attention_layers(graph: Graph) -> Iterator[tuple[AttentionAttrs, Any, Any]]:
     """(attributes, k, v) of every attention op, in order."""
     for binding in graph.bindings:
         match = match_opaque(binding.value, ATTENTION)

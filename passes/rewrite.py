@@ -12,10 +12,10 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from llmc.ir import Expr, IRModule, Var, shallow_copy
+from llmc.ir import Expr, Function, IRModule, Var, shallow_copy
 
 
-def bindings_of(func: relax.Function) -> list[Any]:
+def bindings_of(func: Function) -> list[Any]:
     """All bindings of the function's blocks, in order."""
     return [binding for block in func.body.blocks for binding in block.bindings]
 
@@ -45,7 +45,7 @@ class Graph:
         uses: variable -> how many bindings read it (the function's result counts as one).
     """
 
-    def __init__(self, func: relax.Function) -> None:
+    def __init__(self, func: Function) -> None:
         self.func = func
         self.bindings = bindings_of(func)
         self._definition: dict[Any, Any] = {}
@@ -120,7 +120,7 @@ class Builder:
 
     def function(
         self, params: Sequence[Var], result: Expr, attrs: Any = None, *, symbol: str | None = None
-    ) -> relax.Function:
+    ) -> Function:
         """The finished function: one dataflow block; `result` is a variable (or tuple of them)."""
         outputs = list(dict.fromkeys(operands(result)))
         renamed: dict[Any, Any] = {}
@@ -144,12 +144,12 @@ class Builder:
         return func.with_attr("global_symbol", symbol) if symbol else func
 
 
-def result_var(func: relax.Function, graph: Graph) -> Any:
+def result_var(func: Function, graph: Graph) -> Any:
     """The variable behind the function's (single) result, before output renaming."""
     return graph.source(func.body.body)
 
 
-def update_function(module: IRModule, name: str, func: relax.Function) -> IRModule:
+def update_function(module: IRModule, name: str, func: Function) -> IRModule:
     """A shallow copy of the module with one function replaced."""
     out = shallow_copy(module)
     out.update_func(out.get_global_var(name), func)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from llmc.schedules.attention import attention_decode, partial_shape
 from tvm import relax, tirx
 
 from llmc import ir
 from llmc.caps import Capabilities
 from llmc.passes.rewrite import Builder, Graph, Kernels
 from llmc.passes.step_module import StepModule
-from llmc.schedules.attention import attention_decode, partial_shape
 
 
 class SpecializeDecode:
@@ -43,10 +44,10 @@ class SpecializeDecode:
             gvar = kernels.get(
                 config,
                 name.replace("attention_prefill", "attention_decode"),
-                lambda c=config: attention_decode(c, self.caps),
+                partial(attention_decode, config, self.caps),
             )
-            partial = ir.tensor_type([batch, *partial_shape(config)], "float32")
-            both = build.emit(relax.call_tir(gvar, value.args[1], [binding.var.ty, partial]), "split")
+            scratch = ir.tensor_type([batch, *partial_shape(config)], "float32")
+            both = build.emit(relax.call_tir(gvar, value.args[1], [binding.var.ty, scratch]), "split")
             build.bind(binding.var, relax.TupleGetItem(both, 0))
         decode = build.function(func.params, func.body.body, None, symbol="decode")
         decode = relax.utils.copy_with_new_vars(decode)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from tests.passes.graphs import attention_model
-
 from llmc.kv_plan import KVKind
 from llmc.ops import AttentionAttrs
 from llmc.passes.plan_kv_cache import PlanKVCache
+from tests.passes.graphs import attention_model
 
 
 def plan(model, **options):
