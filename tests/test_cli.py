@@ -1,0 +1,360 @@
+"""The command line: options reach the pipeline, errors become sentences and exit codes, tables hold the facts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from llmc.artifact import (
+    LIBRARY,
+    MANIFEST,
+    SCHEMA,
+    FunctionEntry,
+    Limits,
+    Manifest,
+    ModelInfo,
+    ParamEntry,
+    QualityReport,
+    TargetInfo,
+    TensorSpec,
+    sha256_file,
+)
+from llmc.cli.app import app
+from llmc.cli.format import human_bytes, human_count, parse_bytes
+from llmc.cli.guard import guard
+from llmc.cli.progress import timing_table
+from llmc.errors import LlmcError
+from llmc.inspect import inspect
+from llmc.kv_plan import KVGroup, KVKind, KVPlan
+from llmc.link import embed_manifest, run_cxx
+from llmc.spec import CompileSpec, DType, Verify
+from llmc.stages import StageRunner, Timing
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDE = {**os.environ, "COLUMNS": "240", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+
+MANIFEST_OF_TEST = Manifest(
+    schema=SCHEMA,
+    llmc_version="0.1.0",
+    tvm_version="0.27.0",
+    created="2026-11-21T00:00:00+00:00",
+    spec={},
+    model=ModelInfo("some/checkpoint", "LlamaForCausalLM", "llama", 1000, 6, 8_030_261_248, "bfloat16"),
+    target=TargetInfo("cpu", "cpu/x86-64-v3", "x86_64-unknown-linux-gnu", "x86-64-v3", ("avx2", "fma")),
+    limits=Limits(4096, 16, 512),
+    kv_plan=KVPlan(
+        32,
+        (
+            KVGroup("g0", KVKind.FULL, (0, 2, 3), 4, 64, 64, 0, 0, "bfloat16"),
+            KVGroup("g1", KVKind.SLIDING_WINDOW, (1, 4), 4, 64, 64, 1024, 0, "bfloat16"),
+        ),
+        shared=((5, 3),),
+    ),
+    functions=(
+        FunctionEntry(
+            "step",
+            (TensorSpec("input_ids", "int32", ("T",)),),
+            (TensorSpec("logits", "float32", ("R", 1000)),),
+        ),
+    ),
+    params=tuple(
+        ParamEntry(f"w{i}", (8, 16), "bfloat16", "weights-00001.safetensors", 64 * i, 256, "rows", ())
+        for i in range(20)
+    ),
+    quality=QualityReport("sample", 64, 1.5e-5, 2.5e-5, top1_agreement=1.0, tolerance=2e-4),
+    versions={"torch": "2.13.0"},
+)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"COLUMNS": "240", "NO_COLOR": "1", "LLMC_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LLMC_DEBUG", raising=False)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    """A folder with a manifest and weights, but no code."""
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    (folder / "weights-00001.safetensors").write_bytes(bytes(5120))
+    files = {"weights-00001.safetensors": sha256_file(folder / "weights-00001.safetensors")}
+    (folder / MANIFEST).write_text(dataclasses.replace(MANIFEST_OF_TEST, files=files).as_text())
+    return folder
+
+
+def llmc(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+class Pipeline:
+    """Stands in for llmc.pipeline.compile_model: runs two stages and writes a manifest."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[CompileSpec, Path, dict[str, Any]]] = []
+
+    def __call__(self, model: str, output: Path, *, spec: CompileSpec, progress: Any, **options: Any) -> None:
+        assert model == spec.model
+        self.calls.append((spec, output, options))
+        with StageRunner(
+            spec, stages=("capture", "build"), progress=progress, time_passes=options["time_passes"]
+        ) as runner:
+            runner.run("capture", lambda: runner.run_pass("capture", "Import", str, 1))
+            runner.run("build", lambda: 1)
+        if options["stop_after"] is None:
+            output.mkdir()
+            (output / MANIFEST).write_text(MANIFEST_OF_TEST.as_text())
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    import llmc.pipeline
+
+    fake = Pipeline()
+    monkeypatch.setattr(llmc.pipeline, "compile_model", fake)
+    return fake
+
+
+# --- compile ---------------------------------------------------------------------------------------------------
+
+
+def test_compile_prints_spec_progress_and_summary(pipeline: Pipeline, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = llmc(
+        "compile", "some/checkpoint", "-o", output, "--dtype", "bf16", "--verify", "full", "--page-size", "64"
+    )
+    assert done.exit_code == 0, done.output
+    ((spec, where, options),) = pipeline.calls
+    assert spec == CompileSpec("some/checkpoint", dtype=DType.BF16, verify=Verify.FULL, page_size=64)
+    assert where == output
+    assert options == {"dump_ir": None, "time_passes": False, "stop_after": None}
+    assert spec.hash() in done.stdout and "the model's" in done.stdout
+    assert "[1/2] capture" in done.stderr and "[2/2] build" in done.stderr
+    assert "LlamaForCausalLM, 8.03 B parameters" in done.stdout
+    assert "prefill 1.50e-05, decode 2.50e-05, tolerance 2.00e-04, same top token 100.0 %" in done.stdout
+    assert str(output) in done.stdout
+    assert "Time per stage" not in done.output
+
+
+def test_compile_quiet_prints_nothing(pipeline: Pipeline, tmp_path: Path) -> None:
+    assert llmc("compile", "m", "-o", tmp_path / "out", "-q").output == ""
+
+
+def test_compile_time_passes_and_stop_after(pipeline: Pipeline, tmp_path: Path) -> None:
+    done = llmc("compile", "m", "--stop-after", "build", "--time-passes", "--dump-ir", tmp_path / "ir")
+    assert done.exit_code == 0, done.output
+    rows = [line.split()[0] for line in done.stderr.splitlines() if line.split()[-1:] == ["MiB"]]
+    assert rows[-4:] == ["capture", "Import", "build", "total"]
+    assert "stopped after stage build" in done.stdout
+    assert pipeline.calls[0][2]["dump_ir"] == tmp_path / "ir"
+
+
+def test_compile_reads_a_spec_and_options_win(pipeline: Pipeline, tmp_path: Path) -> None:
+    file = tmp_path / "spec.toml"
+    file.write_text('model = "a/b"\ndtype = "f16"\nmax_batch = 4\n')
+    done = llmc("compile", "--spec", file, "--max-batch", "8", "--meta-weights", "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert pipeline.calls[0][0] == CompileSpec("a/b", dtype=DType.F16, max_batch=8, meta_weights=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ref"),
+    [
+        (["compile"], "no-model"),
+        (["compile", "m"], "no-output"),
+        (["compile", "m", "-o", "OUT", "--dtype", "int3"], "unknown-dtype"),
+        (["compile", "m", "-o", "OUT", "--verify", "maybe"], "unknown-verify"),
+        (["compile", "m", "-o", "OUT", "--page-size", "7"], "page-size"),
+        (["compile", "m", "-o", "OUT", "--stop-after", "lunch"], "unknown-stage"),
+        (["compile", "--spec", "OUT/missing.toml", "-o", "OUT"], "spec-unreadable"),
+        (["compile", "m", "-o", "FULL"], "output-not-an-artifact"),
+        (["inspect", "OUT"], "no-artifact"),
+        (["inspect", "FULL"], "no-artifact"),
+        (["inspect", "FULL/thesis.txt"], "no-artifact"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(arguments: list[str], ref: str, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    filled = [
+        a.replace("OUT", str(tmp_path / "out")).replace("FULL", str(tmp_path / "full")) for a in arguments
+    ]
+    done = llmc(*filled)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("llmc: ") and done.stderr.endswith(f"[{ref}]\n")
+    assert "Traceback" not in done.output and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+# --- exit codes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (LlmcError("x-y", "Found 3.", hint="Use 4."), 2, "llmc: Found 3. Use 4. [x-y]"),
+        (LlmcError("internal-error", "Pass A failed."), 1, "llmc: Pass A failed. [internal-error]"),
+        (ValueError("boom"), 1, "llmc: ValueError: boom. This is a bug in llmc"),
+        (KeyboardInterrupt(), 130, "llmc: interrupted."),
+    ],
+)
+def test_guard(
+    error: BaseException,
+    code: int,
+    text: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import typer
+
+    with pytest.raises(typer.Exit) as e, guard():
+        raise error
+    assert e.value.exit_code == code
+    captured = capsys.readouterr()
+    assert captured.err.startswith(text) and "Traceback" not in captured.err and captured.out == ""
+    monkeypatch.setenv("LLMC_DEBUG", "1")
+    with pytest.raises(typer.Exit), guard():
+        raise error
+    assert ("Traceback" in capsys.readouterr().err) == (code != 130)
+
+
+def test_help_is_fast_and_needs_neither_tvm_nor_torch(tmp_path: Path) -> None:
+    for name in ("tvm", "torch", "transformers"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('must not be imported')")
+    start = time.perf_counter()
+    for arguments in (["--help"], ["compile", "--help"], ["--version"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "llmc", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**WIDE, "PYTHONPATH": str(tmp_path)},
+            check=True,
+        )
+        assert "llmc" in done.stdout
+    # three times well under a second each; generous, because test machines are shared
+    assert time.perf_counter() - start < 6
+
+
+def test_ctrl_c_during_compile_exits_130_and_leaves_nothing(tmp_path: Path) -> None:
+    # a pipeline that hangs in the middle of writing, in a process of its own
+    (tmp_path / "slow.py").write_text(
+        "import sys, time, llmc.pipeline\n"
+        "from llmc.writer import ArtifactWriter\n"
+        "from llmc.cli import main\n"
+        "def compile_model(model, output, **_):\n"
+        "    with ArtifactWriter(output) as w:\n"
+        "        (w.folder / 'model.so').write_text('half')\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(60)\n"
+        "llmc.pipeline.compile_model = compile_model\n"
+        "sys.argv = ['llmc', 'compile', 'm', '-o', sys.argv[1], '-q']\n"
+        "main()\n"
+    )
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = subprocess.Popen(
+            [sys.executable, str(tmp_path / "slow.py"), str(tmp_path / "out" / "demo")],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**WIDE, "PYTHONPATH": str(ROOT)},
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == code, errors
+        assert b"Traceback" not in errors
+        assert not (tmp_path / "out").exists()
+
+
+# --- inspect ---------------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_everything(artifact: Path) -> None:
+    done = llmc("inspect", artifact)
+    assert done.exit_code == 0, done.output
+    for text in (
+        "some/checkpoint: LlamaForCausalLM (llama), 6 layers, 8.03 B parameters, vocabulary 1000",
+        "cpu/x86-64-v3 (x86_64-unknown-linux-gnu, x86-64-v3)",
+        "avx2 fma",
+        "4096 tokens per sequence, 16 sequences and 512 tokens per step",
+        "pages of 32 tokens, 5.0 KiB per token",
+        "sliding_window 1024",
+        "3 (0, 2-3)",
+        "layer 5 reads layer 3's",
+        "20 tensors, 5.0 KiB (bfloat16 5.0 KiB)",
+        "8 more; --params lists all",
+        "2.13.0",
+    ):
+        assert text in done.stdout, text
+    assert "-> logits" in done.stdout and "Rx1000" in done.stdout
+    assert "w19" not in done.stdout and "w19" in llmc("inspect", artifact, "--params").stdout
+    assert "problem" not in done.stdout
+
+
+def test_inspect_json_is_the_manifest(artifact: Path) -> None:
+    done = llmc("inspect", artifact, "--json")
+    assert Manifest.from_text(done.stdout, "stdout").model == MANIFEST_OF_TEST.model
+    assert json.loads(done.stdout)["schema"] == SCHEMA
+
+
+def test_inspect_names_missing_and_changed_files(artifact: Path) -> None:
+    assert inspect(artifact, check_hashes=True).problems == ()
+    weights = artifact / "weights-00001.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[77] ^= 1
+    weights.write_bytes(raw)
+    assert inspect(artifact, check_hashes=True).problems == (
+        "weights-00001.safetensors has changed since the artifact was written",
+    )
+    weights.unlink()
+    assert "weights-00001.safetensors is missing" in llmc("inspect", artifact).stdout
+
+
+def test_inspect_a_library_alone(artifact: Path, tmp_path: Path) -> None:
+    run_cxx(
+        ["-shared", "-o", str(artifact / LIBRARY), str(embed_manifest(MANIFEST_OF_TEST.as_text(), tmp_path))]
+    )
+    assert inspect(artifact / LIBRARY).manifest == MANIFEST_OF_TEST
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x80", '{"schema": 99}', '{"schema": 1}'])
+def test_inspect_refuses_a_damaged_manifest(artifact: Path, text: str) -> None:
+    (artifact / MANIFEST).write_bytes(text.encode("latin1"))
+    done = llmc("inspect", artifact)
+    assert done.exit_code == 2
+    assert done.stderr.endswith(("[manifest-corrupt]\n", "[manifest-version]\n"))
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------
+
+
+def test_numbers() -> None:
+    assert [human_bytes(n) for n in (0, 1023, 1536, 5 << 30)] == ["0 B", "1023 B", "1.5 KiB", "5.0 GiB"]
+    assert [human_count(n) for n in (7, 5_000, 8_030_261_248)] == ["7", "5.00 K", "8.03 B"]
+    assert [parse_bytes(t) for t in ("512", "2k", "1.5G", "3MiB")] == [512, 2048, 3 << 29, 3 << 20]
+    for bad in ("", "G", "-1M", "two", "1X", "nan", "inf"):
+        with pytest.raises(LlmcError, match="size"):
+            parse_bytes(bad)
+
+
+def test_timing_table_shows_a_stage_that_failed_half_way() -> None:
+    table = timing_table([Timing("capture", "", 1.0, 1 << 20), Timing("lower", "FuseQKV", 0.5, 2 << 20)])
+    assert list(table.columns[0].cells) == [
+        "[bold]capture[/bold]",
+        "[bold]lower[/bold] (failed)",
+        "  FuseQKV",
+        "total",
+    ]
