@@ -67,7 +67,7 @@ class SourceModel:
     """An opened model: its structure on the meta device, and its weights behind a WeightSource.
 
     Attributes:
-        module: the unmodified nn.Module; parameters on the meta device (HF folder) or real (Python API);
+        module: the unmodified nn.Module; parameters on the meta device;
             non-persistent buffers always hold real values.
         weights: None when compiled with meta weights.
         config: the checkpoint's config.json as a mapping (empty for a plain nn.Module).
@@ -83,3 +83,4 @@ class SourceModel:
     dtype: str  # the checkpoint's dtype, TVM's name
     model_type: str
     max_seq_len: int  # the model's own limit; 2**31 - 1 if it has none
+    program: torch.export.ExportedProgram | None = None  # what a .pt2 file or exported program held
