@@ -32,6 +32,12 @@ def fault() -> str:
     return os.environ.get("LLMC_FAULT", "")
 
 
+def threads() -> int | None:
+    """TVM_NUM_THREADS: worker threads of compiled kernels (default: the cores that the process may use)."""
+    value = os.environ.get("TVM_NUM_THREADS", "")
+    return int(value) if value.isdigit() and int(value) > 0 else None
+
+
 def set_threads(threads: int) -> None:
     """Set TVM's worker count; must run before the first parallel kernel of the process."""
     os.environ["TVM_NUM_THREADS"] = str(threads)

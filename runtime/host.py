@@ -1,0 +1,133 @@
+"""Facts about the machine that the runtime runs on: processor features, cores, memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+# macOS's names of what /proc/cpuinfo calls otherwise (sysctl hw.optional.arm.*)
+_DARWIN_ARM = {
+    "FEAT_FP16": ("fphp", "asimdhp"),
+    "FEAT_DotProd": ("asimddp",),
+    "FEAT_BF16": ("bf16",),
+    "FEAT_I8MM": ("i8mm",),
+    "FEAT_LSE": ("atomics",),
+    "FEAT_FHM": ("asimdfhm",),
+    "FEAT_SME": ("sme",),
+    "AdvSIMD": ("asimd", "fp"),
+}
+_ARCHITECTURES = {"amd64": "x86_64", "x86-64": "x86_64", "arm64": "aarch64"}
+
+
+def architecture(name: str = "") -> str:
+    """Processor architecture as in an LLVM triple: of `name`, or of this machine."""
+    name = (name or platform.machine()).lower()
+    return _ARCHITECTURES.get(name, name)
+
+
+def system_of(triple: str) -> str:
+    """Operating system that an LLVM triple names: linux, darwin, android or what the triple says."""
+    triple = triple.lower()
+    for name, words in (
+        ("android", ("android",)),
+        ("linux", ("linux",)),
+        ("darwin", ("darwin", "macos", "apple")),
+    ):
+        if any(word in triple for word in words):
+            return name
+    return triple.split("-")[2] if triple.count("-") >= 2 else ""
+
+
+def system() -> str:
+    """The operating system that we run on, as system_of names it."""
+    return "android" if hasattr(sys, "getandroidapilevel") else sys.platform
+
+
+def features() -> frozenset[str] | None:
+    """Processor features in /proc/cpuinfo's names that every core has; None = this platform does not tell."""
+    return _darwin_features() if sys.platform == "darwin" else _linux_features(Path("/proc/cpuinfo"))
+
+
+def _linux_features(path: Path) -> frozenset[str] | None:
+    try:
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    cores = [
+        frozenset(line.partition(":")[2].split()) for line in lines if line.startswith(("flags", "Features"))
+    ]
+    return frozenset.intersection(*cores) if cores else None
+
+
+def _darwin_features() -> frozenset[str] | None:
+    try:
+        text = subprocess.run(
+            ["sysctl", "hw.optional", "machdep.cpu"], capture_output=True, text=True, check=False
+        ).stdout
+    except OSError:
+        return None
+    found: set[str] = set()
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        value = value.strip()
+        if key in ("machdep.cpu.features", "machdep.cpu.leaf7_features", "machdep.cpu.extfeatures"):
+            # e.g. AVX1.0 -> avx, SSE4.2 -> sse4_2
+            found |= {w.lower().replace("avx1.0", "avx").replace(".", "_") for w in value.split()}
+        elif value == "1":
+            found |= set(_DARWIN_ARM.get(key.rpartition(".")[2], ()))
+    return frozenset(found) or None
+
+
+def default_threads() -> int:
+    """Worker threads for kernels: the cores that this process may use, hyper-threads counted once."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = {_core_of(cpu) for cpu in allowed}
+    return max(1, min(len(cores), _cgroup_cpus(Path("/sys/fs/cgroup/cpu.max"))))
+
+
+def _core_of(cpu: int) -> str:
+    """A name shared by the hyper-threads of one core."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(
+            encoding="ascii"
+        )
+    except OSError:
+        return str(cpu)
+
+
+def _cgroup_cpus(path: Path) -> int:
+    """Whole processors that the container's quota allows (cgroup v2); a large number without a quota."""
+    try:
+        quota, period = path.read_text(encoding="ascii").split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):
+        return 1 << 30
+
+
+def available_memory() -> int:
+    """Bytes that can be allocated without swapping, within the container's limit."""
+    return min(_meminfo(Path("/proc/meminfo")), _cgroup_memory(Path("/sys/fs/cgroup")))
+
+
+def _meminfo(path: Path) -> int:
+    try:
+        for line in path.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    try:  # macOS: half of the memory is a fair guess of what is available
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (OSError, ValueError):
+        return 4 << 30
+
+
+def _cgroup_memory(folder: Path) -> int:
+    try:
+        limit = int((folder / "memory.max").read_text(encoding="ascii"))
+        return max(limit - int((folder / "memory.current").read_text(encoding="ascii")), 0)
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return 1 << 62

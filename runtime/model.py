@@ -1,0 +1,190 @@
+"""load() and Model: what a user of an artifact sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from llmc.artifact import Manifest
+from llmc.errors import LlmcError
+from llmc.runtime import host
+from llmc.runtime.checks import ArtifactFiles, open_artifact
+from llmc.runtime.engine import CompiledEngine, Engine, Floats, input_names
+from llmc.runtime.library import Library, tvm_version, use_threads
+from llmc.runtime.pages import PageAllocator, plan_pages
+from llmc.runtime.sequence import Sequence
+from llmc.runtime.stepper import Stepper, TokenIds
+from llmc.runtime.weights import Weights
+
+# share of the available memory that the KV cache may take when nothing is said; taken only as it fills
+_KV_SHARE = 0.5
+
+
+def load(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    kv_pages: int | None = None,
+    max_memory: int | str | None = None,
+    check_hashes: bool = True,
+) -> Model:
+    """Load an artifact.
+
+    Args:
+        path: the folder that ``llmc compile`` wrote, or its model.so.
+        threads: worker threads; the first load of a process decides. Default: the cores of this machine.
+        kv_pages: pages in the KV cache, per group of layers.
+        max_memory: bytes (or e.g. "6GB") that weights and KV cache may take together. Default: the cache may grow
+            to half of the memory that is available, and never beyond max_batch sequences of max_seq_len tokens.
+        check_hashes: compare the sha256 of every file with the manifest's (reads all weights once).
+
+    Raises:
+        LlmcError: damaged or incomplete, compiled for another machine or TVM version, too little memory.
+    """
+    files = open_artifact(Path(path), tvm_version=tvm_version(), check_hashes=check_hashes)
+    manifest = files.manifest
+    _check_functions(manifest)
+    use_threads(threads)
+    weights = Weights(files.folder, manifest.params)
+    if max_memory is not None:
+        budget = parse_bytes(max_memory) - weights.nbytes
+    else:
+        budget = int(host.available_memory() * _KV_SHARE)
+    limits = manifest.limits
+    pages = plan_pages(
+        manifest.kv_plan,
+        max_seq_len=limits.max_seq_len,
+        max_batch=limits.max_batch,
+        max_step_tokens=limits.max_step_tokens,
+        kv_pages=kv_pages,
+        budget=budget,
+    )
+    library = Library(files.library, manifest.target.target)
+    names = tuple(f.name for f in manifest.functions)
+    engine = CompiledEngine(library, names, weights, manifest.kv_plan, pages)
+    return Model(manifest, engine, PageAllocator(manifest.kv_plan, pages, limits.max_seq_len), files)
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes from a number or a text such as "6GB", "512 MiB" or "1.5g"; K, M, G, T are powers of 1024.
+
+    Raises:
+        LlmcError: not a size.
+    """
+    if isinstance(size, int):
+        return size
+    text = size.strip().lower().removesuffix("b").removesuffix("i")
+    factor = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}.get(text[-1:], 1)
+    try:
+        return int(float(text.rstrip("kmgt ")) * factor)
+    except (ValueError, OverflowError):
+        raise LlmcError(
+            "memory-size", f"{size!r} is not a size in bytes.", hint='Write e.g. 6000000000 or "6GB".'
+        ) from None
+
+
+def _check_functions(manifest: Manifest) -> None:
+    """The functions' arguments are those that this runtime passes."""
+    wanted = input_names(len(manifest.kv_plan.groups))
+    by_name = {f.name: [spec.name for spec in f.inputs] for f in manifest.functions}
+    if "step" not in by_name or any(found != wanted for found in by_name.values()):
+        found = by_name.get("step", sorted(by_name))
+        raise LlmcError(
+            "function-signature",
+            f"The artifact's step functions must take ({', '.join(wanted)}), found ({', '.join(found)}).",
+            hint="Compile the model again with this llmc.",
+        )
+
+
+class Model:
+    """A loaded model.
+
+    Args:
+        manifest: what the artifact says about itself.
+        engine: runs the compiled functions.
+        allocator: pages of the engine's pools.
+        files: where the tokenizer's files are; None = none.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        engine: Engine,
+        allocator: PageAllocator,
+        files: ArtifactFiles | None = None,
+    ) -> None:
+        self.manifest = manifest
+        self._engine = engine
+        self._allocator = allocator
+        self._stepper = Stepper(
+            engine,
+            allocator,
+            manifest.limits,
+            manifest.model.vocab_size,
+            [f.name for f in manifest.functions],
+        )
+
+    def new_sequence(self) -> Sequence:
+        """An empty sequence for step(); free it after use (``with model.new_sequence() as seq:``)."""
+        return Sequence(self._allocator)
+
+    def step(self, batch: Seq[tuple[Sequence, TokenIds]], logits: Literal["last", "all"] = "last") -> Floats:
+        """Append tokens to sequences: one ragged batch, prompts and single tokens mixed as you like.
+
+        Args:
+            batch: each sequence (once) with its new token ids, at least one.
+            logits: of the last new token of each sequence, or of all new tokens.
+
+        Returns:
+            f32[R, vocab], in the order of the batch.
+
+        Raises:
+            LlmcError: see Stepper.step.
+        """
+        return self._stepper.step(batch, all_rows=logits == "all")
+
+    def logits(self, token_ids: TokenIds, *, prefill: int | None = None) -> Floats:
+        """Logits of every token of one sequence.
+
+        Args:
+            token_ids: the sequence.
+            prefill: the first so many tokens go through `step`, the others one by one through `decode`;
+                default all.
+
+        Returns:
+            f32[n, vocab].
+        """
+        return self.logits_batch([token_ids], prefill=None if prefill is None else [prefill])[0]
+
+    def logits_batch(self, batch: Seq[TokenIds], *, prefill: Seq[int] | None = None) -> list[Floats]:
+        """logits() of several sequences that run side by side in ragged batches.
+
+        Returns:
+            f32[n_i, vocab] for each sequence.
+        """
+        ids = [self._stepper.check_ids(tokens) for tokens in batch]
+        first = [len(x) for x in ids] if prefill is None else list(prefill)
+        if len(first) != len(ids) or any(not 1 <= n <= len(x) for n, x in zip(first, ids, strict=True)):
+            raise LlmcError(
+                "prefill",
+                f"prefill must be between 1 and the length of each sequence ({[len(x) for x in ids]}), "
+                f"found {first}.",
+            )
+        sequences = [self.new_sequence() for _ in ids]
+        try:
+            head = [(seq, x[:n]) for seq, x, n in zip(sequences, ids, first, strict=True)]
+            rows = self._stepper.step(head, all_rows=True, function="step")
+            out = [[part] for part in np.split(rows, np.cumsum(first)[:-1])]
+            for at in range(min(first), max(len(x) for x in ids)):
+                going = [i for i, x in enumerate(ids) if first[i] <= at < len(x)]
+                if going:
+                    tail = [(sequences[i], ids[i][at : at + 1]) for i in going]
+                    for i, row in zip(going, self._stepper.step(tail), strict=True):
+                        out[i].append(row[None])
+            return [np.concatenate(parts) for parts in out]
+        finally:
+            for seq in sequences:
+                seq.free()
