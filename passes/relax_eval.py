@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from tvm import relax, tirx
-from tvm.ir import StringImm
+from tvm.ir import GenericConst, StringImm
 
 from llmc.ir import is_op
 from llmc.passes.rewrite import Graph
@@ -89,7 +89,7 @@ class Evaluator:
 
     def value(self, expr: Any) -> Array:
         """The value of a variable, constant, size, shape or tuple."""
-        if isinstance(expr, relax.Constant):
+        if isinstance(expr, GenericConst):
             return self._const(expr)
         if isinstance(expr, relax.Tuple):
             return [self.value(f) for f in expr.fields]
@@ -104,7 +104,7 @@ class Evaluator:
         return evaluate_dim(expr, self.length)
 
     def _const(self, expr: Any) -> Array:
-        data = expr.data.numpy()
+        data = expr.value.numpy()
         if str(expr.ty.dtype) == "bfloat16" and data.dtype == np.uint16:
             data = data.view(ml_dtypes.bfloat16)
         return data.astype("float32") if self.exact and str(expr.ty.dtype) in _HALF else data
