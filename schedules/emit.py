@@ -34,7 +34,18 @@ define linkonce_odr <16 x i16> @llmc_narrow_bf16(<16 x float> %a) alwaysinline {
   %s = bitcast <16 x bfloat> %r to <16 x i16>
   ret <16 x i16> %s
 }
-"""
+declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
+define linkonce_odr <16 x i32> @llmc_narrow2_bf16(<16 x float> %lo, <16 x float> %hi) alwaysinline {
+  %r = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float> %hi, <16 x float> %lo)
+  %s = bitcast <32 x bfloat> %r to <16 x i32>
+  ret <16 x i32> %s
+}
+define linkonce_odr <16 x i32> @llmc_zip(<16 x i16> %a, <16 x i16> %b) alwaysinline {
+  %r = shufflevector <16 x i16> %a, <16 x i16> %b, <32 x i32> <MASK>
+  %s = bitcast <32 x i16> %r to <16 x i32>
+  ret <16 x i32> %s
+}
+""".replace("MASK", ", ".join(f"i32 {i}, i32 {i + 16}" for i in range(16)))
 
 _STORAGE = {"bfloat16": "uint16"}  # how a buffer is viewed: bf16 as its bits
 
@@ -123,7 +134,7 @@ def workspace(size: Any, dtype: str = "float32") -> Any:
 def splat(value: Any, lanes: int) -> Any:
     if isinstance(value, float):
         value = f32(value)
-    return T.broadcast(value, lanes)
+    return value if lanes == 1 else T.broadcast(value, lanes)
 
 
 def load(buffer: Any, index: Any, lanes: int, dtype: str | None = None) -> Any:
@@ -142,9 +153,9 @@ def widen(value: Any, dtype: str, lanes: int) -> Any:
     if dtype == "float32":
         return value
     if dtype == "float16":
-        return tirx.Cast(_vec("float32", lanes), value)
-    bits = tirx.Cast(_vec("uint32", lanes), value)
-    return T.reinterpret(_vec("float32", lanes), T.shift_left(bits, _const("uint32", 16, lanes)))
+        return tirx.Cast(vec("float32", lanes), value)
+    bits = tirx.Cast(vec("uint32", lanes), value)
+    return T.reinterpret(vec("float32", lanes), T.shift_left(bits, const("uint32", 16, lanes)))
 
 
 def narrow(value: Any, dtype: str, lanes: int, caps: Capabilities) -> Any:
@@ -152,34 +163,46 @@ def narrow(value: Any, dtype: str, lanes: int, caps: Capabilities) -> Any:
     if dtype == "float32":
         return value
     if dtype == "float16":
-        return tirx.Cast(_vec("float16", lanes), value)
+        return tirx.Cast(vec("float16", lanes), value)
     if caps.has_bf16_dot and lanes == 16:
         bits16 = T.call_pure_extern("int16x16", "llmc_narrow_bf16", value)
         return T.reinterpret("uint16x16", bits16)
-    u32 = _vec("uint32", lanes)
+    u32 = vec("uint32", lanes)
     bits = T.reinterpret(u32, value)
-    top = T.shift_right(bits, _const("uint32", 16, lanes))
+    top = T.shift_right(bits, const("uint32", 16, lanes))
     rounded = T.shift_right(
-        bits + _const("uint32", 0x7FFF, lanes) + T.bitwise_and(top, _const("uint32", 1, lanes)),
-        _const("uint32", 16, lanes),
+        bits + const("uint32", 0x7FFF, lanes) + T.bitwise_and(top, const("uint32", 1, lanes)),
+        const("uint32", 16, lanes),
     )
-    nan = T.bitwise_or(top, _const("uint32", 0x40, lanes))
-    return tirx.Cast(_vec("uint16", lanes), tirx.Select(value == value, rounded, nan))
+    nan = T.bitwise_or(top, const("uint32", 0x40, lanes))
+    return tirx.Cast(vec("uint16", lanes), tirx.Select(value == value, rounded, nan))
 
 
 def pair_even(pair: Any, lanes: int) -> Any:
     """float32 value of the lower bf16 in each 32-bit lane."""
-    return T.reinterpret(_vec("float32", lanes), T.shift_left(pair, _const("int32", 16, lanes)))
+    return T.reinterpret(vec("float32", lanes), T.shift_left(pair, const("int32", 16, lanes)))
 
 
 def pair_odd(pair: Any, lanes: int) -> Any:
     """float32 value of the upper bf16 in each 32-bit lane."""
-    return T.reinterpret(_vec("float32", lanes), T.bitwise_and(pair, _const("int32", -65536, lanes)))
+    return T.reinterpret(vec("float32", lanes), T.bitwise_and(pair, const("int32", -65536, lanes)))
 
 
 def dot_bf16(acc: Any, a: Any, b: Any) -> Any:
     """acc + even(a) * even(b) + odd(a) * odd(b) for 16 lanes of bf16 pairs."""
     return T.call_pure_extern("float32x16", "llmc_dot_bf16", acc, a, b)
+
+
+def narrow_pairs(low: Any, high: Any) -> Any:
+    """32 float32 values as 16 pairs of bf16: (low[0], low[1]), ..., (high[14], high[15])."""
+    return T.call_pure_extern("int32x16", "llmc_narrow2_bf16", low, high)
+
+
+def zip_bf16(a: Any, b: Any) -> Any:
+    """16 lanes of pairs (a[i], b[i]) from two vectors of bf16 bits."""
+    return T.call_pure_extern(
+        "int32x16", "llmc_zip", T.reinterpret("int16x16", a), T.reinterpret("int16x16", b)
+    )
 
 
 def prefetch(buffer: Any, index: Any) -> None:
@@ -198,20 +221,22 @@ def prefetch(buffer: Any, index: Any) -> None:
 
 def fold(value: Any, lanes: int, op: Any) -> Any:
     """Reduce the lanes of a vector with a binary function, halving it each time."""
-    dtype = "float32"
-    while lanes > 1:
+    while lanes > 2:
         lanes //= 2
         value = let(value)
-        low = T.vectorlow(_vec(dtype, lanes), value)
-        high = T.vectorhigh(_vec(dtype, lanes), value)
+        low = T.vectorlow(vec("float32", lanes), value)
+        high = T.vectorhigh(vec("float32", lanes), value)
         value = op(low, high)
-    return value
+    value = let(value)
+    return op(*(tirx.Shuffle([value], [i]) for i in range(2)))
 
 
-def _vec(dtype: str, lanes: int) -> str:
+def vec(dtype: str, lanes: int) -> str:
+    """Name of a vector type."""
     return dtype if lanes == 1 else f"{dtype}x{lanes}"
 
 
-def _const(dtype: str, value: int, lanes: int) -> Any:
+def const(dtype: str, value: int, lanes: int) -> Any:
+    """An integer constant in all lanes."""
     imm = tirx.IntImm(dtype, value)
     return imm if lanes == 1 else T.broadcast(imm, lanes)

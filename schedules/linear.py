@@ -104,7 +104,7 @@ class MicroKernel:
         with e.loop(whole) as j:
             for u in range(unroll):
                 self._step(acc, rows, row_base, w_base, j * unroll + u)
-        if unroll > 1 and not (steps % unroll == 0):
+        if unroll > 1 and steps % unroll:
             with e.loop(whole * unroll, steps) as j:
                 self._step(acc, rows, row_base, w_base, j)
 

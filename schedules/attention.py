@@ -1,0 +1,234 @@
+"""Attention over a paged KV cache: append, prefill, decode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from llmc.caps import Capabilities
+from llmc.schedules import emit as e
+from llmc.schedules.attention_config import AttentionConfig
+from llmc.schedules.attention_tile import Operands, Tile, first_visible
+from llmc.schedules.vmath import exp_nonpositive
+
+__all__ = ["AttentionConfig", "attention_decode", "attention_prefill", "kv_append", "partial_shape"]
+
+_EMPTY = -1e30  # running maximum of a piece of context without keys
+_SERIAL_TOKENS = 4  # appending this few tokens costs less than a parallel launch
+_MIN_SPLIT_KEYS = 128  # a smaller piece of context is not worth a task
+
+
+def kv_append(cfg: AttentionConfig, caps: Capabilities) -> Any:
+    """The PrimFunc (k[1,hk,T,dk], v[1,hk,T,dv], slot i32[T], k_pool, v_pool, layer: int64); pools in place.
+
+    Token t goes to page slot[t] // page_size at offset slot[t] % page_size.
+    """
+    hk, dk, dv, ps, layers = cfg.kv_heads, cfg.key_dim, cfg.value_dim, cfg.page_size, cfg.layers
+    built: list[Any] = []
+    with e.kernel(built):
+        t, pages = e.dim("T"), e.dim("P")
+        k = e.tensor("k", [1, hk, t, dk], cfg.dtype)
+        v = e.tensor("v", [1, hk, t, dv], cfg.dtype)
+        slot = e.tensor("slot", [t], "int32")
+        k_pool = e.tensor("k_pool", [pages, layers, hk, dk, ps], cfg.kv_dtype)
+        v_pool = e.tensor("v_pool", [pages, layers, hk, ps, dv], cfg.kv_dtype)
+        layer = e.scalar_arg("layer")
+        with e.root():
+            kf, vf = e.flat(k, hk * t * dk), e.flat(v, hk * t * dv)
+            slots = e.flat(slot, t)
+            kp, vp = (
+                e.flat(k_pool, pages * layers * hk * dk * ps),
+                e.flat(v_pool, pages * layers * hk * ps * dv),
+            )
+            lanes = caps.lanes_f32
+
+            def convert(value: Any, n: int) -> Any:
+                if cfg.dtype == cfg.kv_dtype:
+                    return value
+                return e.narrow(e.let(e.widen(value, cfg.dtype, n)), cfg.kv_dtype, n, caps)
+
+            def head_of_token(head: Any, token: Any) -> None:
+                where = e.let(e.i64(slots[token]))
+                part = e.let((where // ps * layers + layer) * hk + head)
+                row = e.let(head * t + token)
+                with e.loop(dk) as d:
+                    e.store(kp, (part * dk + d) * ps + where % ps, convert(kf[row * dk + d], 1), 1)
+                to = e.let((part * ps + where % ps) * dv)
+                with e.loop(dv // lanes) as i:
+                    value = convert(e.load(vf, row * dv + i * lanes, lanes), lanes)
+                    e.store(vp, to + i * lanes, value, lanes)
+                if dv % lanes:
+                    with e.loop(dv // lanes * lanes, dv) as d:
+                        e.store(vp, to + d, convert(vf[row * dv + d], 1), 1)
+
+            with T.If(t <= _SERIAL_TOKENS):
+                # the annotation of a parallel loop brings in the conversion functions; a serial loop needs it too
+                with T.Then(), e.loop(hk * t, annotations=e.import_text(caps)) as i:
+                    head_of_token(e.let(i // t), e.let(i % t))
+                with T.Else(), e.parallel(hk * t, caps) as i:
+                    head_of_token(e.let(i // t), e.let(i % t))
+    return built[0]
+
+
+def attention_prefill(cfg: AttentionConfig, caps: Capabilities) -> Any:
+    """The PrimFunc (q[1,h,T,dk], k_pool, v_pool, query_start i32[B+1], context_len i32[B], block_table i32[B,W],
+    [sinks[h]], [alibi f32[h]], layer: int64, out[1,T,h,dv]).
+
+    A task is a tile of one sequence's tokens and one cached head; tiles are numbered through all sequences.
+    """
+    group = cfg.heads // cfg.kv_heads
+    tokens = max(1, cfg.tile_rows // group)
+    pages = max(1, cfg.prefill_keys // cfg.page_size)
+    if pages * cfg.page_size % 32:
+        pages *= 2
+    built: list[Any] = []
+    with e.kernel(built):
+        t, b, w, p = (e.dim(name) for name in ("T", "B", "W", "P"))
+        args = Operands(cfg, t, b, w, p)
+        with e.root():
+            args.view()
+            count = e.scratch(1, "int64")
+            e.store(count, 0, e.i64(0), 1)
+            with e.loop(b) as i:
+                e.store(count, 0, count[0] + _tiles(args, i, tokens), 1)
+            tiles = e.let(count[0])
+            with e.parallel(tiles * cfg.kv_heads, caps) as task:
+                kv_head = e.let(task // tiles)
+                order = e.let(task % tiles)
+                # late tiles see more keys: alternate, so that neighbouring tasks cost the same on average
+                number = e.let(T.Select(order % 2 == 0, order // 2, tiles - 1 - order // 2))
+                sequence, first = _find_tile(args, number, tokens)
+                start = e.let(e.i64(args.query_start[sequence]))
+                length = e.let(e.i64(args.query_start[sequence + 1]) - start)
+                used = e.let(T.min(e.i64(tokens), length - first))
+                position = e.let(e.i64(args.context_len[sequence]) - length + first)
+                tile = Tile(cfg, caps, args, tokens, pages, direct=False)
+                tile.start(e.let(start + first), kv_head, e.let(used * group))
+                low = e.let(first_visible(cfg, position) // cfg.page_size * cfg.page_size)
+                high = e.let(position + used)
+                table = e.let(sequence * w)
+                with e.loop(e.ceildiv(high - low, tile.block)) as i:
+                    tile.visit(table, e.let(low + i * tile.block), high, position)
+                tile.finish(e.let(start + first))
+    return built[0]
+
+
+def _tiles(args: Operands, sequence: Any, tokens: int) -> Any:
+    """Number of tiles of a sequence."""
+    return e.ceildiv(e.i64(args.query_start[sequence + 1]) - e.i64(args.query_start[sequence]), tokens)
+
+
+def _find_tile(args: Operands, number: Any, tokens: int) -> tuple[Any, Any]:
+    """(sequence, its token at which tile `number` begins)."""
+    found, left = e.scratch(1, "int64"), e.scratch(1, "int64")
+    e.store(found, 0, e.i64(0), 1)
+    e.store(left, 0, number, 1)
+    with T.While(left[0] >= _tiles(args, found[0], tokens)):
+        e.store(left, 0, left[0] - _tiles(args, found[0], tokens), 1)
+        e.store(found, 0, found[0] + 1, 1)
+    return e.let(found[0]), e.let(left[0] * tokens)
+
+
+def _partial_width(cfg: AttentionConfig) -> int:
+    """float32 values per row of a partial result: the output, padded to any vector width, its maximum and its sum."""
+    return -(-cfg.value_dim // 16) * 16 + 16
+
+
+def partial_shape(cfg: AttentionConfig) -> tuple[int, ...]:
+    """Shape behind B of attention_decode's scratch output (float32)."""
+    return (cfg.kv_heads, cfg.splits, cfg.heads // cfg.kv_heads, _partial_width(cfg))
+
+
+def attention_decode(cfg: AttentionConfig, caps: Capabilities) -> Any:
+    """The PrimFunc with attention_prefill's arguments and one more output, partial f32[B, *partial_shape(cfg)].
+
+    T == B: one new token per sequence. A task is one sequence, one cached head and one piece of the context; the pieces'
+    results are merged by their maxima and sums afterwards.
+    """
+    group = cfg.heads // cfg.kv_heads
+    pages = max(1, cfg.decode_keys // cfg.page_size)
+    if pages * cfg.page_size % 32:
+        pages *= 2
+    built: list[Any] = []
+    with e.kernel(built):
+        b, w, p = (e.dim(name) for name in ("B", "W", "P"))
+        args = Operands(cfg, b, b, w, p)
+        partial = e.tensor("partial", [b, *partial_shape(cfg)], "float32")
+        with e.root():
+            args.view()
+            width = _partial_width(cfg)
+            part = e.flat(partial, b * cfg.kv_heads * cfg.splits * group * width)
+            with e.parallel(b * cfg.kv_heads * cfg.splits, caps) as task:
+                split = e.let(task % cfg.splits)
+                kv_head = e.let(task // cfg.splits % cfg.kv_heads)
+                sequence = e.let(task // (cfg.splits * cfg.kv_heads))
+                low, per_split, high = _pieces(cfg, args, sequence)
+                begin = e.let(low + split * per_split)
+                end = e.let(T.min(high, begin + per_split))
+                with T.If(begin < end), T.Then():
+                    tile = Tile(cfg, caps, args, 1, pages, direct=True)
+                    tile.start(sequence, kv_head, e.i64(group))
+                    table = e.let(sequence * w)
+                    with e.loop(e.ceildiv(end - begin, tile.block)) as i:
+                        tile.visit(table, e.let(begin + i * tile.block), end, e.let(high - 1))
+                    with T.If(per_split >= high - low):
+                        with T.Then():
+                            tile.finish(sequence)
+                        with T.Else():
+                            _store_partial(tile, part, task * group, width)
+            with e.loop(b * cfg.kv_heads) as i:
+                low, per_split, high = _pieces(cfg, args, e.let(i // cfg.kv_heads))
+                with T.If(per_split < high - low), T.Then():
+                    tile = Tile(cfg, caps, args, 1, pages, direct=True)
+                    _merge(tile, part, i, e.let(e.ceildiv(high - low, per_split)), width)
+    return built[0]
+
+
+def _pieces(cfg: AttentionConfig, args: Operands, sequence: Any) -> tuple[Any, Any, Any]:
+    """(first key, keys per piece, end of keys): whole pages, at most `splits` pieces, none very small."""
+    high = e.let(e.i64(args.context_len[sequence]))
+    low = e.let(first_visible(cfg, high - 1) // cfg.page_size * cfg.page_size)
+    least = -(-_MIN_SPLIT_KEYS // cfg.page_size) * cfg.page_size
+    per = e.ceildiv(e.ceildiv(high - low, cfg.splits), cfg.page_size) * cfg.page_size
+    return low, e.let(T.max(e.i64(least), per)), high
+
+
+def _store_partial(tile: Tile, part: Any, first_row: Any, width: int) -> None:
+    lanes = tile.lanes
+    with e.loop(tile.group) as g:
+        base = e.let((first_row + g) * width)
+        for v in range(tile.value_width // lanes):
+            value = e.load(tile.out, g * tile.value_width + v * lanes, lanes)
+            e.store(part, base + v * lanes, value, lanes)
+        total = e.fold(e.load(tile.total, g * lanes, lanes), lanes, lambda x, y: x + y)
+        e.store(part, base + width - 16, tile.largest[g], 1)
+        e.store(part, base + width - 15, total, 1)
+
+
+def _merge(tile: Tile, part: Any, pair: Any, pieces: Any, width: int) -> None:
+    """Combine the pieces of one sequence and cached head: sum_i e^(m_i - m) o_i / sum_i e^(m_i - m) l_i."""
+    cfg, lanes, group = tile.cfg, tile.lanes, tile.group
+    vectors = tile.value_width // lanes
+    sequence, kv_head = e.let(pair // cfg.kv_heads), e.let(pair % cfg.kv_heads)
+    with e.loop(group) as g:
+        top, total = e.scratch(1), e.scratch(1)
+        acc = e.workspace(tile.value_width)
+        row = lambda s: ((pair * cfg.splits + s) * group + g) * width  # noqa: E731
+        e.store(top, 0, e.f32(_EMPTY), 1)
+        e.store(total, 0, e.f32(0.0), 1)
+        for v in range(vectors):
+            e.store(acc, v * lanes, e.splat(0.0, lanes), lanes)
+        with e.loop(pieces) as s:
+            e.store(top, 0, T.max(top[0], part[row(s) + width - 16]), 1)
+        with e.loop(pieces) as s:
+            base = e.let(row(s))
+            factor = e.let(exp_nonpositive(part[base + width - 16] - top[0], 1))
+            e.store(total, 0, total[0] + factor * part[base + width - 15], 1)
+            for v in range(vectors):
+                value = e.load(part, base + v * lanes, lanes) * e.splat(factor, lanes)
+                e.store(acc, v * lanes, e.load(acc, v * lanes, lanes) + value, lanes)
+        head = e.let(kv_head * group + g)
+        factor = tile.final_factor(e.let(top[0]), e.let(total[0]), head)
+        base = e.let((sequence * cfg.heads + head) * cfg.value_dim)
+        tile.store_row(base, e.i64(0), acc, factor)

@@ -1,0 +1,532 @@
+"""The attention template: a tile of query rows against a block of cache pages, with a running softmax.
+
+Rows of a tile are the G query heads of one kv head for `tokens` neighbouring tokens: row = token * G + g. For each block
+of pages (Milakov and Gimelshein 2018; Dao et al. 2022, "FlashAttention"):
+
+    S = Q K          scores, lanes over tokens of the dim-major key page
+    m' = max(m, S);  P = exp(S - m');  l = l e^(m-m') + sum P;  O = O e^(m-m')
+    O += P V         lanes over the dims of the token-major value page
+
+Prefill and decode use the same four steps. They differ in where the pages' vectors come from: prefill has many rows and
+first lays a block out in scratch memory as the multiply wants it; decode has few rows and converts in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from llmc.caps import Capabilities
+from llmc.schedules import emit as e
+from llmc.schedules.attention_config import AttentionConfig
+from llmc.schedules.vmath import exp_nonpositive, tanh_bounded
+
+_LOWEST = -1e30  # finite, so that the difference of two of them is 0 and not NaN
+
+
+class Operands:
+    """Flat views of an attention kernel's arguments, and the layer index."""
+
+    def __init__(self, cfg: AttentionConfig, t: Any, b: Any, w: Any, pages: Any) -> None:
+        ps, hk, layers = cfg.page_size, cfg.kv_heads, cfg.layers
+        self.t, self.b, self.width, self.cfg = t, b, w, cfg
+        self.k_size = pages * layers * hk * cfg.key_dim * ps
+        self.v_size = pages * layers * hk * ps * cfg.value_dim
+        q_shape = [1, cfg.heads, t, cfg.key_dim]
+        self._q = e.tensor("q", q_shape, cfg.dtype)
+        self._k = e.tensor("k_pool", [pages, layers, hk, cfg.key_dim, ps], cfg.kv_dtype)
+        self._v = e.tensor("v_pool", [pages, layers, hk, ps, cfg.value_dim], cfg.kv_dtype)
+        self._start = e.tensor("query_start", [b + 1], "int32")
+        self._context = e.tensor("context_len", [b], "int32")
+        self._table = e.tensor("block_table", [b, w], "int32")
+        self._sinks = e.tensor("sinks", [cfg.heads], cfg.sinks_dtype) if cfg.has_sinks else None
+        self._alibi = e.tensor("alibi", [cfg.heads], "float32") if cfg.has_alibi else None
+        self.layer = e.scalar_arg("layer")
+        self._out = e.tensor("out", [1, t, cfg.heads, cfg.value_dim], cfg.dtype)
+
+    def view(self) -> None:
+        """Make the flat views; inside the root block."""
+        cfg, t = self.cfg, self.t
+        self.q = e.flat(self._q, t * cfg.heads * cfg.key_dim)
+        self.k = e.flat(self._k, self.k_size)
+        self.v = e.flat(self._v, self.v_size)
+        self.query_start = e.flat(self._start, self.b + 1)
+        self.context_len = e.flat(self._context, self.b)
+        self.block_table = e.flat(self._table, self.b * self.width)
+        self.sinks = e.flat(self._sinks, cfg.heads) if cfg.has_sinks else None
+        self.alibi = e.flat(self._alibi, cfg.heads) if cfg.has_alibi else None
+        self.out = e.flat(self._out, t * cfg.heads * cfg.value_dim)
+
+
+class Tile:
+    """Geometry, scratch memory and the steps for one tile; `start` and what follows inside the task's loop.
+
+    Args:
+        tokens: most query tokens of the tile.
+        pages: cache pages per block.
+        direct: read pages in place instead of laying them out in scratch; needs `can_be_direct`.
+    """
+
+    def __init__(
+        self,
+        cfg: AttentionConfig,
+        caps: Capabilities,
+        args: Operands,
+        tokens: int,
+        pages: int,
+        direct: bool,
+    ) -> None:
+        self.cfg, self.caps, self.args = cfg, caps, args
+        self.lanes = caps.lanes_f32
+        self.dot = uses_dot(cfg, caps)
+        self.pages, self.direct = pages, direct and can_be_direct(cfg, caps)
+        self.group = cfg.heads // cfg.kv_heads
+        self.block = pages * cfg.page_size
+        self.vectors = 4 if caps.vector_registers >= 32 else 2
+        self.rows = tokens * self.group
+        groups = -(-self.rows // 6)
+        self.row_tile = -(-self.rows // groups)
+        self.rows_padded = -(-self.rows // self.row_tile) * self.row_tile
+        self.pack = 2 if self.dot else 1
+        self.k_steps = -(-cfg.key_dim // self.pack)
+        self.value_width = -(-cfg.value_dim // self.lanes) * self.lanes
+
+    def _allocate(self) -> None:
+        """Take scratch memory from the task's thread."""
+        operand = "int32" if self.dot else "float32"
+        self.query = e.workspace(self.rows_padded * self.k_steps, operand)
+        self.scores = e.workspace(self.rows_padded * self.block)
+        self.weights = e.workspace(self.rows_padded * self.block // self.pack, operand)
+        self.out = e.workspace(self.rows_padded * self.value_width)
+        self.largest = e.workspace(self.rows_padded)
+        self.total = e.workspace(self.rows_padded * self.lanes)
+        if not self.direct:
+            self.keys = e.workspace(self.k_steps * self.block, operand)
+            self.values = e.workspace(self.block // self.pack * self.value_width, operand)
+
+    # -- set-up and result -------------------------------------------------------------------------------------------
+
+    def start(self, first_token: Any, kv_head: Any, rows: Any) -> None:
+        """Load the query rows and clear the running softmax."""
+        cfg, args, lanes = self.cfg, self.args, self.lanes
+        self.kv_head, self.used = kv_head, rows
+        self._allocate()
+        with e.loop(self.rows_padded) as r:
+            # rows behind the last are computed too (from a copy of the last one) and never stored
+            row = e.let(T.min(r, rows - 1))
+            token = e.let(first_token + row // self.group)
+            head = e.let(kv_head * self.group + row % self.group)
+            base = e.let((head * args.t + token) * cfg.key_dim)
+            with e.loop(self.k_steps) as j:
+                e.store(self.query, r * self.k_steps + j, self._query_operand(base, j), 1)
+            e.store(self.largest, r, e.f32(_LOWEST), 1)
+            e.store(self.total, r * lanes, e.splat(0.0, lanes), lanes)
+            with e.loop(self.value_width // lanes) as v:
+                e.store(self.out, r * self.value_width + v * lanes, e.splat(0.0, lanes), lanes)
+
+    def _query_operand(self, base: Any, j: Any) -> Any:
+        if not self.dot:
+            return e.widen(self.args.q[base + j], self.cfg.dtype, 1)
+        low = tirx.Cast("int32", self.args.q[base + 2 * j])
+        if self.cfg.key_dim % 2 == 0:
+            high = tirx.Cast("int32", self.args.q[base + 2 * j + 1])
+        else:
+            at = T.min(2 * j + 1, e.i64(self.cfg.key_dim - 1))
+            high = tirx.Cast("int32", self.args.q[base + at])
+            high = tirx.Select(2 * j + 1 < self.cfg.key_dim, high, tirx.IntImm("int32", 0))
+        return T.bitwise_or(low, T.shift_left(high, tirx.IntImm("int32", 16)))
+
+    def finish(self, first_token: Any) -> None:
+        """Divide by the softmax's denominator and store the tile's rows."""
+        cfg, lanes = self.cfg, self.lanes
+        with e.loop(self.used) as r:
+            head = e.let(self.kv_head * self.group + r % self.group)
+            total = e.let(e.fold(e.load(self.total, r * lanes, lanes), lanes, lambda a, b: a + b))
+            factor = self.final_factor(self.largest[r], total, head)
+            base = e.let(((first_token + r // self.group) * cfg.heads + head) * cfg.value_dim)
+            self.store_row(base, r * self.value_width, self.out, factor)
+
+    def final_factor(self, largest: Any, total: Any, head: Any) -> Any:
+        """What the unnormalised output is multiplied with: 1 / (l + e^(sink - m)), stable for a large sink."""
+        if self.args.sinks is None:
+            return e.let(e.f32(1.0) / total)
+        sink = e.let(e.widen(self.args.sinks[head], self.cfg.sinks_dtype, 1))
+        top = e.let(T.max(largest, sink))
+        scale = e.let(exp_nonpositive(largest - top, 1))
+        return e.let(scale / (total * scale + exp_nonpositive(sink - top, 1)))
+
+    def store_row(self, base: Any, source: Any, buffer: Any, factor: Any) -> None:
+        """out[base : base + value_dim] = buffer[source : ...] * factor."""
+        cfg, lanes, caps = self.cfg, self.lanes, self.caps
+        whole = cfg.value_dim // lanes
+        for v in range(whole):
+            value = e.load(buffer, source + v * lanes, lanes) * e.splat(factor, lanes)
+            e.store(self.args.out, base + v * lanes, e.narrow(value, cfg.dtype, lanes, caps), lanes)
+        for d in range(whole * lanes, cfg.value_dim):
+            value = buffer[source + d] * factor
+            e.store(self.args.out, base + d, e.narrow(value, cfg.dtype, 1, caps), 1)
+
+    # -- one block ---------------------------------------------------------------------------------------------------
+
+    def visit(self, table: Any, first_key: Any, end_key: Any, first_position: Any) -> None:
+        """Attend to keys [first_key, min(first_key + block, end_key)); first_key lies on a page boundary.
+
+        Args:
+            table: where the sequence's row of the block table begins.
+            first_position: position of the tile's first token in its sequence.
+        """
+        keys = e.let(T.min(e.i64(self.block), end_key - first_key))
+        page = e.let(table + first_key // self.cfg.page_size)
+        if self.direct:
+            self._score_pages(page, keys)
+            self._softmax(first_key, first_position, keys)
+            self._weigh_pages(page, keys)
+        else:
+            self._lay_out_keys(page, keys)
+            self._each_tile(
+                self.block // self.lanes,
+                self.k_steps,
+                self.query,
+                self.k_steps,
+                self._laid_out_key,
+                self.scores,
+                self.block,
+                clear=True,
+            )
+            self._softmax(first_key, first_position, keys)
+            self._lay_out_values(page, keys)
+            self._each_tile(
+                self.value_width // self.lanes,
+                e.ceildiv(keys, self.pack),
+                self.weights,
+                self.block // self.pack,
+                self._laid_out_value,
+                self.out,
+                self.value_width,
+                clear=False,
+            )
+
+    def _page_base(self, page: Any, size: int) -> Any:
+        """Element at which this layer's and head's part of a page begins."""
+        cfg = self.cfg
+        index = e.i64(self.args.block_table[page])
+        return e.let(((index * cfg.layers + self.args.layer) * cfg.kv_heads + self.kv_head) * size)
+
+    def _each_tile(
+        self,
+        vectors: int,
+        steps: Any,
+        left: Any,
+        left_stride: int,
+        right: Callable[[Any, Any], Any],
+        target: Any,
+        target_stride: int,
+        clear: bool,
+    ) -> None:
+        """target[rows, vectors] (+)= left[rows, steps] x right[steps, vectors], in register tiles."""
+        with e.loop(e.ceildiv(self.used, self.row_tile)) as group:
+            row = e.let(group * self.row_tile)
+
+            def body(first: Any, count: int, row: Any = row) -> None:
+                at = lambda r, v: (row + r) * target_stride + (first + v) * self.lanes  # noqa: E731
+                self._tile(
+                    count,
+                    steps,
+                    lambda r, j: left[(row + r) * left_stride + j],
+                    lambda j, v: right(j, first + v),
+                    target,
+                    at,
+                    clear,
+                )
+
+            _in_groups(vectors, self.vectors, body)
+
+    def _tile(
+        self,
+        vectors: int,
+        steps: Any,
+        left: Callable[[int, Any], Any],
+        right: Callable[[Any, int], Any],
+        target: Any,
+        at: Callable[[int, int], Any],
+        clear: bool,
+        last: Callable[[int], Any] | None = None,
+    ) -> None:
+        """One register tile; `last` gives the vectors of one more step after `steps` (an unpaired token)."""
+        lanes = self.lanes
+        acc = [[e.scratch(lanes) for _ in range(vectors)] for _ in range(self.row_tile)]
+        for r in range(self.row_tile):
+            for v in range(vectors):
+                value = e.splat(0.0, lanes) if clear else e.load(target, at(r, v), lanes)
+                e.store(acc[r][v], 0, value, lanes)
+
+        def step(j: Any, vector: Callable[[int], Any]) -> None:
+            right_vectors = [e.let(vector(v)) for v in range(vectors)]
+            for r in range(self.row_tile):
+                a = e.let(e.splat(left(r, j), lanes))
+                for v in range(vectors):
+                    c = e.load(acc[r][v], 0, lanes)
+                    b = right_vectors[v]
+                    e.store(acc[r][v], 0, e.dot_bf16(c, a, b) if self.dot else c + a * b, lanes)
+
+        with e.loop(steps) as j:
+            step(j, lambda v: right(j, v))
+        if last is not None:
+            step(steps, last)
+        for r in range(self.row_tile):
+            for v in range(vectors):
+                e.store(target, at(r, v), e.load(acc[r][v], 0, lanes), lanes)
+
+    # -- pages laid out in scratch (prefill) -------------------------------------------------------------------------
+
+    def _laid_out_key(self, j: Any, v: Any) -> Any:
+        return e.load(self.keys, j * self.block + v * self.lanes, self.lanes)
+
+    def _laid_out_value(self, j: Any, v: Any) -> Any:
+        return e.load(self.values, j * self.value_width + v * self.lanes, self.lanes)
+
+    def _lay_out_keys(self, page: Any, keys: Any) -> None:
+        cfg, lanes, ps = self.cfg, self.lanes, self.cfg.page_size
+        with e.loop(e.ceildiv(keys, ps)) as p:
+            base = self._page_base(page + p, cfg.key_dim * ps)
+            with e.loop(cfg.key_dim // self.pack) as j:
+                for v in range(ps // lanes):
+                    to = j * self.block + p * ps + v * lanes
+                    e.store(self.keys, to, self._key(base, j, v), lanes)
+            if cfg.key_dim % self.pack:
+                j = self.k_steps - 1
+                for v in range(ps // lanes):
+                    low = e.load(self.args.k, base + 2 * j * ps + v * lanes, lanes)
+                    vector = e.zip_bf16(low, e.const("uint16", 0, lanes))
+                    e.store(self.keys, j * self.block + p * ps + v * lanes, vector, lanes)
+
+    def _key(self, base: Any, j: Any, v: Any) -> Any:
+        """Vector v of tokens of a key page for step j."""
+        k, lanes, ps = self.args.k, self.lanes, self.cfg.page_size
+        if not self.dot:
+            return e.widen(e.load(k, base + j * ps + v * lanes, lanes), self.cfg.kv_dtype, lanes)
+        at = base + 2 * j * ps + v * lanes
+        return e.zip_bf16(e.load(k, at, lanes), e.load(k, at + ps, lanes))
+
+    def _lay_out_values(self, page: Any, keys: Any) -> None:
+        lanes, ps, dv = self.lanes, self.cfg.page_size, self.cfg.value_dim
+        with e.loop(e.ceildiv(keys, ps)) as p:
+            base = self._page_base(page + p, ps * dv)
+            tokens = e.let(T.min(e.i64(ps), keys - p * ps))
+            with e.loop(tokens // self.pack) as j:
+                row = e.let((p * (ps // self.pack) + j) * self.value_width)
+                for v in range(dv // lanes):
+                    e.store(self.values, row + v * lanes, self._value(base, j, v), lanes)
+                for d in range(dv // lanes * lanes, dv):
+                    e.store(self.values, row + d, self._value_element(base, j, d, True), 1)
+            if self.dot:
+                # an odd number of tokens: what lies behind the last may be NaN, so it is replaced by zero
+                with T.If(tokens % 2 == 1), T.Then():
+                    j = e.let(tokens // 2)
+                    row = e.let((p * (ps // 2) + j) * self.value_width)
+                    with e.loop(dv) as d:
+                        e.store(self.values, row + d, self._value_element(base, j, d, False), 1)
+
+    def _value(self, base: Any, j: Any, v: Any) -> Any:
+        """Vector v of dims of a value page for step j."""
+        buffer, lanes, dv = self.args.v, self.lanes, self.cfg.value_dim
+        if not self.dot:
+            return e.widen(e.load(buffer, base + j * dv + v * lanes, lanes), self.cfg.kv_dtype, lanes)
+        at = base + 2 * j * dv + v * lanes
+        return e.zip_bf16(e.load(buffer, at, lanes), e.load(buffer, at + dv, lanes))
+
+    def _value_element(self, base: Any, j: Any, d: Any, both: bool) -> Any:
+        buffer, dv = self.args.v, self.cfg.value_dim
+        if not self.dot:
+            return e.widen(buffer[base + j * dv + d], self.cfg.kv_dtype, 1)
+        low = tirx.Cast("int32", buffer[base + 2 * j * dv + d])
+        if not both:
+            return low
+        high = tirx.Cast("int32", buffer[base + (2 * j + 1) * dv + d])
+        return T.bitwise_or(low, T.shift_left(high, tirx.IntImm("int32", 16)))
+
+    # -- pages read in place (decode) --------------------------------------------------------------------------------
+
+    def _score_pages(self, page: Any, keys: Any) -> None:
+        cfg, lanes, ps = self.cfg, self.lanes, self.cfg.page_size
+        size = cfg.key_dim * ps
+        count = e.let(e.ceildiv(keys, ps))
+        with e.loop(count) as p:
+            base = self._page_base(page + p, size)
+            ahead = self._page_base(page + T.min(p + 1, count - 1), size)
+            for group in range(self.rows_padded // self.row_tile):
+                row = group * self.row_tile
+
+                def body(
+                    first: Any,
+                    vectors: int,
+                    row: int = row,
+                    base: Any = base,
+                    p: Any = p,
+                    ahead: Any = ahead,
+                    fetch: bool = group == 0,
+                ) -> None:
+                    def right(j: Any, v: int) -> Any:
+                        if fetch:
+                            for i in range(self.pack):
+                                at = (j * self.pack + i) * ps + (first + v) * lanes
+                                e.prefetch(self.args.k, ahead + at)
+                        return self._key(base, j, first + v)
+
+                    self._tile(
+                        vectors,
+                        self.k_steps,
+                        lambda r, j: self.query[(row + r) * self.k_steps + j],
+                        right,
+                        self.scores,
+                        lambda r, v: (row + r) * self.block + p * ps + (first + v) * lanes,
+                        True,
+                    )
+
+                _in_groups(ps // lanes, self.vectors, body)
+
+    def _weigh_pages(self, page: Any, keys: Any) -> None:
+        lanes, ps, dv = self.lanes, self.cfg.page_size, self.cfg.value_dim
+        count = e.let(e.ceildiv(keys, ps))
+        with e.loop(count) as p:
+            base = self._page_base(page + p, ps * dv)
+            ahead = self._page_base(page + T.min(p + 1, count - 1), ps * dv)
+            tokens = e.let(T.min(e.i64(ps), keys - p * ps))
+            for group in range(self.rows_padded // self.row_tile):
+                row = group * self.row_tile
+
+                def body(
+                    first: Any,
+                    vectors: int,
+                    row: int = row,
+                    base: Any = base,
+                    p: Any = p,
+                    tokens: Any = tokens,
+                    ahead: Any = ahead,
+                    fetch: bool = group == 0,
+                ) -> None:
+                    steps = e.let(tokens // self.pack)
+                    stride = self.block // self.pack
+                    left = lambda r, j: self.weights[(row + r) * stride + p * (ps // self.pack) + j]  # noqa: E731
+                    at = lambda r, v: (row + r) * self.value_width + (first + v) * lanes  # noqa: E731
+
+                    def right(j: Any, v: int) -> Any:
+                        if fetch:
+                            for i in range(self.pack):
+                                e.prefetch(
+                                    self.args.v, ahead + (j * self.pack + i) * dv + (first + v) * lanes
+                                )
+                        return self._value(base, j, first + v)
+
+                    def unpaired(v: int) -> Any:
+                        low = e.load(self.args.v, base + 2 * steps * dv + (first + v) * lanes, lanes)
+                        return e.zip_bf16(low, e.const("uint16", 0, lanes))
+
+                    self._tile(vectors, steps, left, right, self.out, at, False)
+                    if self.dot:
+                        with T.If(tokens % 2 == 1), T.Then():
+                            self._tile(
+                                vectors, 0, lambda r, j: left(r, steps), right, self.out, at, False, unpaired
+                            )
+
+                _in_groups(dv // lanes, self.vectors, body)
+
+    # -- softmax -----------------------------------------------------------------------------------------------------
+
+    def _softmax(self, first_key: Any, first_position: Any, keys: Any) -> None:
+        """Scores of one block to weights; rescales what has been accumulated when a row's maximum grows."""
+        cfg, lanes = self.cfg, self.lanes
+        vectors = self.block // lanes
+        with e.loop(self.used) as r:
+            position = e.let(first_position + r // self.group)
+            low = e.let(tirx.Cast("int32", first_visible(cfg, position) - first_key))
+            own = e.let(tirx.Cast("int32", position - first_key))
+            high = e.let(T.min(own + 1, tirx.Cast("int32", keys)))
+            slope = None
+            if self.args.alibi is not None:
+                slope = e.let(self.args.alibi[self.kv_head * self.group + r % self.group])
+            top = e.scratch(lanes)
+            e.store(top, 0, e.splat(_LOWEST, lanes), lanes)
+            with e.loop(vectors) as v:
+                at = e.let(r * self.block + v * lanes)
+                column = e.let(T.ramp(tirx.Cast("int32", v * lanes), tirx.IntImm("int32", 1), lanes))
+                s = e.load(self.scores, at, lanes) * e.splat(float(cfg.scale), lanes)
+                if cfg.softcap > 0:
+                    s = tanh_bounded(e.let(s * e.splat(1.0 / cfg.softcap, lanes)), lanes)
+                    s = s * e.splat(float(cfg.softcap), lanes)
+                if slope is not None:
+                    distance = tirx.Cast(e.vec("float32", lanes), column - e.splat(own, lanes))
+                    s = s + e.splat(slope, lanes) * distance
+                seen = column < e.splat(high, lanes)
+                if cfg.window or cfg.chunk:
+                    seen = tirx.And(seen, column >= e.splat(low, lanes))
+                s = e.let(tirx.Select(seen, s, e.splat(_LOWEST, lanes)))
+                e.store(self.scores, at, s, lanes)
+                e.store(top, 0, T.max(e.load(top, 0, lanes), s), lanes)
+            before = e.let(self.largest[r])
+            after = e.let(T.max(before, e.fold(e.load(top, 0, lanes), lanes, T.max)))
+            with T.If(after > before), T.Then():
+                shrink = e.let(exp_nonpositive(e.splat(before - after, lanes), lanes))
+                e.store(self.largest, r, after, 1)
+                total = e.load(self.total, r * lanes, lanes) * shrink
+                e.store(self.total, r * lanes, total, lanes)
+                for v in range(self.value_width // lanes):
+                    at = r * self.value_width + v * lanes
+                    e.store(self.out, at, e.load(self.out, at, lanes) * shrink, lanes)
+            self._exponentials(r, after)
+
+    def _exponentials(self, r: Any, largest: Any) -> None:
+        lanes = self.lanes
+        total = e.scratch(lanes)
+        e.store(total, 0, e.load(self.total, r * lanes, lanes), lanes)
+
+        def weight(v: Any) -> Any:
+            s = e.load(self.scores, r * self.block + v * lanes, lanes)
+            p = e.let(exp_nonpositive(s - e.splat(largest, lanes), lanes))
+            e.store(total, 0, e.load(total, 0, lanes) + p, lanes)
+            return p
+
+        if self.dot:
+            with e.loop(self.block // (2 * lanes)) as v:
+                pairs = e.narrow_pairs(weight(2 * v), weight(2 * v + 1))
+                e.store(self.weights, r * (self.block // 2) + v * lanes, pairs, lanes)
+        else:
+            with e.loop(self.block // lanes) as v:
+                e.store(self.weights, r * self.block + v * lanes, weight(v), lanes)
+        e.store(self.total, r * lanes, e.load(total, 0, lanes), lanes)
+
+
+def uses_dot(cfg: AttentionConfig, caps: Capabilities) -> bool:
+    """True if both products run on bf16 pairs; queries of a wider type are not rounded for that."""
+    return caps.has_bf16_dot and caps.lanes_f32 == 16 and cfg.dtype == cfg.kv_dtype == "bfloat16"
+
+
+def can_be_direct(cfg: AttentionConfig, caps: Capabilities) -> bool:
+    """True if whole vectors cover a page: no tail to pad."""
+    return cfg.value_dim % caps.lanes_f32 == 0 and (cfg.key_dim % 2 == 0 or not uses_dot(cfg, caps))
+
+
+def first_visible(cfg: AttentionConfig, position: Any) -> Any:
+    """First key that a query at `position` sees."""
+    low = e.i64(0)
+    if cfg.window:
+        low = T.max(low, position - (cfg.window - 1))
+    if cfg.chunk:
+        low = T.max(low, position // cfg.chunk * cfg.chunk)
+    return low
+
+
+def _in_groups(count: int, size: int, body: Callable[[Any, int], None]) -> None:
+    """body(first, n) for `count` things in groups of `size` and a smaller rest."""
+    if count >= 2 * size:
+        with e.loop(count // size) as i:
+            body(e.let(i * size), size)
+        done = count // size * size
+    else:
+        done = 0
+    while done < count:
+        body(done, min(size, count - done))
+        done += min(size, count - done)
