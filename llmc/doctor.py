@@ -19,6 +19,7 @@ from pathlib import Path
 
 from llmc import __version__, knobs
 from llmc.link import find_cxx
+from llmc.runtime import host
 
 # tvm-ffi 0.1.15 crashes in tvm.ir.save_json; see pyproject.toml
 REQUIRED = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
@@ -162,61 +163,30 @@ def probe(code: str, timeout: float = 120) -> tuple[dict[str, object], str]:
 
 def _machine() -> list[Finding]:
     section = "machine"
-    name, flags = cpu_info()
+    flags = host.features() or frozenset()
     found = [f for f in CPU_FLAGS if f in flags]
     out = [
-        Finding(section, "CPU", f"{name} ({platform.machine()})"),
+        Finding(section, "CPU", f"{cpu_name()} ({platform.machine()})"),
         Finding(section, "features", " ".join(found) or "none that llmc asks for"),
-        Finding(section, "threads", f"{usable_cores()} usable of {os.cpu_count()}"),
+        Finding(
+            section, "threads", f"{host.default_threads()} by default, of {os.cpu_count()} logical processors"
+        ),
+        Finding(section, "memory", f"{host.available_memory() / 2**30:.1f} GiB available"),
     ]
-    total, available = memory()
-    if total:
-        out.append(
-            Finding(section, "memory", f"{total / 2**30:.1f} GiB, {available / 2**30:.1f} GiB available")
-        )
     disk = shutil.disk_usage(Path.cwd())
     out.append(Finding(section, "disk", f"{disk.free / 2**30:.1f} GiB free in {Path.cwd()}"))
     return out
 
 
-def cpu_info() -> tuple[str, frozenset[str]]:
-    """(model name, feature flags); the flags are empty where /proc/cpuinfo does not exist."""
-    name, flags = platform.processor() or "unknown CPU", frozenset[str]()
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
     except OSError:
-        return name, flags
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            name = value.strip()
-        elif key.strip() in ("flags", "Features"):
-            return name, frozenset(value.split())
-    return name, flags
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        return os.cpu_count() or 1
-
-
-def memory() -> tuple[int, int]:
-    """(bytes of memory, bytes available); zeros where the system does not tell."""
-    try:
-        facts = dict(
-            line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
-        )
-        return int(facts["MemTotal"].split()[0]) * 1024, int(facts["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
         pass
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError):
-        return 0, 0
-    return total, total
+    return platform.processor() or "unknown CPU"
 
 
 def _compiler() -> list[Finding]:

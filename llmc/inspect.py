@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmc.artifact import LIBRARY, MANIFEST, Manifest, sha256_file
 from llmc.errors import LlmcError
-from llmc.link import MANIFEST_SYMBOL
+from llmc.runtime.embedded import read_embedded
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def inspect(path: Path, *, check_hashes: bool = False) -> ArtifactReport:
     if path.is_dir():
         folder, manifest = path, _manifest_of_folder(path)
     elif path.is_file():
-        folder, manifest = path.parent, manifest_of_library(path)
+        folder, manifest = path.parent, Manifest.from_text(read_embedded(path), str(path))
     else:
         raise LlmcError(
             "no-artifact", f"{path} does not exist.", hint="Give the folder that llmc compile wrote."
@@ -62,26 +61,6 @@ def inspect(path: Path, *, check_hashes: bool = False) -> ArtifactReport:
         if check_hashes and name in manifest.files and sha256_file(file) != manifest.files[name]:
             problems.append(f"{name} has changed since the artifact was written")
     return ArtifactReport(folder, manifest, sizes, tuple(problems))
-
-
-def manifest_of_library(path: Path) -> Manifest:
-    """The manifest inside a model.so.
-
-    Raises:
-        LlmcError: not a library of this machine's kind, or one without a manifest.
-    """
-    try:
-        library = ctypes.CDLL(str(path.resolve()))
-        symbol = ctypes.c_char.in_dll(library, MANIFEST_SYMBOL)
-    except (OSError, ValueError):
-        raise LlmcError(
-            "no-artifact",
-            f"{path} is not a library that llmc compile wrote for this kind of machine.",
-            hint=f"Give the artifact's folder (it holds a {MANIFEST}).",
-        ) from None
-    return Manifest.from_text(
-        ctypes.string_at(ctypes.addressof(symbol)).decode("utf-8", "replace"), str(path)
-    )
 
 
 def _manifest_of_folder(folder: Path) -> Manifest:

@@ -12,10 +12,9 @@ from typing import Any
 
 from llmc import knobs
 from llmc.errors import LlmcError
+from llmc.runtime.embedded import SIZE_SYMBOL, SYMBOL
 
 DRIVERS = ("g++", "clang++", "c++")
-MANIFEST_SYMBOL = "llmc_manifest"
-MANIFEST_SIZE_SYMBOL = "llmc_manifest_size"
 
 # no build id, no symbol table (it names temporary files): the same objects give the same bytes
 _LINUX_FLAGS = ("-Wl,--build-id=none", "-Wl,-s", "-Wl,--as-needed", "-static-libgcc", "-lm")
@@ -96,12 +95,12 @@ def embed_manifest(manifest_text: str, folder: Path) -> Path:
     export = '__attribute__((visibility("default"), used))'
     lines = [
         'extern "C" {',
-        f"extern const char {MANIFEST_SYMBOL}[];",
-        f"extern const unsigned long long {MANIFEST_SIZE_SYMBOL};",
-        f"{export} const char {MANIFEST_SYMBOL}[] =",
+        f"extern const char {SYMBOL}[];",
+        f"extern const unsigned long long {SIZE_SYMBOL};",
+        f"{export} const char {SYMBOL}[] =",
         *(_literal(raw[i : i + 2048]) for i in range(0, len(raw), 2048)),
         '"";' if raw else ";",
-        f"{export} const unsigned long long {MANIFEST_SIZE_SYMBOL} = {len(raw)}ull;",
+        f"{export} const unsigned long long {SIZE_SYMBOL} = {len(raw)}ull;",
         "}",
     ]
     source.write_text("\n".join(lines) + "\n", encoding="ascii")

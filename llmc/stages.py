@@ -12,8 +12,6 @@ turns a bug into a reproducer folder. It knows nothing of what the stages do.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from typing import Any, TypeVar
 
 from llmc.errors import LlmcError
 from llmc.reproducer import write_reproducer
+from llmc.runtime.memory import peak_rss
 from llmc.spec import CompileSpec
 
 T = TypeVar("T")
@@ -86,12 +85,6 @@ class Stopped(Exception):
         self.stage = stage
         self.result = result
         super().__init__(f"stopped after stage {stage}")
-
-
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
 
 
 def result_text(value: object) -> str | None:

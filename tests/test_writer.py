@@ -23,7 +23,7 @@ from llmc import artifact
 from llmc.artifact import LIBRARY, MANIFEST, Manifest, sha256_file
 from llmc.errors import LlmcError
 from llmc.kv_plan import KVPlan
-from llmc.link import MANIFEST_SIZE_SYMBOL, MANIFEST_SYMBOL
+from llmc.runtime.embedded import SIZE_SYMBOL, SYMBOL
 from llmc.shards import ShardWriter, disk_errors
 from llmc.writer import ArtifactWriter, PackedTensor, check_output, created, embed_manifest, link_library
 
@@ -126,8 +126,8 @@ def test_two_links_give_the_same_bytes_and_carry_the_manifest(tmp_path: Path) ->
     # whoever ran the compile must not be readable from the file
     assert str(tmp_path).encode() not in paths[0].read_bytes()
     library = ctypes.CDLL(str(paths[0]))
-    size = ctypes.c_uint64.in_dll(library, MANIFEST_SIZE_SYMBOL).value
-    carried = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, MANIFEST_SYMBOL)))
+    size = ctypes.c_uint64.in_dll(library, SIZE_SYMBOL).value
+    carried = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, SYMBOL)))
     assert carried.decode() == text and size == len(text.encode())
     x, y = tvm.runtime.tensor(np.arange(4, dtype="float32")), tvm.runtime.tensor(np.zeros(4, "float32"))
     tvm.runtime.load_module(str(paths[1]))["add_one"](x, y)
@@ -168,7 +168,7 @@ def test_commit_puts_the_whole_artifact_in_place(tmp_path: Path) -> None:
     assert read == outer
     assert read.files == {n: sha256_file(output / n) for n in names - {MANIFEST}}
     library = ctypes.CDLL(str(output / LIBRARY))
-    carried = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, MANIFEST_SYMBOL))).decode()
+    carried = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(library, SYMBOL))).decode()
     inner = Manifest.from_text(carried, "model.so")
     assert inner.files == {n: d for n, d in read.files.items() if n != LIBRARY}
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from llmc.errors import LlmcError
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
 
 def human_bytes(count: float) -> str:
     """``1536 -> '1.5 KiB'``; binary units."""
@@ -24,23 +20,6 @@ def human_count(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return str(count)
-
-
-def parse_bytes(text: str) -> int:
-    """``512M``, ``2G``, ``1.5GiB`` or a plain number of bytes; binary units.
-
-    Raises:
-        LlmcError: anything else, or not positive.
-    """
-    upper = text.strip().upper().removesuffix("IB").removesuffix("B")
-    unit = upper[-1:] if upper[-1:].isalpha() else ""
-    try:
-        value = int(float(upper.removesuffix(unit)) * _UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        value = 0
-    if value <= 0:
-        raise LlmcError("size", f"A size must look like 512M or 2G; found {text!r}.")
-    return value
 
 
 def grid(title: str) -> Table:
