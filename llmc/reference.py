@@ -1,0 +1,265 @@
+"""The source model run by torch, layer by layer in bounded memory: what a compiled artifact is measured against."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from llmc.errors import LlmcError
+from llmc.frontend.graph import SourceModel, WeightSource
+from llmc.frontend.meta import from_config, skeleton
+
+# weights held at once; smaller models are held whole
+BUDGET = 2 << 30
+
+_CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.ParameterList, torch.nn.ParameterDict)
+
+
+@dataclass(frozen=True)
+class ReferenceResult:
+    """What the source model computed for one sequence of n tokens.
+
+    Attributes:
+        logits: float32 [n, V].
+        taps: module path -> output of that module, float32 [n, d].
+    """
+
+    logits: np.ndarray
+    taps: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def reference_logits(
+    source: SourceModel,
+    token_ids: Sequence[int],
+    dtype: str,
+    *,
+    taps: tuple[str, ...] = (),
+    budget: int = BUDGET,
+) -> ReferenceResult:
+    """Run the unmodified source model on one sequence with eager attention and eager experts.
+
+    Weights are read when a module needs them and dropped afterwards; `source.module` itself is not touched.
+
+    Args:
+        source: an opened model with weights.
+        token_ids: n tokens.
+        dtype: float32, float16 or bfloat16: of weights and activations.
+        taps: modules whose outputs to keep.
+        budget: bytes of weights to hold at once; a single module with more is held alone.
+
+    Raises:
+        LlmcError: the source has no weights, or a weight is damaged.
+    """
+    if source.weights is None:
+        raise LlmcError(
+            "no-weights", f"{source.name} was opened without weights; they are required to run it."
+        )
+    # A module whose weights are read by its parent, around its own forward, finds them missing;
+    # larger pieces of the model are then held together.
+    budgets = [budget, 16 * budget, 1 << 62]
+    for last, size in zip((False, False, True), budgets, strict=True):
+        model = _runnable(source, dtype)
+        try:
+            return _run(model, source, token_ids, taps, size)
+        except _WeightNotThere:
+            if last:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _runnable(source: SourceModel, dtype: str) -> torch.nn.Module:
+    """A private copy of the structure in `dtype`, parameters on meta.
+
+    A model opened from a folder is built again, because some buffers (embedding scales) are rounded to the dtype
+    that the model is built in.
+    """
+    if source.program is not None:
+        return source.program.module()
+    if source.folder is not None and isinstance(source.module, PreTrainedModel):
+        model: torch.nn.Module = from_config(source.module.config, dtype, cls=type(source.module))
+    else:
+        model = skeleton(source.module, dtype)
+    for config in _configs(model):
+        config._attn_implementation = "eager"
+        config._experts_implementation = "eager"
+    return model
+
+
+def _configs(model: torch.nn.Module) -> Iterator[Any]:
+    seen: set[int] = set()
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal") and id(config) not in seen:
+            seen.add(id(config))
+            yield config
+
+
+def _run(
+    model: torch.nn.Module,
+    source: SourceModel,
+    token_ids: Sequence[int],
+    taps: tuple[str, ...],
+    budget: int,
+) -> ReferenceResult:
+    assert source.weights is not None
+    tapped: dict[str, np.ndarray] = {}
+    with ExitStack() as stack, torch.no_grad(), _NoMeta():
+        loader = _Loader(source.weights, source.module)
+        for path, module, tensors in _units(model, "", budget):
+            unit = _Unit(loader, tensors, path)
+            stack.callback(module.register_forward_pre_hook(unit.fill).remove)
+            stack.callback(module.register_forward_hook(unit.drop, always_call=True).remove)
+        for path in taps:
+            stack.callback(model.get_submodule(path).register_forward_hook(_tap(tapped, path)).remove)
+        logits = _call(model, torch.tensor([list(token_ids)], dtype=torch.long))
+    return ReferenceResult(logits[0].float().numpy(), tapped)
+
+
+def _call(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [1, n, V] of a transformers model or of any module from tokens (and positions) to logits."""
+    if isinstance(model, torch.fx.GraphModule):
+        return _logits_of(model(ids, torch.arange(ids.shape[1])[None]) if _inputs(model) > 1 else model(ids))
+    known = inspect.signature(model.forward).parameters
+    extra: dict[str, Any] = {}
+    if "use_cache" in known:
+        extra["use_cache"] = False
+    if "return_dict" in known:
+        extra["return_dict"] = True
+    if not isinstance(model, PreTrainedModel):
+        for name in ("position_ids", "positions"):
+            if name in known:
+                extra[name] = torch.arange(ids.shape[1])[None]
+    return _logits_of(model(ids, **extra))
+
+
+def _inputs(model: torch.fx.GraphModule) -> int:
+    return sum(node.op == "placeholder" for node in model.graph.nodes)
+
+
+def _logits_of(out: Any) -> torch.Tensor:
+    if isinstance(out, torch.Tensor):
+        return out
+    logits = getattr(out, "logits", None)
+    return logits if logits is not None else out[0]
+
+
+def _tap(tapped: dict[str, np.ndarray], path: str) -> Any:
+    def hook(module: torch.nn.Module, args: Any, out: Any) -> None:
+        hidden = out[0] if isinstance(out, tuple) else out
+        tapped[path] = hidden.detach().float().reshape(-1, hidden.shape[-1]).numpy().copy()
+
+    return hook
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A weight on the meta device: where it belongs and what it is called in the source model."""
+
+    owner: torch.nn.Module
+    leaf: str
+    name: str
+    empty: torch.Tensor
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.leaf in self.owner._parameters:
+            self.owner._parameters[self.leaf] = (
+                value
+                if isinstance(value, torch.nn.Parameter)
+                else torch.nn.Parameter(value, requires_grad=False)
+            )
+        else:
+            self.owner._buffers[self.leaf] = value
+
+
+class _WeightNotThere(RuntimeError):
+    """An operation was given a weight that is not materialised."""
+
+
+class _NoMeta(TorchDispatchMode):
+    """Refuses meta tensors: some of torch's CPU operators (addmm) take them and return garbage."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in [*args, *(kwargs or {}).values()]:
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(item, torch.Tensor) and item.device.type == "meta":
+                    raise _WeightNotThere(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class _Loader:
+    """Reads weights by any of their names; tied ones are recognised as one."""
+
+    def __init__(self, weights: WeightSource, module: torch.nn.Module) -> None:
+        self._weights = weights
+        first: dict[int, str] = {}
+        self._canonical = {
+            name: first.setdefault(id(tensor), name)
+            for name, tensor in module.named_parameters(remove_duplicate=False)
+        }
+
+    def canonical(self, name: str) -> str:
+        return self._canonical.get(name, name)
+
+    def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        tensor = self._weights.load(self.canonical(name))
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+class _Unit:
+    """Weights that are held while one module runs."""
+
+    def __init__(self, loader: _Loader, slots: Iterable[_Slot], path: str) -> None:
+        self._loader = loader
+        self._slots = tuple(slots)
+        self._path = path
+
+    def fill(self, module: torch.nn.Module, args: Any) -> None:
+        loaded: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        for slot in self._slots:
+            key = (self._loader.canonical(slot.name), slot.empty.dtype)
+            if key not in loaded:
+                loaded[key] = self._loader.load(slot.name, slot.empty.dtype)
+            slot.put(loaded[key])
+
+    def drop(self, module: torch.nn.Module, args: Any, out: Any) -> None:
+        for slot in self._slots:
+            slot.put(slot.empty)
+
+
+def _units(
+    module: torch.nn.Module, path: str, budget: int
+) -> Iterator[tuple[str, torch.nn.Module, list[_Slot]]]:
+    """Cut the model into modules whose weights fit the budget together; what does not fit is cut at its children."""
+    everything = list(_slots(module, path, recurse=True))
+    if not everything:
+        return
+    fits = sum(math.prod(s.empty.shape) * s.empty.element_size() for s in everything) <= budget
+    if fits and not isinstance(module, _CONTAINERS):
+        yield path, module, everything
+        return
+    own = list(_slots(module, path, recurse=False))
+    for name, child in module.named_children():
+        child_path = f"{path}.{name}".lstrip(".")
+        if isinstance(child, (torch.nn.ParameterList, torch.nn.ParameterDict)):
+            own += _slots(child, child_path, recurse=True)  # nobody calls them: they belong to their parent
+        else:
+            yield from _units(child, child_path, budget)
+    if own:
+        yield path, module, own
+
+
+def _slots(module: torch.nn.Module, path: str, *, recurse: bool) -> Iterator[_Slot]:
+    parts = module.named_modules(prefix=path) if recurse else [(path, module)]
+    for name, part in parts:
+        for leaf, tensor in [*part._parameters.items(), *part._buffers.items()]:
+            if tensor is not None and tensor.device.type == "meta":
+                yield _Slot(part, leaf, f"{name}.{leaf}".lstrip("."), tensor)

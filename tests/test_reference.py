@@ -1,0 +1,159 @@
+"""The reference runner gives exactly what transformers gives, whatever little memory it may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llmc.errors import LlmcError
+from llmc.frontend.checkpoint import open_model
+from llmc.reference import _units, reference_logits
+from tests.frontend.tiny import save, tiny_config, tiny_model
+
+KINDS = (
+    "llama",
+    "gpt2",
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+    "deepseek_v3",
+    "gemma3_text",
+    "bloom",
+    "opt",
+    "falcon",
+)
+IDS = [3, 150, 7, 99, 42, 8, 8, 120, 61, 5, 33]
+
+
+def eager(folder: Path, dtype: torch.dtype, ids: list[int] = IDS) -> np.ndarray:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    )
+    with torch.no_grad():
+        out: np.ndarray = model(torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("budget", (1 << 30, 40_000, 1))
+def test_equals_transformers_in_float32(kind: str, budget: int, tmp_path: Path) -> None:
+    """The checkpoint is bfloat16, the reference float32: embedding scales and the like must not be rounded."""
+    folder = save(tiny_model(kind, dtype=torch.bfloat16), tmp_path)
+    source = open_model(str(folder), dtype=None)
+    result = reference_logits(source, IDS, "float32", budget=budget)
+    assert result.logits.dtype == np.float32
+    np.testing.assert_array_equal(result.logits, eager(folder, torch.float32))
+
+
+@pytest.mark.parametrize("kind", ("llama", "gpt_oss", "gemma3_text", "deepseek_v3"))
+def test_equals_transformers_in_bfloat16(kind: str, tmp_path: Path) -> None:
+    folder = save(tiny_model(kind, dtype=torch.bfloat16), tmp_path)
+    result = reference_logits(open_model(str(folder), dtype=None), IDS, "bfloat16", budget=40_000)
+    np.testing.assert_array_equal(result.logits, eager(folder, torch.bfloat16))
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """At any time no more weights are materialised than the budget, or one module's."""
+    folder = save(tiny_model("llama", num_hidden_layers=6), tmp_path)
+    source = open_model(str(folder), dtype=None)
+    largest = max(p.numel() * 4 for p in source.module.parameters())
+    budget = sum(p.numel() * 4 for p in source.module.model.layers[0].parameters())
+    alive: list[int] = []
+
+    def live(module: torch.nn.Module, args: object, out: object) -> None:
+        alive.append(sum(p.numel() * 4 for p in root.parameters() if p.device.type != "meta"))
+
+    import llmc.reference as reference
+
+    original = reference._runnable
+
+    def runnable(*args: object) -> torch.nn.Module:
+        nonlocal root
+        root = original(*args)  # type: ignore[arg-type]
+        for module in root.modules():
+            if not list(module.children()):
+                module.register_forward_hook(live)
+        return root
+
+    root: torch.nn.Module = source.module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "_runnable", runnable)
+        reference_logits(source, IDS, "float32", budget=budget)
+    assert len(alive) > 20
+    assert 0 < max(alive) <= max(budget, largest)
+    assert all(p.device.type == "meta" for p in root.parameters())
+
+
+def test_units_cover_every_weight_once(tmp_path: Path) -> None:
+    source = open_model(str(save(tiny_model("gpt_oss"), tmp_path)), dtype=None)
+    everything = {n for n, _ in source.module.named_parameters(remove_duplicate=False)}
+    for budget in (1, 30_000, 1 << 30):
+        names = [s.name for _, _, slots in _units(source.module, "", budget) for s in slots]
+        assert len(names) == len(set(names)) and set(names) == everything
+
+
+def test_source_module_is_left_alone(tmp_path: Path) -> None:
+    source = open_model(str(save(tiny_model("llama"), tmp_path)), dtype=None)
+    source.module.config._attn_implementation = "sdpa"
+    before = {n: id(p) for n, p in source.module.named_parameters()}
+    reference_logits(source, IDS, "float32")
+    assert {n: id(p) for n, p in source.module.named_parameters()} == before
+    assert source.module.config._attn_implementation == "sdpa"
+    assert all(p.device.type == "meta" for p in source.module.parameters())
+
+
+def test_taps(tmp_path: Path) -> None:
+    folder = save(tiny_model("llama"), tmp_path)
+    paths = ("model.layers.0", "model.layers.1", "model.norm")
+    result = reference_logits(open_model(str(folder), dtype=None), IDS, "float32", taps=paths, budget=1)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    with torch.no_grad():
+        hidden = model(torch.tensor([IDS]), output_hidden_states=True).hidden_states
+    assert tuple(result.taps) == paths
+    np.testing.assert_array_equal(result.taps["model.layers.0"], hidden[1][0].numpy())
+    np.testing.assert_array_equal(result.taps["model.norm"], hidden[2][0].numpy())
+
+
+def test_module_from_python() -> None:
+    model = tiny_model("llama", tie_word_embeddings=True, dtype=torch.bfloat16)
+    source = open_model(model, dtype=None)
+    got = reference_logits(source, IDS, "bfloat16").logits
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS])).logits[0].float().numpy()
+    np.testing.assert_array_equal(got, expected)
+    assert all(p.device.type == "cpu" for p in model.parameters())
+
+
+class _Plain(torch.nn.Module):
+    """A module that reads its child's weight around the child's forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(50, 16)
+        self.mix = torch.nn.Linear(16, 16)
+        self.rows = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(16)) for _ in range(2)])
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids) + self.rows[0] + positions[..., None]
+        x = torch.nn.functional.linear(x, self.mix.weight) * self.rows[1]
+        return x @ self.embed.weight.T
+
+
+def test_plain_module_with_weights_read_from_outside() -> None:
+    torch.manual_seed(0)
+    module = _Plain()
+    ids = [3, 4, 5]
+    got = reference_logits(open_model(module, dtype=None), ids, "float32", budget=1).logits
+    with torch.no_grad():
+        expected = module(torch.tensor([ids]), torch.arange(3)[None])[0].numpy()
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_without_weights(tmp_path: Path) -> None:
+    tiny_config("llama").save_pretrained(tmp_path)
+    with pytest.raises(LlmcError, match="no-weights"):
+        reference_logits(open_model(str(tmp_path), dtype=None, meta_weights=True), IDS, "float32")
