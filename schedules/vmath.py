@@ -13,8 +13,15 @@ from tvm.tirx.script import builder as T
 from llmc.schedules import emit as e
 
 # 2**f on [-0.5, 0.5], highest power first; relative error 2e-8 before rounding
-_EXP2 = (0.00015403530393381609, 0.0013333558146428443, 0.009618129107628477)
-_EXP2 += (0.05550410866482158, 0.24022650695910072, 0.6931471805599453, 1.0)
+_EXP2 = (
+    0.00015403530393381609,
+    0.0013333558146428443,
+    0.009618129107628477,
+    0.05550410866482158,
+    0.24022650695910072,
+    0.6931471805599453,
+    1.0,
+)
 _LOG2E = 1.4426950408889634
 # ln 2 in two pieces: the first has few bits, so that its product with a small integer is exact
 _LN2_HI, _LN2_LO = 0.693359375, -2.12194440e-4
