@@ -1,0 +1,115 @@
+"""MakeStepFunction and SpecializeDecode: ragged batches over pages compute what one whole sequence computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax
+
+from llmc.ops import AttentionAttrs
+from llmc.packing import pack_tensor
+from llmc.passes import order
+from llmc.passes.plan_kv_cache import PlanKVCache
+from llmc.targets.backend import get
+from llmc.targets.codegen import build_executable
+from tests.passes.graphs import attention_model, reference
+
+PAGE = 16
+ALTERNATING = {"attrs": lambda i: AttentionAttrs(layer=i, scale=0.25, window=0 if i % 2 else 5)}
+CHUNKED = {"attrs": lambda i: AttentionAttrs(layer=i, scale=0.25, chunk=8)}
+SHARED = {"layers": 3, "share": {2: 0}}
+
+
+class Compiled:
+    """step and decode of a small graph, with a page table per group."""
+
+    def __init__(self, **model: object) -> None:
+        backend, caps = get("cpu")
+        target = backend.tvm_target(caps)
+        lowered = attention_model(**model)
+        for _, graph_pass in order.graph_phase(caps):
+            lowered = graph_pass(lowered)
+        self.plan = PlanKVCache(page_size=PAGE, kv_dtype=None, max_seq_len=64)(lowered)
+        step = order.make_step(caps, self.plan)(lowered)
+        for _, step_pass in order.step_phase(caps, target, {"T": 64, "B": 4, "R": 64}):
+            step = step_pass(step)
+        self.inputs = [spec.name for spec in step.inputs]
+        module = step.module
+        self.kernels = {gvar.name_hint for gvar in module.get_global_vars()}
+        with target:
+            for _, build_pass in order.build_phase():
+                module = build_pass(module)
+        self.vm = relax.VirtualMachine(build_executable(module, target), tvm.cpu())
+        rng = np.random.default_rng(0)
+        self.weights = {}
+        params = []
+        for param in step.params:
+            if param.source not in self.weights:
+                shape = next(p.shape for p in attention_model(**model).params if p.source == param.source)
+                self.weights[param.source] = (rng.standard_normal(shape) * shape[-1] ** -0.5).astype(np.float32)
+            import torch
+
+            params.append(pack_tensor(param, torch.from_numpy(self.weights[param.source])))
+        self.params = tuple(tvm.runtime.tensor(p) for p in params)
+        self.pools = []
+        for group in self.plan.groups:
+            self.pools += [group.k_shape(32, PAGE), group.v_shape(32, PAGE)]
+        # what was never written must never be read: NaN would spread
+        self.pools = tuple(tvm.runtime.tensor(np.full(s, np.nan, np.float32)) for s in self.pools)
+
+    def run(self, function, batch, rows=None):
+        """batch: (table of pages, tokens in the cache already, new token ids) per sequence."""
+        ids, positions, start, context, slots = [], [], [0], [], []
+        for table, past, new in batch:
+            where = np.arange(past, past + len(new))
+            ids += list(new)
+            positions += list(where)
+            start.append(len(ids))
+            context.append(past + len(new))
+            slots += [table[p // PAGE] * PAGE + p % PAGE for p in where]
+        width = max(len(table) for table, _, _ in batch)
+        tables = [list(t) + [0] * (width - len(t)) for t, _, _ in batch]
+        given = {"input_ids": ids, "positions": positions, "query_start": start, "context_len": context}
+        for g in range(len(self.plan.groups)):
+            given[f"block_table_{g}"] = tables
+            given[f"slot_{g}"] = slots
+        given["logit_rows"] = range(len(ids)) if rows is None else rows
+        arrays = [tvm.runtime.tensor(np.asarray(given[name], np.int32)) for name in self.inputs]
+        return self.vm[function](*arrays, self.pools, self.params).numpy()
+
+
+@pytest.mark.parametrize("model", [{}, ALTERNATING, CHUNKED, SHARED], ids=["full", "window", "chunk", "shared"])
+def test_ragged_prefill_then_decode(model):
+    compiled = Compiled(**model)
+    rng = np.random.default_rng(1)
+    lengths = [37, 20]
+    ids = [rng.integers(0, 50, n) for n in lengths]
+    expected = [reference(compiled.weights, i, **model) for i in ids]
+    tables = [[7, 3, 9], [1, 4]]  # scattered, to see a wrong table
+    prefilled = [30, 9]
+    got = compiled.run("step", [(t, 0, i[:p]) for t, i, p in zip(tables, ids, prefilled, strict=True)])
+    want = np.concatenate([e[:p] for e, p in zip(expected, prefilled, strict=True)])
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    for offset in range(7):  # both sequences one token further, across a page border
+        got = compiled.run(
+            "decode", [(t, p + offset, i[p + offset : p + offset + 1]) for t, i, p in zip(tables, ids, prefilled, strict=True)]
+        )
+        want = np.stack([e[p + offset] for e, p in zip(expected, prefilled, strict=True)])
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_chunked_prefill_mixed_with_decode_and_selected_rows():
+    compiled = Compiled()
+    ids = np.random.default_rng(2).integers(0, 50, 40)
+    other = np.random.default_rng(3).integers(0, 50, 12)
+    expected, expected_other = reference(compiled.weights, ids), reference(compiled.weights, other)
+    compiled.run("step", [([2, 5, 6], 0, ids[:17]), ([8], 0, other[:11])])
+    got = compiled.run("step", [([2, 5, 6], 17, ids[17:]), ([8], 11, other[11:])], rows=[22, 23, 0])
+    np.testing.assert_allclose(got, np.stack([expected[39], expected_other[11], expected[17]]), atol=2e-5)
+
+
+def test_both_functions_share_every_kernel_but_attention():
+    kernels = Compiled().kernels
+    assert {k for k in kernels if "decode" in k} == {"decode", "attention_decode_0"}
+    assert not [k for k in kernels if k.endswith("_1") and k.startswith("linear")]
