@@ -60,7 +60,7 @@ def _from_elf(raw: mmap.mmap) -> str:
         struct.unpack_from("<4xI16xQQI", raw, section + i * section_size)
         for i in range(sections)
     ]
-    found = {}
+    found: dict[str, int] = {}
     for kind, offset, size, link in headers:
         if kind == _SHT_DYNSYM:
             found.update(_symbols(raw, offset, size, headers[link][1]))

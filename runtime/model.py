@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 
 from llmc.artifact import Manifest
 from llmc.errors import LlmcError
-from llmc.runtime import host
+from llmc.runtime import host, memory
+from llmc.runtime.chat import ChatTemplate, Message, find_chat_template, read_json
 from llmc.runtime.checks import ArtifactFiles, open_artifact
 from llmc.runtime.engine import CompiledEngine, Engine, Floats, input_names
+from llmc.runtime.generate import TextStream, generate
 from llmc.runtime.library import Library, tvm_version, use_threads
-from llmc.runtime.pages import PageAllocator, plan_pages
+from llmc.runtime.pages import PageAllocator, plan_pages, pool_bytes
+from llmc.runtime.request import Defaults, Stop, make_request
+from llmc.runtime.results import GenerateResult, Memory
 from llmc.runtime.sequence import Sequence
 from llmc.runtime.stepper import Stepper, TokenIds
+from llmc.runtime.tokenizer import Tokenizer
 from llmc.runtime.weights import Weights
 
 # share of the available memory that the KV cache may take when nothing is said; taken only as it fills
@@ -126,6 +132,22 @@ class Model:
             manifest.model.vocab_size,
             [f.name for f in manifest.functions],
         )
+        self._tokenizer: Tokenizer | None = None
+        self._chat: ChatTemplate | None = None
+        config: dict[str, Any] = {}
+        if files is not None:
+            config = read_json(files.optional("generation_config.json"))
+            path = files.optional("tokenizer.json")
+            if path is not None:
+                self._tokenizer = Tokenizer(
+                    path, manifest.model.bos_token_id if manifest.model.add_bos else None
+                )
+                self._chat = find_chat_template(
+                    files.optional("tokenizer_config.json"),
+                    files.optional("chat_template.jinja"),
+                    files.optional("special_tokens_map.json"),
+                )
+        self._defaults = Defaults.read(config, manifest.model.eos_token_ids)
 
     def new_sequence(self) -> Sequence:
         """An empty sequence for step(); free it after use (``with model.new_sequence() as seq:``)."""
@@ -188,3 +210,174 @@ class Model:
         finally:
             for seq in sequences:
                 seq.free()
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """False: only token ids go in and come out."""
+        return self._tokenizer is not None
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether generate() takes chat messages."""
+        return self._chat is not None
+
+    def tokenize(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with what the tokenizer puts around one (e.g. a begin token) if asked for.
+
+        Raises:
+            LlmcError: the artifact has no tokenizer.
+        """
+        return self._need_tokenizer().encode(text, special_tokens=special_tokens)
+
+    def detokenize(self, token_ids: TokenIds, *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids.
+
+        Raises:
+            LlmcError: the artifact has no tokenizer.
+        """
+        ids = [int(i) for i in token_ids]
+        return self._need_tokenizer().decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(
+        self, messages: Seq[Message], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The text that the checkpoint's chat template makes of messages (mappings with role and content).
+
+        Raises:
+            LlmcError: there is no template, or it refuses the messages.
+        """
+        if self._chat is None:
+            raise LlmcError(
+                "no-chat-template",
+                "The artifact has no chat template.",
+                hint="Give a text prompt; only instruction-tuned checkpoints have a template.",
+            )
+        return self._chat.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+
+    @overload
+    def generate(
+        self,
+        prompt: str | TokenIds | Seq[Message],
+        *,
+        max_tokens: int = ...,
+        temperature: float | None = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        min_p: float | None = ...,
+        repetition_penalty: float | None = ...,
+        seed: int | None = ...,
+        stop: Stop = ...,
+        stream: Literal[False] = ...,
+        logprobs: int | None = ...,
+        ignore_eos: bool = ...,
+    ) -> GenerateResult: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | TokenIds | Seq[Message],
+        *,
+        max_tokens: int = ...,
+        temperature: float | None = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        min_p: float | None = ...,
+        repetition_penalty: float | None = ...,
+        seed: int | None = ...,
+        stop: Stop = ...,
+        stream: Literal[True],
+        logprobs: int | None = ...,
+        ignore_eos: bool = ...,
+    ) -> TextStream: ...
+
+    def generate(
+        self,
+        prompt: str | TokenIds | Seq[Message],
+        *,
+        max_tokens: int = 256,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: Stop = None,
+        stream: bool = False,
+        logprobs: int | None = None,
+        ignore_eos: bool = False,
+    ) -> GenerateResult | TextStream:
+        """Continue a prompt.
+
+        Args:
+            prompt: text, token ids, or chat messages (mappings with role and content).
+            max_tokens: most new tokens; fewer if the sequence's limit comes first.
+            temperature: 0 = greedy. Default: what the checkpoint's generation_config.json says, else greedy (else 1
+                if top_k, top_p or min_p is given).
+            top_k, top_p, min_p, repetition_penalty: see SamplingParams; defaults likewise.
+            seed: the same seed gives the same tokens.
+            stop: strings (or token ids) that end the text; strings are not part of it.
+            stream: return at once; iterate for pieces of text, then read `.result`.
+            logprobs: n = log-probabilities of the chosen and of the n likeliest tokens at each place.
+            ignore_eos: go on after an end token (for measurements).
+
+        Raises:
+            LlmcError: an argument out of its range, prompt too long, pool exhausted, no tokenizer for a text.
+        """
+        request = make_request(
+            self._prompt_ids(prompt),
+            limits=self.manifest.limits,
+            defaults=self._defaults,
+            has_tokenizer=self.has_tokenizer,
+            max_tokens=max_tokens,
+            sampling={
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "min_p": min_p,
+                "repetition_penalty": repetition_penalty,
+            },
+            seed=seed,
+            stop=stop,
+            logprobs=logprobs,
+            ignore_eos=ignore_eos,
+        )
+        pieces = TextStream(generate(self._stepper, request, self._tokenizer))
+        if stream:
+            return pieces
+        with pieces:
+            for _ in pieces:
+                pass
+        return pieces.result
+
+    def memory(self) -> Memory:
+        """What the model takes."""
+        engine = self._engine.memory()
+        # page 0 is part of the pool but nobody's
+        in_use = pool_bytes(self.manifest.kv_plan, self._allocator.used_pages())
+        return Memory(
+            weights=engine["weights"],
+            weights_resident=engine["weights_resident"],
+            kv_reserved=engine["kv"],
+            kv_resident=engine["kv_resident"],
+            kv_in_use=in_use,
+            process=memory.process_rss(),
+            process_peak=memory.peak_rss(),
+        )
+
+    def _prompt_ids(self, prompt: str | TokenIds | Seq[Message]) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenize(prompt)
+        if len(prompt) and isinstance(prompt[0], Mapping):
+            text = self.apply_chat_template([m for m in prompt if isinstance(m, Mapping)])
+            # a template writes the begin token itself
+            return self.tokenize(text, special_tokens=False)
+        return [int(i) for i in self._stepper.check_ids(cast(TokenIds, prompt))] if len(prompt) else []
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise LlmcError(
+                "no-tokenizer",
+                "The artifact has no tokenizer.json, so it takes and gives token ids only.",
+                hint="Give a list of token ids as the prompt.",
+            )
+        return self._tokenizer

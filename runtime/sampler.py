@@ -1,0 +1,161 @@
+"""Choosing the next token, in Hugging Face's order: repetition penalty, temperature, top-k, top-p, min-p.
+
+Sources: repetition penalty: Keskar et al. 2019 (https://arxiv.org/abs/1909.05858); top-p: Holtzman et al. 2019
+(https://arxiv.org/abs/1904.09751); min-p: Nguyen et al. 2024 (https://arxiv.org/abs/2407.01082).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from llmc.errors import LlmcError
+from llmc.runtime.engine import Floats
+from llmc.runtime.results import TokenLogprob
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose a token.
+
+    Attributes:
+        temperature: 0 = the likeliest token (the filters below then change nothing).
+        top_k: only the k likeliest tokens; 0 = off. Ties with the k-th stay.
+        top_p: only the smallest set of tokens whose probabilities add up to top_p; 1 = off.
+        min_p: only tokens at least min_p times as likely as the likeliest; 0 = off.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that occurred; 1 = off.
+
+    Raises:
+        LlmcError: a value out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, good, rule in (
+            ("temperature", 0 <= self.temperature < float("inf"), "at least 0 and finite"),
+            (
+                "top_k",
+                self.top_k >= 0 and int(self.top_k) == self.top_k,
+                "a whole number, at least 0 (0 = off)",
+            ),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0 and finite"),
+        ):
+            if not good:
+                raise LlmcError("sampling-parameter", f"{name} must be {rule}, found {getattr(self, name)}.")
+
+
+class Sampler:
+    """Chooses tokens of one sequence; remembers which ones occurred.
+
+    Args:
+        params: how.
+        vocab_size: length of the logits.
+        seen: tokens of the prompt.
+        seed: the same seed gives the same choices for the same logits; None = different every time.
+    """
+
+    def __init__(
+        self, params: SamplingParams, vocab_size: int, seen: Iterable[int] = (), seed: int | None = None
+    ) -> None:
+        if seed is not None and seed < 0:
+            raise LlmcError("sampling-parameter", f"seed must be at least 0, found {seed}.")
+        self.params = params
+        self._random = np.random.Generator(np.random.PCG64(seed))
+        self._seen: npt.NDArray[np.bool_] | None = None
+        if params.repetition_penalty != 1:
+            self._seen = np.zeros(vocab_size, np.bool_)
+            self._seen[np.fromiter(seen, np.int64)] = True
+
+    def sample(self, logits: Floats) -> int:
+        """The next token for logits f32[vocab].
+
+        Raises:
+            LlmcError: the logits are not numbers.
+        """
+        scores = self._penalised(logits)
+        best = int(scores.argmax())  # of an array with a NaN: the first NaN
+        if not np.isfinite(scores[best]):
+            raise LlmcError(
+                "logits-not-finite",
+                f"The model's logits are not finite (token {best}: {scores[best]}).",
+                hint="The weights are damaged, or float16 overflows for this model: compile with --dtype bf16 or f32.",
+            )
+        token = best
+        if self.params.temperature > 0:
+            ids, probabilities = candidates(scores, self.params)
+            edges = np.cumsum(probabilities, dtype=np.float64)
+            at = int(np.searchsorted(edges, self._random.random() * edges[-1], side="right"))
+            token = int(ids[min(at, len(ids) - 1)])
+        if self._seen is not None:
+            self._seen[token] = True
+        return token
+
+    def _penalised(self, logits: Floats) -> Floats:
+        if self._seen is None:
+            return logits
+        penalty = np.float32(self.params.repetition_penalty)
+        scores = logits.copy()
+        old = scores[self._seen]
+        scores[self._seen] = np.where(old < 0, old * penalty, old / penalty)
+        return scores
+
+
+def candidates(scores: Floats, params: SamplingParams) -> tuple[Ids, Floats]:
+    """Tokens that temperature, top-k, top-p and min-p leave, ascending, with unnormalised probabilities.
+
+    Args:
+        scores: f32[vocab], the penalty applied.
+        params: temperature above 0.
+    """
+    scores = scores / np.float32(params.temperature)
+    ids: Ids = np.arange(len(scores))
+    if 0 < params.top_k < len(scores):
+        ids = np.flatnonzero(scores >= np.partition(scores, -params.top_k)[-params.top_k])
+        scores = scores[ids]
+    weights: Floats = np.exp(scores - scores.max())
+    if params.top_p < 1:
+        keep = _nucleus(weights, params.top_p)
+        ids, weights = ids[keep], weights[keep]
+    if params.min_p > 0:
+        keep = np.flatnonzero(weights >= np.float32(params.min_p) * weights.max())
+        ids, weights = ids[keep], weights[keep]
+    return ids, weights
+
+
+def _nucleus(weights: Floats, top_p: float) -> Ids:
+    """Indices, ascending, of what top-p keeps: from the least likely up, tokens go while their sum is <= 1 - top_p."""
+    total = float(weights.sum(dtype=np.float64))
+    spare = (1 - top_p) * total
+    # even all together, tokens below an equal share of the spare mass are dropped: no need to sort them
+    small = weights <= spare / len(weights)
+    rest = np.flatnonzero(~small)
+    if len(rest) == 0:  # all equal and hardly any spare mass to keep
+        rest, small = np.arange(len(weights)), np.zeros(len(weights), np.bool_)
+    order = rest[np.argsort(weights[rest], kind="stable")]
+    sums = np.cumsum(weights[order], dtype=np.float64) + float(weights[small].sum(dtype=np.float64))
+    kept = order[sums > spare]
+    return np.sort(kept if len(kept) else order[-1:])
+
+
+def token_logprob(logits: Floats, token: int, top: int) -> TokenLogprob:
+    """Log-probability of `token` and of the `top` likeliest tokens for logits f32[vocab]."""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    logprobs = shifted - np.log(np.exp(shifted).sum())
+    best: list[int] = []
+    if top > 0:
+        top = min(top, len(logits))
+        some = np.argpartition(-logprobs, top - 1)[:top]
+        best = [int(i) for i in some[np.argsort(-logprobs[some], kind="stable")]]
+    return TokenLogprob(token, float(logprobs[token]), tuple((i, float(logprobs[i])) for i in best))
