@@ -46,10 +46,10 @@ def compile(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the artifact.")] = None,
     target: Annotated[str | None, typer.Option(help="cpu, or a preset such as cpu/x86-64-v4.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="f32, bf16 or f16 [default: the checkpoint's].")] = None,
-    kv_dtype: Annotated[str | None, typer.Option(help="Of the KV cache [default: --dtype].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="f32, bf16 or f16 (default: the checkpoint's).")] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="Of the KV cache (default: --dtype).")] = None,
     page_size: Annotated[int | None, typer.Option(help="Tokens per KV-cache page.")] = None,
-    max_seq_len: Annotated[int | None, typer.Option(help="Longest sequence [default: the model's].")] = None,
+    max_seq_len: Annotated[int | None, typer.Option(help="Longest sequence (default: the model's).")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Most sequences in one step.")] = None,
     max_step_tokens: Annotated[int | None, typer.Option(help="Most tokens in one step.")] = None,
     verify: Annotated[
@@ -101,27 +101,31 @@ def run(
     artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
     prompt: Annotated[str, typer.Argument(help="Text; - reads it from stdin.")],
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 = always the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest; 0 = all.")] = 0,
+    temperature: Annotated[float | None, typer.Option(help="0 = always the likeliest token.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest.")] = None,
     top_p: Annotated[
-        float, typer.Option(help="Sample among the likeliest with this total probability.")
-    ] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(help="Drop tokens below this share of the likeliest's probability.")
-    ] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes repetition less likely.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End at this text (may be given more than once).")
+        float | None, typer.Option(help="Sample among the likeliest of this probability.")
     ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop tokens below this share of the likeliest's.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given often.")] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Wrap the prompt with the model's chat template.")
     ] = False,
-    threads: Annotated[int | None, typer.Option(help="Worker threads [default: all cores].")] = None,
+    token_ids: Annotated[
+        bool, typer.Option("--token-ids", help="The prompt is token ids, and so is the output.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="Worker threads (default: all cores).")] = None,
     kv_pages: Annotated[int | None, typer.Option(help="KV-cache pages.")] = None,
-    max_memory: Annotated[str | None, typer.Option(help="Memory for the KV cache, e.g. 512M or 2G.")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="Memory for weights and KV cache, e.g. 2GB.")] = None,
 ) -> None:
-    """Generate text from an artifact, streaming it to stdout."""
+    """Generate text from an artifact, streaming it to stdout.
+
+    Sampling options that are not given come from the checkpoint's generation_config.json, else greedy.
+    """
     with guard():
         from llmc.cli.run import run_generate
 
@@ -129,6 +133,7 @@ def run(
             artifact,
             prompt,
             chat=chat,
+            token_ids=token_ids,
             threads=threads,
             kv_pages=kv_pages,
             max_memory=max_memory,
@@ -139,7 +144,7 @@ def run(
             min_p=min_p,
             repetition_penalty=repetition_penalty,
             seed=seed,
-            stop=stop or (),
+            stop=stop,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def run_compile(
     # torch and tvm come in here, after everything that can be refused without them
     from llmc.pipeline import compile_model
 
-    with tempfile.TemporaryDirectory(prefix="llmc-") as nowhere:
+    with tempfile.TemporaryDirectory(prefix="llmc-") if output is None else nullcontext("") as nowhere:
         compile_model(
             spec.model,
             output or Path(nowhere) / "stopped",

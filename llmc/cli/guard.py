@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from llmc.errors import LlmcError
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_INTERRUPT = 130
+EXIT_PIPE = 141
 
 
 @contextmanager
@@ -34,6 +36,10 @@ def guard() -> Iterator[None]:
         raise typer.Exit(EXIT_INTERRUPT) from None
     except typer.Exit:
         raise
+    except BrokenPipeError:
+        # the reader of our output has gone, e.g. `| head`; Python would complain once more when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(EXIT_PIPE) from None
     except Exception as e:
         if knobs.debug():
             traceback.print_exc()
