@@ -75,7 +75,7 @@ class RaiseAttention:
         for binding in graph.bindings:
             match = self._direct(binding.value) or match_softmax(graph, resolver, binding)
             if match is not None:
-                found[match.result or binding.var] = match
+                found[binding.var if match.result is None else match.result] = match
         if not found:
             return module
         builder = Builder()
@@ -104,6 +104,7 @@ class RaiseAttention:
             q=q,
             k=k,
             v=v,
+            heads=int(q.ty.shape[1]),
             scale=attrs.scale,
             softcap=attrs.softcap,
             terms=terms,
@@ -111,7 +112,6 @@ class RaiseAttention:
             causal=attrs.causal,
             window=attrs.window,
             path=attrs.path,
-            result=None,
         )
 
     def _resolve(self, match: Match, resolver: MaskResolver, path: str) -> ResolvedMask:
@@ -119,8 +119,7 @@ class RaiseAttention:
             if not match.terms:
                 mask = ResolvedMask(match.causal, match.window if match.causal else 0)
             else:
-                heads = int(match.q.ty.shape[1])
-                mask = resolver.resolve(match.terms, (heads,))
+                mask = resolver.resolve(match.terms, match.heads)
                 if match.window and match.window != mask.window:
                     raise MaskError(
                         f"a mask with window {mask.window or 'none'} while it is called with window {match.window}"

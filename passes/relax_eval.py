@@ -118,7 +118,7 @@ class Evaluator:
                 continue
             definition = self.graph.definition(top)
             if definition is None:
-                raise NotEvaluable(f"{top.name_hint}", top)
+                raise NotEvaluable(f"the input {top.name}", top)
             missing = [v for v in tensor_operands(definition) if v not in self.values]
             if missing:
                 stack.extend(missing)

@@ -9,7 +9,7 @@ Everything else has to equal a causal, windowed or ALiBi form exactly; whatever 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -73,23 +73,23 @@ class MaskError(Exception):
     """The terms mean nothing that attention kernels can do; the text says what was found."""
 
 
-class MaskResolver:
-    """Resolves the terms of every attention of one function; equal terms are resolved once.
+class DataFlow:
+    """Which expressions depend on weights or tokens.
 
     Args:
         graph: the function.
-        given: parameters whose values are known at a length, e.g. positions -> arange.
+        given: parameters that do not count, e.g. positions.
     """
 
-    def __init__(self, graph: Graph, given: Mapping[Any, Any]) -> None:
+    def __init__(self, graph: Graph, given: Collection[Any]) -> None:
         self.graph = graph
         self.given = given
-        self._known: dict[Any, ResolvedMask] = {}
         self._data: dict[Any, bool] = {}
 
     def is_data(self, expr: Any) -> bool:
         """Whether an expression depends on anything but constants, sizes and the given parameters."""
-        stack = [v for v in tensor_operands(expr)]
+        wanted = tensor_operands(expr)
+        stack = list(wanted)
         while stack:
             var = stack[-1]
             if var in self._data:
@@ -100,22 +100,42 @@ class MaskResolver:
                 self._data[var] = var not in self.given
                 stack.pop()
                 continue
-            missing = [v for v in tensor_operands(definition) if v not in self._data]
+            operands = tensor_operands(definition)
+            missing = [v for v in operands if v not in self._data]
             if missing:
                 stack.extend(missing)
                 continue
             opaque = match_any_opaque(definition)
-            self._data[var] = (opaque is not None and opaque[0] != MASK) or any(
-                self._data[v] for v in tensor_operands(definition)
-            )
+            hidden = opaque is not None and opaque[0] != MASK
+            self._data[var] = hidden or any(self._data[v] for v in operands)
             stack.pop()
-        return any(self._data[v] for v in tensor_operands(expr))
+        return any(self._data[v] for v in wanted)
 
-    def resolve(self, terms: tuple[Term, ...], scores: tuple[int, ...]) -> ResolvedMask:
-        """Meaning of the terms for scores of the given leading dimensions (their product is the number of heads)."""
-        key = (terms, scores)
+
+class MaskResolver:
+    """Resolves the terms of every attention of one function; equal terms are resolved once.
+
+    Args:
+        graph: the function.
+        given: parameters whose values are known at a length, e.g. positions -> arange(length).
+    """
+
+    def __init__(self, graph: Graph, given: Mapping[Any, Any]) -> None:
+        self.graph = graph
+        self.given = given
+        self.flow = DataFlow(graph, set(given))
+        self._known: dict[Any, ResolvedMask] = {}
+
+    def look(self, expr: Any, length: int) -> Any:
+        """Value of a data-independent expression at one length; raises NotEvaluable."""
+        given = {var: make(length) for var, make in self.given.items()}
+        return Evaluator(self.graph, length, given, exact=True).value(expr)
+
+    def resolve(self, terms: tuple[Term, ...], heads: int) -> ResolvedMask:
+        """Meaning of the terms for scores [heads, T, T]; raises MaskError."""
+        key = (terms, heads)
         if key not in self._known:
-            self._known[key] = self._resolve(terms, int(np.prod(scores)))
+            self._known[key] = self._resolve(terms, heads)
         return self._known[key]
 
     def _resolve(self, terms: tuple[Term, ...], heads: int) -> ResolvedMask:

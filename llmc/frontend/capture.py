@@ -18,6 +18,7 @@ from llmc.frontend.graph import ModelGraph, SourceModel
 from llmc.frontend.import_ops import supported
 from llmc.frontend.importer import Imported, Importer
 from llmc.frontend.interfaces import routed_through_llmc
+from llmc.frontend.tokens import TokenCheck, use_positions
 from llmc.ir import tensor_type
 from llmc.passes.raise_attention import RaiseAttention
 from llmc.passes.rewrite import Builder
@@ -175,6 +176,8 @@ def _finish(imported: Imported, taps: tuple[str, ...]) -> ModelGraph:
     where = _where(imported)
     module = RaiseAttention(where, positions)(module)
     module = relax.transform.DeadCodeElimination(["main"])(module)
+    module = use_positions(module)
+    TokenCheck(module, lambda var: imported.origin.get(var, ("", ""))).run()
     return ModelGraph(module, tuple(info for _, info in imported.params), int(outputs[0].ty.shape[-1]), taps)
 
 

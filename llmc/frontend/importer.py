@@ -60,6 +60,15 @@ class Imported:
     length: Any
 
 
+def live_nodes(graph: Any) -> set[Any]:
+    """Nodes that the outputs depend on; assertions and dead code are left out."""
+    live = {node for node in graph.nodes if node.op == "output"}
+    for node in reversed(graph.nodes):
+        if node in live:
+            live.update(node.all_input_nodes)
+    return live
+
+
 @dataclass
 class Importer:
     """Imports one ExportedProgram.
@@ -145,13 +154,15 @@ class Importer:
         inputs: list[Var] = []
         params: list[tuple[Var, ParamInfo]] = []
         outputs: list[Any] = []
+        live = live_nodes(self.program.graph)
         for node in self.program.graph.nodes:
             self.node = node
+            is_input = node.op == "placeholder" and specs[node.name].kind == InputKind.USER_INPUT
+            if node not in live and not is_input:
+                continue
             if node.op == "placeholder":
                 self._placeholder(node, specs[node.name], inputs, params)
             elif node.op == "call_function":
-                if not node.users:
-                    continue  # assertions and dead code
                 self.env[node] = convert(self, node)
                 self._check(node)
             elif node.op == "output":
@@ -176,8 +187,6 @@ class Importer:
             inputs.append(var)
             self.env[node] = var
         elif spec.kind == InputKind.PARAMETER or spec.target in self.parameter_buffers:
-            if not node.users:
-                return
             name = spec.target[len(self.prefix) :].lstrip(".")
             name = self.tied.get(name, name)
             if name not in self._weights:
@@ -188,8 +197,6 @@ class Importer:
                 params.append((var, ParamInfo(name, tuple(value.shape), self.dtype(value.dtype))))
             self.env[node] = self._weights[name]
         elif spec.kind in (InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-            if not node.users:
-                return
             real = self.buffers.get(spec.target)
             if real is None:
                 real = self.program.constants.get(spec.target)
