@@ -24,13 +24,24 @@ MAPPED = ("passes", "schedules", "runtime", "targets")
 BASE = ("errors", "knobs", "caps", "spec", "ops", "kv_plan", "artifact", "ir")
 # what the driver is made of, beside the pipeline; each may be imported by pipeline and cli
 DRIVER = ("stages", "reproducer", "shards", "link", "writer", "packing", "inspect", "doctor")
-COMPILER = ("frontend", "passes", "schedules", "targets", "runtime", "verify", "reference", "debug_taps")
+CAPTURE_PASSES = ("rewrite", "raise_attention", "match_attention", "resolve_mask", "relax_eval")
+COMPILER = (
+    "frontend",
+    "passes",
+    "schedules",
+    "targets",
+    "runtime",
+    "verify",
+    "verify_compare",
+    "reference",
+    "debug_taps",
+)
 
 # module or package of llmc -> modules of llmc that it may import (itself and what lies below it always)
 ALLOWED: dict[str, set[str]] = {
     **{name: set(BASE) for name in BASE},
-    # a capture ends with the pass that raises hand-written attention, and shares the passes' graph builder
-    "frontend": {*BASE, "passes.raise_attention", "passes.rewrite"},
+    # a capture ends with the passes that make a ModelGraph of what was exported: masks resolved, attention raised
+    "frontend": {*BASE, *(f"passes.{name}" for name in CAPTURE_PASSES)},
     "schedules": set(BASE),
     "passes": {*BASE, "schedules", "frontend.graph"},
     "targets": {*BASE, "passes", "schedules"},
@@ -43,7 +54,8 @@ ALLOWED: dict[str, set[str]] = {
     "packing": {*BASE, "frontend.graph", "passes.step_module", "schedules.layout"},
     "inspect": {*BASE, "runtime.embedded"},
     "doctor": {*BASE, "link", "runtime.host", "targets"},
-    "verify": {*BASE, "frontend", "runtime", "reference"},
+    "verify": {*BASE, "frontend", "runtime", "reference", "verify_compare"},
+    "verify_compare": set(BASE),
     "reference": {*BASE, "frontend"},
     "debug_taps": {*BASE, *DRIVER, *COMPILER, "pipeline"},
     "pipeline": {*BASE, *DRIVER, *COMPILER},
