@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,10 +14,12 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.modeling_utils import AttentionInterface
 
 from llmc.errors import LlmcError
 from llmc.frontend.graph import SourceModel, WeightSource
-from llmc.frontend.meta import from_config, skeleton
+from llmc.frontend.meta import TORCH_DTYPES, from_config, skeleton
 
 # weights held at once; smaller models are held whole
 BUDGET = 2 << 30
@@ -42,6 +45,7 @@ def reference_logits(
     token_ids: Sequence[int],
     dtype: str,
     *,
+    kv_dtype: str | None = None,
     taps: tuple[str, ...] = (),
     budget: int = BUDGET,
 ) -> ReferenceResult:
@@ -53,6 +57,8 @@ def reference_logits(
         source: an opened model with weights.
         token_ids: n tokens.
         dtype: float32, float16 or bfloat16: of weights and activations.
+        kv_dtype: round keys and values to this dtype, as a cache would; None = do not. Has no effect on models that do
+            not route attention through transformers' AttentionInterface.
         taps: modules whose outputs to keep.
         budget: bytes of weights to hold at once; a single module with more is held alone.
 
@@ -67,7 +73,7 @@ def reference_logits(
     # larger pieces of the model are then held together.
     budgets = [budget, 16 * budget, 1 << 62]
     for last, size in zip((False, False, True), budgets, strict=True):
-        model = _runnable(source, dtype)
+        model = _runnable(source, dtype, kv_dtype if kv_dtype != dtype else None)
         try:
             return _run(model, source, token_ids, taps, size)
         except _WeightNotThere:
@@ -76,7 +82,7 @@ def reference_logits(
     raise AssertionError("unreachable")
 
 
-def _runnable(source: SourceModel, dtype: str) -> torch.nn.Module:
+def _runnable(source: SourceModel, dtype: str, kv_dtype: str | None) -> torch.nn.Module:
     """A private copy of the structure in `dtype`, parameters on meta.
 
     A model opened from a folder is built again, because some buffers (embedding scales) are rounded to the dtype
@@ -89,9 +95,26 @@ def _runnable(source: SourceModel, dtype: str) -> torch.nn.Module:
     else:
         model = skeleton(source.module, dtype)
     for config in _configs(model):
-        config._attn_implementation = "eager"
+        config._attn_implementation = "eager" if kv_dtype is None else _eager_with_cache(kv_dtype)
         config._experts_implementation = "eager"
     return model
+
+
+def _eager_with_cache(kv_dtype: str) -> str:
+    """Name of an attention implementation that rounds keys and values, then does what the model does eagerly."""
+    name = f"llmc_eager_{kv_dtype}"
+    rounded = TORCH_DTYPES[kv_dtype]
+
+    def attention(
+        module: torch.nn.Module, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+        key, value = key.to(rounded).to(key.dtype), value.to(rounded).to(value.dtype)
+        return eager(module, query, key, value, *args, **kwargs)
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, eager_mask)
+    return name
 
 
 def _configs(model: torch.nn.Module) -> Iterator[Any]:
