@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
+from llmc.errors import LlmcError
 from llmc.kv_plan import KVPlan
 from llmc.runtime.library import Library, pack, tensor_view
 from llmc.runtime.memory import Bytes, huge_zeros, resident_bytes
@@ -97,7 +98,7 @@ class CompiledEngine:
         for group, count in zip(plan.groups, pages, strict=True):
             item = 4 if group.dtype == "float32" else 2
             for shape in (group.k_shape(count, plan.page_size), group.v_shape(count, plan.page_size)):
-                raw = huge_zeros(int(np.prod(shape)) * item)
+                raw = _allocate(int(np.prod(shape)) * item)
                 self._pools.append(raw)
                 tensors.append(tensor_view(raw, shape, group.dtype))
         self._tail = (pack(tensors), pack(weights.tensors))
@@ -113,3 +114,14 @@ class CompiledEngine:
             "kv": sum(pool.nbytes for pool in self._pools),
             "kv_resident": sum(resident_bytes(pool) for pool in self._pools),
         }
+
+
+def _allocate(nbytes: int) -> Bytes:
+    try:
+        return huge_zeros(nbytes)
+    except OSError:
+        raise LlmcError(
+            "out-of-memory",
+            f"{nbytes} bytes for the KV cache cannot be allocated.",
+            hint="Load with a smaller max_memory or kv_pages.",
+        ) from None

@@ -24,7 +24,6 @@ class Request:
         prompt: token ids.
         max_tokens: most new tokens.
         sampling: how to choose them.
-        seed: see Sampler.
         stop_strings: text that ends the generation; not part of the result's text.
         stop_ids: tokens that end it.
         logprobs: None = none; n = the chosen token's and those of the n likeliest.
@@ -33,7 +32,6 @@ class Request:
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: SamplingParams
-    seed: int | None = None
     stop_strings: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
@@ -65,7 +63,7 @@ def generate(
 
     The sequence's pages are given back when the generator ends, fails or is closed.
     """
-    sampler = Sampler(request.sampling, stepper.vocab_size, request.prompt, request.seed)
+    sampler = Sampler(request.sampling, stepper.vocab_size, request.prompt)
     words = Detokenizer(tokenizer.decode, request.prompt) if tokenizer else None
     stops = StopFinder(request.stop_strings)
     tokens: list[int] = []

@@ -93,7 +93,13 @@ def parse_bytes(size: int | str) -> int:
 
 
 def _check_functions(manifest: Manifest) -> None:
-    """The functions' arguments are those that this runtime passes."""
+    """There are weights, and the functions' arguments are those that this runtime passes."""
+    if not manifest.params:
+        raise LlmcError(
+            "no-weights",
+            "The artifact has no weights: it was compiled for its graph alone.",
+            hint="Compile the model without --meta-weights.",
+        )
     wanted = input_names(len(manifest.kv_plan.groups))
     by_name = {f.name: [spec.name for spec in f.inputs] for f in manifest.functions}
     if "step" not in by_name or any(found != wanted for found in by_name.values()):
@@ -335,8 +341,8 @@ class Model:
                 "top_p": top_p,
                 "min_p": min_p,
                 "repetition_penalty": repetition_penalty,
+                "seed": seed,
             },
-            seed=seed,
             stop=stop,
             logprobs=logprobs,
             ignore_eos=ignore_eos,

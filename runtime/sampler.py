@@ -29,6 +29,7 @@ class SamplingParams:
         top_p: only the smallest set of tokens whose probabilities add up to top_p; 1 = off.
         min_p: only tokens at least min_p times as likely as the likeliest; 0 = off.
         repetition_penalty: divides positive and multiplies negative logits of tokens that occurred; 1 = off.
+        seed: the same seed gives the same choices for the same logits; None = different every time.
 
     Raises:
         LlmcError: a value out of its range.
@@ -39,6 +40,7 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         for name, good, rule in (
@@ -51,6 +53,7 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0 and finite"),
+            ("seed", self.seed is None or self.seed >= 0, "at least 0"),
         ):
             if not good:
                 raise LlmcError("sampling-parameter", f"{name} must be {rule}, found {getattr(self, name)}.")
@@ -63,16 +66,11 @@ class Sampler:
         params: how.
         vocab_size: length of the logits.
         seen: tokens of the prompt.
-        seed: the same seed gives the same choices for the same logits; None = different every time.
     """
 
-    def __init__(
-        self, params: SamplingParams, vocab_size: int, seen: Iterable[int] = (), seed: int | None = None
-    ) -> None:
-        if seed is not None and seed < 0:
-            raise LlmcError("sampling-parameter", f"seed must be at least 0, found {seed}.")
+    def __init__(self, params: SamplingParams, vocab_size: int, seen: Iterable[int] = ()) -> None:
         self.params = params
-        self._random = np.random.Generator(np.random.PCG64(seed))
+        self._random = np.random.Generator(np.random.PCG64(params.seed))
         self._seen: npt.NDArray[np.bool_] | None = None
         if params.repetition_penalty != 1:
             self._seen = np.zeros(vocab_size, np.bool_)
