@@ -23,6 +23,7 @@ from llmc.caps import Capabilities
 from llmc.errors import LlmcError
 from llmc.spec import CompileSpec, Verify
 from llmc.stages import STAGES, ProgressReporter, StageRunner, run_passes
+from llmc.targets.backend import get
 from llmc.writer import ArtifactWriter, PackedTensor, check_output, created
 
 if TYPE_CHECKING:
@@ -74,6 +75,9 @@ def compile_model(
     spec = _spec_of(model, spec, fields)
     output = Path(output).expanduser()
     check_output(output)
+    backend, caps = get(spec.target)
+    if spec.verify is not Verify.OFF and not spec.meta_weights:
+        backend.require_host(caps)
     runner = StageRunner(
         spec,
         stages=STAGES,
@@ -85,9 +89,6 @@ def compile_model(
     manifest: Manifest | None = None
     done: Path | None = None
     with runner, ArtifactWriter(output) as writer:
-        from llmc.targets.backend import get
-
-        backend, caps = get(spec.target)
         target = backend.tvm_target(caps)
         source, graph = runner.run("capture", _capture, model, spec)
         step = runner.run("lower", _lower, graph, spec, source, caps, target, runner)
@@ -211,6 +212,7 @@ def _verify(writer: ArtifactWriter, source: SourceModel, spec: CompileSpec) -> Q
     from llmc.runtime.model import load
     from llmc.verify import verify
 
+    # the files were hashed while they were written
     model = load(writer.folder, check_hashes=False)
     return verify(
         model,

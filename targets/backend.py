@@ -20,16 +20,33 @@ class Backend:
         presets: preset names that ``--target NAME/PRESET`` accepts.
         capabilities: preset (or "" for what this machine has) -> Capabilities.
         tvm_target: Capabilities -> tvm.target.Target for host and device code.
+        missing: Capabilities -> what this machine lacks to run such code; empty if it can.
     """
 
     name: str
     presets: tuple[str, ...]
     capabilities: Callable[[str], Capabilities]
     tvm_target: Callable[[Capabilities], Any]
+    missing: Callable[[Capabilities], tuple[str, ...]]
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or not self.presets:
             raise ValueError(f"a backend needs a name and presets, found {self.name!r}, {self.presets!r}")
+
+    def require_host(self, caps: Capabilities) -> None:
+        """Raise unless this machine can run what is compiled for `caps`.
+
+        Raises:
+            LlmcError: "cannot-run-here", with what is missing.
+        """
+        lacks = self.missing(caps)
+        if lacks:
+            raise LlmcError(
+                "cannot-run-here",
+                f"The check at the end of a compile runs the artifact, and this machine cannot run {caps.preset}: "
+                f"it lacks {', '.join(lacks)}.",
+                hint="Compile with --verify off here, or compile on such a machine.",
+            )
 
 
 # name -> module that exports BACKEND; imported on first use, so that a missing SDK fails only its own target

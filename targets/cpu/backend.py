@@ -54,9 +54,23 @@ def host_features() -> frozenset[str]:
     return frozenset()
 
 
+def host_machine() -> str:
+    """x86_64 or aarch64 (or what else the platform calls itself)."""
+    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+
+
+def missing(caps: Capabilities) -> tuple[str, ...]:
+    """What this machine lacks to run code for `caps`."""
+    machine = _PRESETS[caps.preset.partition("/")[2]]["machine"]
+    if machine != host_machine():
+        return (f"an {machine} processor",)
+    flags = host_features()
+    return tuple(f for f in caps.features if f not in flags)
+
+
 def detect() -> str:
     """The best preset that this machine can run."""
-    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    machine = host_machine()
     flags = host_features()
     for name, preset in _PRESETS.items():
         if preset["machine"] == machine and set(preset["features"]) <= flags:
@@ -104,4 +118,6 @@ def tvm_target(caps: Capabilities) -> Any:
     )
 
 
-BACKEND = Backend(name="cpu", presets=tuple(_PRESETS), capabilities=capabilities, tvm_target=tvm_target)
+BACKEND = Backend(
+    name="cpu", presets=tuple(_PRESETS), capabilities=capabilities, tvm_target=tvm_target, missing=missing
+)
