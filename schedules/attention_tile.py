@@ -22,7 +22,7 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig
-from llmc.schedules.vmath import exp_nonpositive, tanh_bounded
+from llmc.schedules.vmath import exp_nonpositive, tanh
 
 _LOWEST = -1e30  # finite, so that the difference of two of them is 0 and not NaN
 
@@ -455,7 +455,7 @@ class Tile:
                 column = e.let(T.ramp(tirx.Cast("int32", v * lanes), tirx.IntImm("int32", 1), lanes))
                 s = e.load(self.scores, at, lanes) * e.splat(float(cfg.scale), lanes)
                 if cfg.softcap > 0:
-                    s = tanh_bounded(e.let(s * e.splat(1.0 / cfg.softcap, lanes)), lanes)
+                    s = tanh(e.let(s * e.splat(1.0 / cfg.softcap, lanes)), lanes)
                     s = s * e.splat(float(cfg.softcap), lanes)
                 if slope is not None:
                     distance = tirx.Cast(e.vec("float32", lanes), column - e.splat(own, lanes))
