@@ -109,6 +109,30 @@ def embed_manifest(manifest_text: str, folder: Path) -> Path:
     return folder / "llmc_manifest.o"
 
 
+def export_objects(executable: Any, folder: Path) -> list[Path]:
+    """Write the object files of a tvm executable (or runtime module) into `folder`; LLVM makes the code here.
+
+    The same executable gives the same bytes under the same names.
+    """
+    kept: list[Path] = []
+
+    def keep(output: str, files: Sequence[str], **_: Any) -> None:
+        kept.extend(Path(f) for f in files)
+
+    executable.export_library(str(folder / "unused.so"), fcompile=keep, workspace_dir=str(folder))
+    return kept
+
+
+def link_objects(objects: Sequence[Path], path: Path) -> None:
+    """Link object files into the shared library `path`; the same objects give the same bytes.
+
+    Raises:
+        LlmcError: see run_cxx.
+    """
+    flags = _DARWIN_FLAGS if sys.platform == "darwin" else _LINUX_FLAGS
+    run_cxx(["-shared", "-fPIC", "-o", str(path), *map(str, objects), *flags])
+
+
 def link_library(executable: Any, path: Path, objects: Sequence[Path] = ()) -> None:
     """Link a tvm executable (or runtime module) and `objects` into the shared library `path`.
 
@@ -117,16 +141,9 @@ def link_library(executable: Any, path: Path, objects: Sequence[Path] = ()) -> N
     Raises:
         LlmcError: see run_cxx.
     """
-
-    def fcompile(output: str, files: Sequence[str], **_: Any) -> None:
-        flags = _DARWIN_FLAGS if sys.platform == "darwin" else _LINUX_FLAGS
-        run_cxx(["-shared", "-fPIC", "-o", output, *files, *flags])
-
     require_cxx()
     with tempfile.TemporaryDirectory(prefix="llmc-link-") as work:
-        executable.export_library(
-            str(path), fcompile=fcompile, addons=[str(o) for o in objects], workspace_dir=work
-        )
+        link_objects([*objects, *export_objects(executable, Path(work))], path)
 
 
 def _literal(raw: bytes) -> str:

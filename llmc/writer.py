@@ -31,7 +31,7 @@ from typing import Any
 from llmc import knobs
 from llmc.artifact import LIBRARY, MANIFEST, TOKENIZER_FILES, Manifest, sha256_file
 from llmc.errors import LlmcError
-from llmc.link import embed_manifest, link_library
+from llmc.link import embed_manifest, export_objects, link_library, link_objects, require_cxx
 from llmc.shards import SHARD_BYTES, PackedTensor, ShardWriter, disk_errors
 
 __all__ = [
@@ -103,6 +103,8 @@ class ArtifactWriter:
         self._made: list[Path] = []
         self._committed = False
         self._old_handler: Any = None
+        self._work: tempfile.TemporaryDirectory[str] | None = None
+        self._exported: tuple[Any, list[Path]] | None = None
 
     def __enter__(self) -> ArtifactWriter:
         check_output(self.output)
@@ -155,13 +157,23 @@ class ArtifactWriter:
             names = sorted(p.name for p in self.folder.iterdir() if p.name not in (LIBRARY, MANIFEST))
             self.files = {name: known.get(name) or sha256_file(self.folder / name) for name in names}
             inner = dataclasses.replace(manifest, files=dict(self.files))
-            with tempfile.TemporaryDirectory(prefix="llmc-manifest-") as work:
-                library = self.folder / LIBRARY
-                library.unlink(missing_ok=True)
-                link_library(executable, library, [embed_manifest(inner.as_text(), Path(work))])
+            library = self.folder / LIBRARY
+            library.unlink(missing_ok=True)
+            objects = self._export(executable)
+            link_objects([embed_manifest(inner.as_text(), objects[0].parent), *objects], library)
             outer = dataclasses.replace(inner, files={**self.files, LIBRARY: sha256_file(library)})
             (self.folder / MANIFEST).write_text(outer.as_text() + "\n", encoding="utf-8")
         return outer
+
+    def _export(self, executable: Any) -> list[Path]:
+        """Object files of the executable, made once: LLVM's code generation is the expensive part of finish()."""
+        if self._exported is None or self._exported[0] is not executable:
+            require_cxx()
+            if self._work is not None:
+                self._work.cleanup()
+            self._work = tempfile.TemporaryDirectory(prefix="llmc-link-")
+            self._exported = (executable, export_objects(executable, Path(self._work.name)))
+        return self._exported[1]
 
     def commit(self) -> None:
         """Put the folder in place of the output; what was there before is removed only after that."""
@@ -195,6 +207,8 @@ class ArtifactWriter:
                         path.rmdir()
                     except OSError:  # somebody else has put a file there meanwhile
                         break
+            if self._work is not None:
+                self._work.cleanup()
         finally:
             if self._old_handler is not None:
                 signal.signal(signal.SIGTERM, self._old_handler)

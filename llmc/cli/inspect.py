@@ -69,8 +69,13 @@ def overview(report: ArtifactReport) -> Table:
 def functions_table(manifest: Manifest) -> Table:
     """The compiled functions with their arguments' shapes."""
     table = _table("functions", "function", "argument", "dtype", "shape")
+    first = {(f.inputs, f.outputs): f.name for f in reversed(manifest.functions)}
     for function in manifest.functions:
         name = f"[bold]{function.name}[/bold]"
+        same = first[function.inputs, function.outputs]
+        if same != function.name:
+            table.add_row(name, f"as {same}", "", "")
+            continue
         for spec in function.inputs:
             table.add_row(name, spec.name, spec.dtype, _shape(spec.shape))
             name = ""
