@@ -86,6 +86,9 @@ def compare_logits(
         dtype: the coarser of the artifact's dtype and its cache's, for the floor.
         routed: the model picks experts; a few rows may be off because rounding decided a tie.
     """
+    finite = np.isfinite(artifact).all(axis=-1)
+    if not finite.all():
+        return _not_finite(artifact, finite, groups)
     centre = centred(exact)
     scale = group_rms(row_rms(centre)) or 1.0
     difference = artifact - exact
@@ -93,11 +96,6 @@ def compare_logits(
     max_abs = {name: float(np.abs(difference[rows]).max()) for name, rows in groups.items()}
     outliers = ROUTED_OUTLIERS if routed else 0.0
     findings: list[Finding] = []
-    finite = np.isfinite(artifact).all(axis=-1)
-    for name, rows in groups.items():
-        if not finite[rows].all():
-            bad = float((~finite[rows]).sum())
-            findings.append(Finding(name, bad, 0.0, "the number of NaN or infinite logits"))
     noise: float | None = None
     if rounded is None:
         tolerance = EXACT_TOLERANCE * max(1.0, float(np.abs(exact).max()))
@@ -126,6 +124,20 @@ def compare_logits(
         *_distribution(artifact, exact),
         tuple(findings),
     )
+
+
+def _not_finite(
+    artifact: np.ndarray, finite: np.ndarray, groups: Mapping[str, np.ndarray]
+) -> LogitsComparison:
+    findings = tuple(
+        Finding(
+            name, float((~np.isfinite(artifact[rows])).sum()), 0.0, "the number of NaN or infinite logits"
+        )
+        for name, rows in groups.items()
+        if not finite[rows].all()
+    )
+    nan = float("nan")
+    return LogitsComparison(dict.fromkeys(groups, nan), nan, None, nan, nan, nan, findings)
 
 
 def _distribution(artifact: np.ndarray, exact: np.ndarray) -> tuple[float, float]:

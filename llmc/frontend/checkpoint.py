@@ -217,21 +217,19 @@ def _parse_config(folder: Path, raw: Mapping[str, object]) -> Any:
             f"{where} is not a valid config of type {kind!r}: {' '.join(str(e).split())[:400]}.",
             hint="Correct the value, or download the checkpoint again.",
         ) from None
-    encoder = (
-        kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", None) is False
-    ) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if encoder or getattr(config, "is_encoder_decoder", False):
-        found = (
-            "an encoder-decoder"
-            if getattr(config, "is_encoder_decoder", False)
-            else "not a causal language model"
-        )
-        raise LlmcError(
-            "not-a-decoder",
-            f"A decoder-only language model is required; {where} describes {kind!r}, which is {found}.",
-            hint="Use a model that generates text from left to right.",
-        )
-    return config
+    if getattr(config, "is_encoder_decoder", False):
+        found = "an encoder-decoder model"
+    elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", None) is False:
+        found = "an encoder"
+    elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        found = "not a language model that transformers can generate text with"
+    else:
+        return config
+    raise LlmcError(
+        "not-a-decoder",
+        f"A decoder-only language model is required; {where} describes {kind!r}, which is {found}.",
+        hint="Use a model that generates text from left to right.",
+    )
 
 
 def _refuse_quantized(folder: Path, raw: Mapping[str, object]) -> None:
@@ -286,7 +284,10 @@ def _limit(config: Any) -> int:
     """The longest sequence that the model was made for."""
     text = config.get_text_config()
     for name in _LIMIT_FIELDS:
-        value = getattr(text, name, None)
+        try:
+            value = getattr(text, name, None)
+        except NotImplementedError:  # how some configs say that they have no such thing
+            continue
         if isinstance(value, int) and value > 0:
             return value
     return NO_LIMIT
