@@ -8,7 +8,7 @@ import tvm
 from tvm import s_tir, tirx
 
 from llmc.caps import Capabilities
-from llmc.schedules.rules import RULES, Scheduled
+from llmc.schedules.rules import RULES, Rule
 from llmc.schedules.vmath import use_vector_math
 
 SCHEDULED = "tirx.is_scheduled"  # attribute of functions that need no schedule
@@ -41,12 +41,19 @@ class DefaultSchedule:
 def schedule(func: Any, caps: Capabilities) -> Any:
     """The scheduled function; the same function if no rule matches."""
     for rule in RULES:
-        try:
-            done = rule(func, caps)
-        except s_tir.ScheduleError:
-            done = None
-        if done is not None:
-            return _finish(func, done)
+        serial = _apply(rule, func, caps, threads=False)
+        if serial is None:
+            continue
+        elements = _work(func)
+        if isinstance(elements, int) and elements < _PARALLEL_ELEMENTS:
+            return _wrap(func, serial.body)
+        threaded = _apply(rule, func, caps, threads=True)
+        if threaded is None:
+            return _wrap(func, serial.body)
+        if isinstance(elements, int):
+            return _wrap(func, threaded.body)
+        condition = elements >= tirx.IntImm("int64", _PARALLEL_ELEMENTS)
+        return _wrap(func, tirx.IfThenElse(condition, threaded.body, serial.body))
     return func.with_attr(SCHEDULED, True)
 
 
@@ -54,23 +61,13 @@ def _is_scheduled(func: Any) -> bool:
     return bool(func.attrs and SCHEDULED in func.attrs and func.attrs[SCHEDULED])
 
 
-def _finish(func: Any, done: Scheduled) -> Any:
-    """Lower the schedule to plain loops, once sequential and once parallel, chosen by the amount of work."""
-    sch = done.schedule
-    serial = _lower(sch.mod["main"])
-    elements = _work(func)
-    few = isinstance(elements, int) and elements < _PARALLEL_ELEMENTS
-    if not done.row_loops or few:
-        return _wrap(func, serial)
-    for loop in done.row_loops:
-        sch.parallel(loop)
-    threaded = _lower(sch.mod["main"])
-    if isinstance(elements, int):
-        return _wrap(func, threaded)
-    condition = elements >= tirx.IntImm("int64", _PARALLEL_ELEMENTS)
-    both = threaded.with_body(tirx.IfThenElse(condition, threaded.body, serial.body))
-    unique = tirx.transform.ConvertSSA()(tvm.IRModule({"main": both}))["main"]
-    return _wrap(func, unique)
+def _apply(rule: Rule, func: Any, caps: Capabilities, threads: bool) -> Any | None:
+    """The function lowered to plain loops after a rule, or None if the rule does not match."""
+    try:
+        sch = rule(func, caps, threads)
+    except s_tir.ScheduleError:
+        return None
+    return None if sch is None else _lower(sch.mod["main"])
 
 
 def _lower(func: Any) -> Any:
@@ -88,14 +85,11 @@ def _lower(func: Any) -> Any:
     return tvm.transform.Sequential(passes)(tvm.IRModule({"main": func}))["main"]
 
 
-def _wrap(func: Any, lowered: Any) -> Any:
-    """The lowered body inside a root block, under the attributes of the original."""
-    root = s_tir.SBlock([], [], [], "root", lowered.body)
-    out = lowered.with_body(s_tir.SBlockRealize([], tirx.IntImm("bool", 1), root))
-    before = set(func.attrs.keys()) if func.attrs else set()
-    for key in out.attrs.keys() if out.attrs else ():
-        if key not in before:
-            out = out.without_attr(key)
+def _wrap(func: Any, body: Any) -> Any:
+    """The function with another body, inside a root block; variables that occur in both branches are renamed."""
+    root = s_tir.SBlock([], [], [], "root", body)
+    out = func.with_body(s_tir.SBlockRealize([], tirx.IntImm("bool", 1), root))
+    out = s_tir.transform.ConvertSSA()(tvm.IRModule({"main": out}))["main"]
     return out.with_attr(SCHEDULED, True)
 
 

@@ -1,12 +1,11 @@
 """Schedule rules for the PrimFuncs that Relax makes: elementwise kernels and reductions along rows.
 
-A rule takes a function and returns loops to run in parallel, or None: "not mine". Each is valid for all shapes.
+A rule gives a schedule, or None: "not mine". Each is valid for all shapes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import tvm
@@ -14,19 +13,11 @@ from tvm import s_tir, tirx
 
 from llmc.caps import Capabilities
 
-
-@dataclass(frozen=True)
-class Scheduled:
-    """A schedule and the loops over rows that may run in parallel."""
-
-    schedule: Any
-    row_loops: tuple[Any, ...]
+# (function, capabilities, whether the loop over rows runs on all threads) -> schedule
+Rule = Callable[[Any, Capabilities, bool], "Any | None"]
 
 
-Rule = Callable[[Any, Capabilities], "Scheduled | None"]
-
-
-def elementwise(func: Any, caps: Capabilities) -> Scheduled | None:
+def elementwise(func: Any, caps: Capabilities, threads: bool) -> Any | None:
     """Blocks without reductions: producers inlined, one loop over rows, the last axis in vectors.
 
     before: for i, j: a[i, j] = f(x);  for i, j: y[i, j] = g(a[i, j])
@@ -37,7 +28,6 @@ def elementwise(func: Any, caps: Capabilities) -> Scheduled | None:
         return None
     for block in _blocks(sch):
         _try_inline(sch, block)
-    rows = []
     for block in _blocks(sch):
         loops = sch.get_loops(block)
         if not loops:
@@ -45,12 +35,14 @@ def elementwise(func: Any, caps: Capabilities) -> Scheduled | None:
         if len(loops) == 1:
             _vectorize(sch, block, loops[0], caps)
             continue
-        rows.append(sch.fuse(*loops[:-1]) if len(loops) > 2 else loops[0])
+        row = sch.fuse(*loops[:-1]) if len(loops) > 2 else loops[0]
         _vectorize(sch, block, sch.get_loops(block)[-1], caps)
-    return Scheduled(sch, tuple(rows))
+        if threads:
+            sch.parallel(row)
+    return sch
 
 
-def row_reduction(func: Any, caps: Capabilities) -> Scheduled | None:
+def row_reduction(func: Any, caps: Capabilities, threads: bool) -> Any | None:
     """Norms, softmax and other reductions over the last axis: everything of a row in one loop over rows.
 
     before: for i, k: s[i] += x[i, k];  for i, j: y[i, j] = x[i, j] * rsqrt(s[i])
@@ -76,6 +68,8 @@ def row_reduction(func: Any, caps: Capabilities) -> Scheduled | None:
     row = sch.fuse(*leading) if len(leading) > 1 else leading[0]
     for block in blocks[1:]:
         sch.reverse_compute_at(block, row, preserve_unit_loops=True)
+    if threads:
+        sch.parallel(row)  # before the reductions lose their init, which the check of this step needs
     for block in blocks:
         loops = sch.get_loops(block)
         if _is_reduction(sch, block):
@@ -84,7 +78,7 @@ def row_reduction(func: Any, caps: Capabilities) -> Scheduled | None:
                 sch.decompose_reduction(block, inner[0])
         elif len(loops) > 1:
             _vectorize(sch, block, loops[-1], caps)
-    return Scheduled(sch, (row,))
+    return sch
 
 
 RULES: tuple[Rule, ...] = (elementwise, row_reduction)
@@ -183,7 +177,8 @@ def _leading_rows(sch: Any, block: Any) -> list[Any]:
     """The loops of a block that run over rows: the spatial ones, without the columns of an elementwise block."""
     loops = sch.get_loops(block)
     if _is_reduction(sch, block):
-        return [lp for lp in loops if not _reduces(sch, block, lp)]
+        reducing = [_reduces(sch, block, loop) for loop in loops]
+        return list(loops[: reducing.index(True)])
     return list(loops[:-1])
 
 

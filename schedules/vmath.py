@@ -7,6 +7,7 @@ file (iteratively reweighted least squares on Chebyshev nodes, relative error); 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -137,6 +138,7 @@ def erf(x: Any, lanes: int) -> Any:
     return _share(x, both)
 
 
+@functools.cache  # TVM refuses a second registration
 def use_vector_math() -> None:
     """Make TVM's LLVM lowering of exp, tanh, sigmoid and erf use these polynomials, in this process."""
     for name, function in {"exp": exp, "tanh": tanh, "sigmoid": sigmoid, "erf": erf}.items():
