@@ -33,7 +33,7 @@ def read_embedded(path: Path) -> str:
         raise LlmcError(
             "file-missing", f"{path} does not exist.", hint="Give the artifact's folder or its model.so."
         ) from None
-    except (OSError, ValueError, AttributeError, struct.error) as e:
+    except (OSError, ValueError, IndexError, OverflowError, AttributeError, struct.error) as e:
         raise LlmcError(
             "library-corrupt",
             f"{path} carries no readable llmc manifest: {e}.",

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
 HUGE_PAGE = 2 << 20
+_WALK = 1 << 30  # bytes per mincore call
 ALIGN = 64  # bytes; compiled kernels may use aligned vector loads on every argument
 
 
@@ -71,23 +72,21 @@ def aligned_zeros(count: int) -> npt.NDArray[np.int32]:
 
 
 def resident_bytes(array: npt.NDArray[Any]) -> int:
-    """Bytes of the array's pages that are in this process's memory; all of them where /proc does not tell."""
-    start = array.ctypes.data
-    end = start + array.nbytes
-    total, inside = 0, 0.0
-    try:
-        with Path("/proc/self/smaps").open(encoding="ascii", errors="replace") as f:
-            for line in f:
-                first = line.split(maxsplit=1)[0]
-                if "-" in first and not first.endswith(":"):
-                    low, high = (int(x, 16) for x in first.split("-"))
-                    overlap = min(high, end) - max(low, start)
-                    inside = max(overlap, 0) / (high - low)
-                elif first == "Rss:" and inside:
-                    total += int(int(line.split()[1]) * 1024 * inside)
-    except (OSError, ValueError):
+    """Bytes of the array's pages that are in memory; all of them on a platform without mincore."""
+    page = mmap.PAGESIZE
+    start = array.ctypes.data // page * page
+    end = -(-(array.ctypes.data + array.nbytes) // page) * page
+    mincore = getattr(ctypes.CDLL(None), "mincore", None)
+    if mincore is None:
         return array.nbytes
-    return min(total, array.nbytes)
+    pages = 0
+    for at in range(start, end, _WALK):
+        size = min(_WALK, end - at)
+        flags = np.zeros(size // page, np.uint8)
+        if mincore(ctypes.c_void_p(at), ctypes.c_size_t(size), ctypes.c_void_p(flags.ctypes.data)):
+            return array.nbytes
+        pages += int(np.count_nonzero(flags & 1))
+    return min(pages * page, array.nbytes)
 
 
 def process_rss() -> int:
@@ -100,6 +99,6 @@ def process_rss() -> int:
 
 
 def peak_rss() -> int:
-    """Largest resident set of this process so far, bytes."""
+    """Largest resident set of this process so far, bytes; the kernel's figure may lag a little behind."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

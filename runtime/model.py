@@ -358,7 +358,7 @@ class Model:
     def memory(self) -> Memory:
         """What the model takes."""
         engine = self._engine.memory()
-        # page 0 is part of the pool but nobody's
+        rss = memory.process_rss()
         in_use = pool_bytes(self.manifest.kv_plan, self._allocator.used_pages())
         return Memory(
             weights=engine["weights"],
@@ -366,8 +366,8 @@ class Model:
             kv_reserved=engine["kv"],
             kv_resident=engine["kv_resident"],
             kv_in_use=in_use,
-            process=memory.process_rss(),
-            process_peak=memory.peak_rss(),
+            process=rss,
+            process_peak=max(rss, memory.peak_rss()),
         )
 
     def _prompt_ids(self, prompt: str | TokenIds | Seq[Message]) -> list[int]:

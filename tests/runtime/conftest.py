@@ -182,3 +182,13 @@ def toy() -> type[Toy]:
 @pytest.fixture
 def make_group() -> Callable[..., KVGroup]:
     return group
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled toy with a small vocabulary; do not change it, copy it."""
+    from tests.runtime.compiled import build_artifact
+
+    folder: Path = tmp_path_factory.mktemp("artifact") / "toy"
+    build_artifact(folder, vocab=300)
+    return folder
