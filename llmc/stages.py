@@ -244,8 +244,8 @@ def result_text_safe(value: object) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of an exception's text, without a trailing full stop."""
-    for line in str(error).splitlines():
-        if line.strip():
-            return line.strip().rstrip(".")
-    return "no message"
+    """What an exception says in one line, without a trailing full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # tvm's schedule errors say what is wrong behind a listing of the whole function
+    said = [line.removeprefix("Error message: ") for line in lines if line.startswith("Error message: ")]
+    return (said or lines or ["no message"])[0].rstrip(".")

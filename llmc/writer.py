@@ -150,13 +150,15 @@ class ArtifactWriter:
 
         Args:
             executable: tvm's compiled module.
-            manifest: complete but for `files`.
+            manifest: complete but for `files`; quality.seconds is left out of the artifact.
         """
         known = {name: digest for shards in self._shards for name, digest in shards.files.items()}
         with disk_errors(self.folder):
             names = sorted(p.name for p in self.folder.iterdir() if p.name not in (LIBRARY, MANIFEST))
             self.files = {name: known.get(name) or sha256_file(self.folder / name) for name in names}
-            inner = dataclasses.replace(manifest, files=dict(self.files))
+            # a measured time would make two compiles of one spec differ
+            quality = dataclasses.replace(manifest.quality, seconds=None)
+            inner = dataclasses.replace(manifest, files=dict(self.files), quality=quality)
             library = self.folder / LIBRARY
             library.unlink(missing_ok=True)
             objects = self._export(executable)
