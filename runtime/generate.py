@@ -63,7 +63,7 @@ def generate(
 
     The sequence's pages are given back when the generator ends, fails or is closed.
     """
-    sampler = Sampler(request.sampling, stepper.vocab_size, request.prompt)
+    sampler = Sampler(request.sampling, request.prompt)
     words = Detokenizer(tokenizer.decode, request.prompt) if tokenizer else None
     stops = StopFinder(request.stop_strings)
     tokens: list[int] = []

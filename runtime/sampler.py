@@ -17,6 +17,7 @@ from llmc.runtime.engine import Floats
 from llmc.runtime.results import TokenLogprob
 
 Ids = npt.NDArray[np.int64]
+_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -64,17 +65,13 @@ class Sampler:
 
     Args:
         params: how.
-        vocab_size: length of the logits.
         seen: tokens of the prompt.
     """
 
-    def __init__(self, params: SamplingParams, vocab_size: int, seen: Iterable[int] = ()) -> None:
+    def __init__(self, params: SamplingParams, seen: Iterable[int] = ()) -> None:
         self.params = params
         self._random = np.random.Generator(np.random.PCG64(params.seed))
-        self._seen: npt.NDArray[np.bool_] | None = None
-        if params.repetition_penalty != 1:
-            self._seen = np.zeros(vocab_size, np.bool_)
-            self._seen[np.fromiter(seen, np.int64)] = True
+        self._seen: Ids = np.unique(np.fromiter(seen, np.int64))
 
     def sample(self, logits: Floats) -> int:
         """The next token for logits f32[vocab].
@@ -93,15 +90,13 @@ class Sampler:
         token = best
         if self.params.temperature > 0:
             ids, probabilities = candidates(scores, self.params)
-            edges = np.cumsum(probabilities, dtype=np.float64)
-            at = int(np.searchsorted(edges, self._random.random() * edges[-1], side="right"))
-            token = int(ids[min(at, len(ids) - 1)])
-        if self._seen is not None:
-            self._seen[token] = True
+            token = int(ids[_draw(probabilities, self._random.random())])
+        if self.params.repetition_penalty != 1 and token not in self._seen:
+            self._seen = np.append(self._seen, token)
         return token
 
     def _penalised(self, logits: Floats) -> Floats:
-        if self._seen is None:
+        if self.params.repetition_penalty == 1:
             return logits
         penalty = np.float32(self.params.repetition_penalty)
         scores = logits.copy()
@@ -132,19 +127,35 @@ def candidates(scores: Floats, params: SamplingParams) -> tuple[Ids, Floats]:
     return ids, weights
 
 
+def _draw(weights: Floats, share: float) -> int:
+    """Index at which the running sum of the weights passes `share` (0 <= share < 1) of their sum."""
+    # by blocks: a running sum over a whole vocabulary takes longer than all the rest
+    starts = np.arange(0, len(weights), _BLOCK)
+    edges = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
+    target = share * edges[-1]
+    block = int(np.searchsorted(edges, target, side="right"))
+    block = min(block, len(starts) - 1)
+    before = edges[block - 1] if block else 0.0
+    inner = before + np.cumsum(weights[starts[block] : starts[block] + _BLOCK], dtype=np.float64)
+    # rounding may leave the target just behind the block's last sum
+    within = min(int(np.searchsorted(inner, target, side="right")), len(inner) - 1)
+    return int(starts[block]) + within
+
+
 def _nucleus(weights: Floats, top_p: float) -> Ids:
     """Indices, ascending, of what top-p keeps: from the least likely up, tokens go while their sum is <= 1 - top_p."""
     total = float(weights.sum(dtype=np.float64))
     spare = (1 - top_p) * total
     # even all together, tokens below an equal share of the spare mass are dropped: no need to sort them
     small = weights <= spare / len(weights)
-    rest = np.flatnonzero(~small)
-    if len(rest) == 0:  # all equal and hardly any spare mass to keep
-        rest, small = np.arange(len(weights)), np.zeros(len(weights), np.bool_)
-    order = rest[np.argsort(weights[rest], kind="stable")]
-    sums = np.cumsum(weights[order], dtype=np.float64) + float(weights[small].sum(dtype=np.float64))
-    kept = order[sums > spare]
-    return np.sort(kept if len(kept) else order[-1:])
+    rest = np.sort(weights[~small]) if not small.all() else np.sort(weights)
+    below = total - float(rest.sum(dtype=np.float64))
+    first = int(np.searchsorted(np.cumsum(rest, dtype=np.float64) + below, spare, side="right"))
+    first = min(first, len(rest) - 1)  # the likeliest token always stays
+    cut = rest[first]
+    ties = np.flatnonzero(weights == cut)
+    wanted = len(rest) - first - int(np.count_nonzero(weights > cut))
+    return np.union1d(np.flatnonzero(weights > cut), ties[len(ties) - wanted :])
 
 
 def token_logprob(logits: Floats, token: int, top: int) -> TokenLogprob:

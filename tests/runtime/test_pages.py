@@ -69,7 +69,7 @@ def test_random_use_never_shares_or_loses_a_page(make_group: Callable[..., Any])
     assert allocator.used_pages() == (0, 0, 0, 0)
 
 
-@pytest.mark.parametrize("length", [0, 1, 39, 40, 41, 96, 100, 300])
+@pytest.mark.parametrize("length", [0, 1, 39, 40, 54, 55, 56, 96, 100, 300])
 def test_exactly_the_pages_that_can_still_be_seen_are_kept(
     make_group: Callable[..., Any], length: int
 ) -> None:

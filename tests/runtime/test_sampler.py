@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmc.errors import LlmcError
-from llmc.runtime.sampler import Sampler, SamplingParams, candidates, token_logprob
+from llmc.runtime.sampler import Sampler, SamplingParams, _draw, candidates, token_logprob
 
 RNG = np.random.default_rng(3)
 
@@ -83,7 +83,7 @@ def test_candidates_are_those_of_transformers(params: SamplingParams) -> None:
     want = torch.tensor(scores)[None]
     for processor in chain:
         want = processor(torch.tensor([seen]), want)
-    sampler = Sampler(SamplingParams(0.0, repetition_penalty=1.3), 3000, seen)
+    sampler = Sampler(SamplingParams(0.0, repetition_penalty=1.3), seen)
     ids, weights = candidates(sampler._penalised(scores), params)
     probabilities = torch.softmax(want[0].double(), -1).numpy()
     assert np.array_equal(ids, np.flatnonzero(probabilities))
@@ -92,16 +92,27 @@ def test_candidates_are_those_of_transformers(params: SamplingParams) -> None:
 
 def test_frequencies_follow_the_probabilities() -> None:
     scores = np.array([1.0, 0.0, -1.0, 2.0, -30.0], np.float32)
-    sampler = Sampler(SamplingParams(1.0, seed=11), 5)
+    sampler = Sampler(SamplingParams(1.0, seed=11))
     counts = np.bincount([sampler.sample(scores) for _ in range(20000)], minlength=5)
     assert np.abs(counts / 20000 - softmax(scores)).max() < 0.015
+
+
+def test_draws_find_the_place_in_the_running_sum() -> None:
+    weights = RNG.random(3000).astype(np.float32)
+    weights[RNG.integers(0, 3000, 500)] = 0
+    weights[-20:] = 0
+    edges = np.cumsum(weights.astype(np.float64))
+    for share in (0.0, *RNG.random(300), 1 - 2**-53):
+        at = _draw(weights, share)
+        assert weights[at] > 0
+        assert edges[at] >= share * edges[-1] - 1e-9 and edges[at] - weights[at] <= share * edges[-1] + 1e-9
 
 
 def test_a_seed_fixes_the_choices() -> None:
     rows = (RNG.standard_normal((50, 200)) * 2).astype(np.float32)
 
     def draw(seed: int | None) -> list[int]:
-        sampler = Sampler(SamplingParams(1.0, top_p=0.95, seed=seed), 200)
+        sampler = Sampler(SamplingParams(1.0, top_p=0.95, seed=seed))
         return [sampler.sample(row) for row in rows]
 
     assert draw(5) == draw(5) != draw(6)
@@ -110,12 +121,12 @@ def test_a_seed_fixes_the_choices() -> None:
 
 def test_greedy_takes_the_first_best_and_ignores_filters() -> None:
     scores = np.array([0.5, 2.0, 2.0, -1.0], np.float32)
-    assert Sampler(SamplingParams(0.0, top_p=0.1, top_k=3), 4).sample(scores) == 1
+    assert Sampler(SamplingParams(0.0, top_p=0.1, top_k=3)).sample(scores) == 1
 
 
 def test_repetition_penalty_counts_prompt_and_new_tokens() -> None:
     scores = np.array([3.0, 2.0, -1.0, 1.4], np.float32)
-    sampler = Sampler(SamplingParams(repetition_penalty=2.0), 4, seen=[0, 2])
+    sampler = Sampler(SamplingParams(repetition_penalty=2.0), seen=[0, 2])
     assert [sampler.sample(scores) for _ in range(3)] == [1, 0, 0]  # 1.5 2 -2 1.4, then 1.5 1 -2 1.4
     assert np.array_equal(sampler._penalised(scores), np.array([1.5, 1.0, -2.0, 1.4], np.float32))
     assert scores[0] == 3
@@ -138,9 +149,9 @@ def test_logits_that_are_not_finite_are_refused(bad: float, temperature: float) 
     scores = np.zeros(10, np.float32)
     scores[4] = bad
     with pytest.raises(LlmcError, match=r"not finite \(token 4.*logits-not-finite"):
-        Sampler(SamplingParams(temperature), 10).sample(scores)
+        Sampler(SamplingParams(temperature)).sample(scores)
     scores[4] = -np.inf  # masked tokens are fine
-    assert Sampler(SamplingParams(temperature), 10).sample(scores) != 4
+    assert Sampler(SamplingParams(temperature)).sample(scores) != 4
 
 
 @pytest.mark.parametrize(
