@@ -142,6 +142,9 @@ def _scale(resolver: MaskResolver, value: Any, scores: _Scores) -> Any:
     multiply = op_name(value) == "relax.multiply"
     parts = _split_data(resolver, value, swap=multiply)
     number = None if parts is None else _number(resolver, parts[1])
+    if parts is not None and number is None and multiply and _is_pattern(resolver, parts[1]):
+        scores.terms.append(Term(parts[1], fill=0.0))  # w * mask + -1e4 * (1 - mask)
+        return parts[0]
     if parts is None or number is None or number <= 0:
         return None
     scores.factor = scores.factor * number if multiply else scores.factor / number
@@ -162,8 +165,6 @@ def _select(resolver: MaskResolver, value: Any, scores: _Scores) -> Any:
         kept, other, keep_where = other, kept, False
     fill = _number(resolver, other)
     if resolver.flow.is_data(condition) or resolver.flow.is_data(other) or fill is None or scores.softcap:
-        return None
-    if fill * scores.factor > MASKED:
         return None
     scores.terms.append(Term(condition, fill=fill * scores.factor, keep_where=keep_where))
     return kept
@@ -199,6 +200,14 @@ def _number(resolver: MaskResolver, expr: Any) -> float | None:
     return float(values[0][0]) if same else None
 
 
+def _is_pattern(resolver: MaskResolver, expr: Any) -> bool:
+    """Whether a data-independent expression consists of zeros and ones."""
+    try:
+        return all(bool(np.isin(np.asarray(resolver.look(expr, n), "float64"), (0, 1)).all()) for n in (3, 5))
+    except NotEvaluable:
+        return False
+
+
 def _walk_forward(graph: Graph, var: Any) -> Any:
     """The binding of probabilities @ v; None if the probabilities have another use."""
     while True:
@@ -226,11 +235,11 @@ def _assemble(graph: Graph, product: Any, output: Any, scores: _Scores) -> Match
     total = int(np.prod([int(d) for d in lead_q]))
     length = q.ty.shape[-2]
     rank = len(kt.ty.shape)
-    swapped = [*range(rank - 2), rank - 1, rank - 2]
+    swapped, straight = [*range(rank - 2), rank - 1, rank - 2], list(range(len(v.ty.shape)))
     key, repeat_k = _kv_source(graph, kt, swapped, heads)
-    value, repeat_v = _kv_source(graph, v, list(range(rank)), heads)
+    value, repeat_v = _kv_source(graph, v, straight, heads)
     if repeat_k != repeat_v:
-        key, value = (kt, swapped), (v, list(range(rank)))
+        key, value = (kt, swapped), (v, straight)
         repeat_k = 1
     dtype = _common_dtype(graph, q, key[0], value[0])
     kv = heads // repeat_k
@@ -275,8 +284,8 @@ def _assemble(graph: Graph, product: Any, output: Any, scores: _Scores) -> Match
 def _groups(lead_q: list[Any], lead_kv: list[Any]) -> int | None:
     """Number of key/value heads when their leading axes broadcast as a prefix of the query's."""
     a, b = [int(d) for d in lead_q], [int(d) for d in lead_kv]
-    if len(a) != len(b):
-        return None
+    width = max(len(a), len(b))
+    a, b = [1] * (width - len(a)) + a, [1] * (width - len(b)) + b
     n = next((i for i in range(len(a), 0, -1) if b[i - 1] != 1), 0)
     return int(np.prod(b)) if a[:n] == b[:n] else None
 

@@ -60,17 +60,21 @@ class RaiseAttention:
     Args:
         where: name of the module that computes a variable, for messages.
         positions: parameter of ``main`` that holds the positions; a mask may be computed from it.
+        limit: largest length that the model is made for; masks are looked at up to it.
     """
 
-    def __init__(self, where: Callable[[Any], str] = str, positions: Any = None) -> None:
+    def __init__(
+        self, where: Callable[[Any], str] = str, positions: Any = None, limit: int = 2**31 - 1
+    ) -> None:
         self.where = where
         self.positions = positions
+        self.limit = limit
 
     def __call__(self, module: IRModule) -> IRModule:
         func = module["main"]
         graph = Graph(func)
         given = {} if self.positions is None else {self.positions: lambda n: np.arange(n, dtype="int32")}
-        resolver = MaskResolver(graph, given)
+        resolver = MaskResolver(graph, given, self.limit)
         found: dict[Any, Match] = {}
         for binding in graph.bindings:
             match = self._direct(binding.value) or match_softmax(graph, resolver, binding)

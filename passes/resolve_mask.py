@@ -49,7 +49,8 @@ class Term:
     Attributes:
         value: variable or constant that broadcasts to the scores [.., T, T].
         factor: for an added bias: what it is multiplied with before it is added.
-        fill: for a selection ``where(value, score, fill)``: the number put in; None for an added bias.
+        fill: for a selection ``where(value, score, fill)``: the number put in, before what is added later; None for an
+            added bias.
         keep_where: for a selection: the scores stay where `value` is this.
     """
 
@@ -118,11 +119,13 @@ class MaskResolver:
     Args:
         graph: the function.
         given: parameters whose values are known at a length, e.g. positions -> arange(length).
+        limit: largest length that the model is made for.
     """
 
-    def __init__(self, graph: Graph, given: Mapping[Any, Any]) -> None:
+    def __init__(self, graph: Graph, given: Mapping[Any, Any], limit: int = 2**31 - 1) -> None:
         self.graph = graph
         self.given = given
+        self.limit = limit
         self.flow = DataFlow(graph, set(given))
         self._known: dict[Any, ResolvedMask] = {}
 
@@ -163,7 +166,7 @@ class MaskResolver:
         A number in the sub-graph may be a window: the length has to exceed it to be seen. A buffer [n, n] bounds it.
         """
         markers: dict[Any, MaskAttrs] = {}
-        needed, bound = _LONG, _LIMIT
+        needed, bound = _LONG, min(self.limit, _LIMIT)
         for expr in self._cone(terms):
             opaque = match_any_opaque(expr) if isinstance(expr, relax.Call) else None
             if opaque is not None:
@@ -174,13 +177,16 @@ class MaskResolver:
                 elif const.ndim >= 2 and const.shape[-1] == const.shape[-2] > 1:
                     bound = min(bound, const.shape[-1])
                     needed = max(needed, bound)
-                elif const.size == 1 and 8 < abs(float(const.reshape(()))) < 2**20:
-                    needed = max(needed, int(abs(float(const.reshape(())))) + 9)
+                elif const.size == 1:
+                    number = float(const.reshape(()))
+                    is_fill = number <= MASKED and const.dtype.kind == "f"
+                    if 8 < abs(number) < 2**20 and not is_fill:
+                        needed = max(needed, int(abs(number)) + 9)
         for var in self._cone_vars(terms):
             opaque = match_any_opaque(self.graph.definition(var))
             if opaque is not None and opaque[0] == MASK:
                 markers[var] = MaskAttrs.from_json(opaque[2])
-        if needed > bound and bound == _LIMIT:
+        if needed > bound == _LIMIT < self.limit:
             raise MaskError(f"a mask built with the number {needed - 9}, too large to be checked")
         return markers, [_SHORT, min(needed, bound)]
 
@@ -213,6 +219,7 @@ class MaskResolver:
         given = {var: make(length) for var, make in self.given.items()}
         evaluator = Evaluator(self.graph, length, given, {MASK: mask}, exact=True)
         total: Any = np.zeros((1, 1, 1), "float32")
+        gone: Any = np.zeros((1, 1, 1), bool)
         for term in terms:
             try:
                 value = evaluator.value(term.value)
@@ -221,12 +228,16 @@ class MaskResolver:
             if term.fill is None:
                 value = value.astype("float64" if value.size < 2**16 else "float32") * term.factor
             else:
-                value = np.where(value.astype(bool) == term.keep_where, 0.0, term.fill)
+                kept = value.astype(bool) == term.keep_where
+                value = np.where(kept, 0.0, term.fill)
+                gone = gone | ~kept.reshape(-1, *([1, 1, *value.shape][-2:]))
             if np.isnan(value).any():
                 raise MaskError("a bias that is not a number")
             total = total + value.reshape(-1, *([1, 1, *value.shape][-2:]))
         total = np.broadcast_to(total, (total.shape[0], length, length))
         allowed = total > MASKED
+        if (gone & allowed).any():
+            raise MaskError("scores that are replaced by a number without being masked")
         return allowed, np.where(allowed, total, 0)
 
     def _check_markers(self, terms: tuple[Term, ...], markers: Mapping[Any, Any], free: Any) -> None:

@@ -17,6 +17,7 @@ VOCAB = 256
 # architectures in the causal-LM table that are no decoder-only language models: encoders, encoder-decoders, and
 # models that need an image or sound encoder
 NOT_DECODERS = frozenset(
+    # fmt: off
     [
         "bart",
         "bert",
@@ -59,6 +60,7 @@ NOT_DECODERS = frozenset(
         "emu3",
         "moss_transcribe_diarize",
     ]
+    # fmt: on
 )
 
 SIZES: dict[str, Any] = {
@@ -78,9 +80,30 @@ SIZES: dict[str, Any] = {
     "qk_head_dim": 24, "sliding_window": 8, "attention_chunk_size": 8, "rotary_dim": 8, "word_embed_proj_dim": 64,
     "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCAB,
 }  # fmt: skip
+# query, key and value dims follow from these in multi-head latent attention
+_DERIVED_WITH_MLA = ("head_dim", "qk_head_dim", "num_key_value_heads")
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"num_key_value_heads": 4, "head_dim": None},
-    "deepseek_v3": {"num_key_value_heads": 4},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    },
+    "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": {"per_layer_config": {}},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0],
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
 }
 
 
@@ -96,10 +119,6 @@ def tiny_config(model_type: str, **extra: Any) -> Any:
     kwargs = _shrunk(default, OVERRIDES.get(model_type, {}))
     kwargs.update(extra)
     config = cls(**{k: v for k, v in kwargs.items() if v is not None})
-    for text in [config, *(getattr(config, n) for n in getattr(config, "sub_configs", {}))]:
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            if hasattr(text, name):
-                setattr(text, name, None)
     config.use_cache = False
     return config
 
@@ -108,7 +127,10 @@ def _shrunk(default: Any, overrides: dict[str, Any]) -> dict[str, Any]:
     names = set(default.to_dict()) | set(getattr(default, "attribute_map", {}))
     mapped = getattr(default, "attribute_map", {})
     kwargs: dict[str, Any] = {}
+    latent = "kv_lora_rank" in names
     for name, value in SIZES.items():
+        if latent and name in _DERIVED_WITH_MLA:
+            continue
         if name in names and name not in kwargs and mapped.get(name) not in kwargs:
             current = getattr(default, name, None)
             if current is not None and not isinstance(current, list | dict):
@@ -120,7 +142,9 @@ def _shrunk(default: Any, overrides: dict[str, Any]) -> dict[str, Any]:
         for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
             if name in kwargs:
                 kwargs[name] = layers
-    kwargs["pad_token_id"] = 0
+    if latent and "num_key_value_heads" in names:
+        kwargs["num_key_value_heads"] = 4
+    kwargs |= {n: i for i, n in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")) if n in names}
     kwargs.update(overrides)
     return kwargs
 

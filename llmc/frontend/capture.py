@@ -24,6 +24,9 @@ from llmc.passes.raise_attention import RaiseAttention
 from llmc.passes.rewrite import Builder
 
 _TRACED_LENGTH = 24
+_LARGE = 2**16  # a buffer of more entries is a weight, not a table to keep in the graph
+NO_LIMIT = 2**31 - 1
+_LIMIT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 
 
 class _OneSequence(torch.nn.Module):
@@ -71,7 +74,10 @@ def capture(source: SourceModel | torch.nn.Module, *, taps: bool = False) -> Mod
         LlmcError: the model cannot be traced, uses an operation that llmc cannot import, has a mask that is not
             understood ("mask-not-understood"), or mixes tokens outside of attention ("token-mixing-not-captured").
     """
+    if isinstance(source, SourceModel) and source.program is not None:
+        return capture_exported(source.program, limit=source.max_seq_len)
     model = source if isinstance(source, torch.nn.Module) else source.module
+    limit = length_limit(model) if isinstance(source, torch.nn.Module) else source.max_seq_len
     tapped = decoder_layers(model) if taps else {}
     wrapper = _OneSequence(model, tapped).eval()
     ids = torch.zeros(1, _TRACED_LENGTH, dtype=torch.long)
@@ -87,9 +93,82 @@ def capture(source: SourceModel | torch.nn.Module, *, taps: bool = False) -> Mod
         except Exception as error:
             raise _trace_error(model, error) from error
         program = _functional(program)
-    buffers = {f"model.{n}": b for n, b in model.named_buffers() if b.device.type != "meta"}
-    imported = Importer(program, buffers, "model", tied=tied_names(model)).run()
-    return _finish(imported, tuple(tapped))
+    buffers, weights = {}, []
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if buffer.device.type == "meta" or _is_large_weight(model, name, buffer):
+            weights.append(f"model.{name}")
+        else:
+            buffers[f"model.{name}"] = buffer
+    imported = Importer(
+        program,
+        buffers,
+        "model",
+        parameter_buffers=frozenset(weights),
+        tied=tied_names(model),
+        limit=limit,
+    ).run()
+    _check_range(program, limit)
+    return _finish(imported, tuple(tapped), limit)
+
+
+def capture_exported(program: torch.export.ExportedProgram, *, limit: int = NO_LIMIT) -> ModelGraph:
+    """A ModelGraph of an exported program: input_ids i64[1, T] (and position_ids i64[1, T]) -> logits [1, T, V].
+
+    T has to be dynamic. Attention may be scaled_dot_product_attention or spelled out; weights are the program's
+    parameters and persistent buffers, other buffers become constants.
+
+    Args:
+        limit: largest length that the model is made for.
+
+    Raises:
+        LlmcError: as capture, and "exported-signature" if inputs or outputs are others.
+    """
+    program = _functional(program)
+    signature = program.graph_signature
+    values = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
+    tokens = [values[name] for name in signature.user_inputs if isinstance(name, str)]
+    if not 1 <= len(tokens) <= 2 or any(
+        not isinstance(x, torch.Tensor) or x.dim() != 2 or not isinstance(x.shape[1], torch.SymInt)
+        for x in tokens
+    ):
+        raise LlmcError(
+            "exported-signature",
+            f"The exported program has the inputs {[str(getattr(x, 'shape', x)) for x in tokens]}; llmc needs input_ids "
+            "[1, T] and optionally position_ids [1, T], with a dynamic T.",
+            hint="Export it with dynamic_shapes={'input_ids': {1: torch.export.Dim.DYNAMIC}}.",
+        )
+    persistent = {n for n, b in program.named_buffers() if n not in signature.non_persistent_buffers}
+    weights = frozenset(n for n, b in program.named_buffers() if n in persistent and b.numel() > _LARGE)
+    buffers = {n: b for n, b in program.named_buffers() if n not in weights}
+    imported = Importer(program, buffers, parameter_buffers=weights, limit=limit).run()
+    _check_range(program, limit)
+    return _finish(imported, (), limit)
+
+
+def length_limit(model: torch.nn.Module) -> int:
+    """Largest length that a module's config says it is made for."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = (getattr(config, name, None) for name in _LIMIT_FIELDS)
+    return next((int(x) for x in found if isinstance(x, int) and x > 0), NO_LIMIT)
+
+
+def _is_large_weight(model: torch.nn.Module, name: str, buffer: torch.Tensor) -> bool:
+    path, _, leaf = name.rpartition(".")
+    persistent = leaf not in model.get_submodule(path)._non_persistent_buffers_set
+    return persistent and buffer.is_floating_point() and buffer.numel() > _LARGE
+
+
+def _check_range(program: Any, limit: int) -> None:
+    """The traced branches have to be those of every length from 1 (2 for torch) to the limit."""
+    for allowed in program.range_constraints.values():
+        lower, upper = int(allowed.lower), allowed.upper
+        if lower > 2 or (upper.is_number and upper < min(limit, 2**30)):
+            raise LlmcError(
+                "length-dependent",
+                f"The model computes differently for lengths outside of {lower} to {upper}, and is made for up to {limit}.",
+                hint="Such a model cannot be compiled for every length at once.",
+            )
 
 
 @contextmanager
@@ -155,7 +234,7 @@ def _functional(program: Any) -> Any:
     return program.run_decompositions(table)
 
 
-def _finish(imported: Imported, taps: tuple[str, ...]) -> ModelGraph:
+def _finish(imported: Imported, taps: tuple[str, ...], limit: int) -> ModelGraph:
     """Resolve attention, check the tokens, and give main its final signature."""
     T = imported.length
     input_ids = relax.Var("input_ids", tensor_type([T], "int32"))
@@ -174,7 +253,7 @@ def _finish(imported: Imported, taps: tuple[str, ...]) -> ModelGraph:
     params = [input_ids, positions, *(var for var, _ in imported.params)]
     module = tvm.IRModule({"main": builder.function(params, result, symbol="main")})
     where = _where(imported)
-    module = RaiseAttention(where, positions)(module)
+    module = RaiseAttention(where, positions, limit)(module)
     module = relax.transform.DeadCodeElimination(["main"])(module)
     module = use_positions(module)
     TokenCheck(module, lambda var: imported.origin.get(var, ("", ""))).run()

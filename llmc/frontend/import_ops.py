@@ -415,7 +415,14 @@ def _argsort(im: Any, a: Args, out: Any) -> Any:
 
 def _mask(im: Any, a: Args, out: Any) -> Any:
     attrs = MaskAttrs(causal=a["causal"], window=a["window"], chunk=a["chunk"])
-    return im.emit(opaque_call(MASK, [], attrs.to_json(), tensor_type(im.shape(out), im.dtype(out.dtype))))
+    return im.emit(
+        opaque_call(
+            MASK,
+            [a["padding"]] if a["padding"] is not None else [],
+            attrs.to_json(),
+            tensor_type(im.shape(out), im.dtype(out.dtype)),
+        )
+    )
 
 
 def _attention(im: Any, a: Args, out: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from tvm import relax
 
@@ -127,6 +128,11 @@ def _slice(im: Any, a: Args, out: Any) -> Any:
     start, end = _bound(start, size), _bound(a.get("end"), size)
     if isinstance(end, int) and is_static(size):
         end = min(end, int(size))
+    wanted = im.shape(out)[axis]
+    if is_static(size) and not is_static(wanted) and step == 1:
+        # Relax cannot prove that min(T, size) is T; as an index it is what `use_positions` looks for, too
+        index = im.emit(op.arange(start, start + wanted, 1, "int32"))
+        return im.emit(op.take(x, reshape(im, index, [wanted]), axis=axis))
     return im.emit(op.strided_slice(x, [axis], [start], [end], [step]))
 
 
@@ -295,6 +301,47 @@ def _scatter(reduction: str) -> Converter:
     return run
 
 
+def _slice_scatter(im: Any, a: Args, out: Any) -> Any:
+    """x with x[start:end] along one axis replaced (torch's functional form of an assignment to a slice)."""
+    x, src, axis = a["self"], a["src"], a.get("dim", 0) % out.dim()
+    size = x.ty.shape[axis]
+    start, end, step = _bound(a.get("start") or 0, size), _bound(a.get("end"), size), a.get("step", 1)
+    if step != 1:
+        if not is_static(size):
+            raise im.error("assigns to a part of the sequence", "token-mixing-not-captured")
+        index = np.arange(int(size))
+        chosen = index[start:end:step]
+        index[chosen] = int(size) + np.arange(len(chosen))
+        both = im.emit(op.concat([x, cast(im, src, im.dtype(out.dtype))], axis=axis))
+        return im.emit(op.take(both, relax.const(index, "int64"), axis=axis))
+    return _overwrite(im, x, cast(im, src, im.dtype(out.dtype)), axis, start, end)
+
+
+def _select_scatter(im: Any, a: Args, out: Any) -> Any:
+    x, axis = a["self"], a["dim"] % out.dim()
+    index = _bound(a["index"], x.ty.shape[axis])
+    shape = im.shape(out)
+    shape[axis] = 1
+    src = reshape(im, cast(im, a["src"], im.dtype(out.dtype)), shape)
+    return _overwrite(im, x, src, axis, index, index + 1)
+
+
+def _overwrite(im: Any, x: Any, src: Any, axis: int, start: Any, end: Any) -> Any:
+    size = x.ty.shape[axis]
+    if not is_static(size):
+        if start == 0 and same_dim(end, size):
+            return src
+        raise im.error("assigns to a part of the sequence", "token-mixing-not-captured")
+    end = min(end, int(size))
+    parts = []
+    if start > 0:
+        parts.append(im.emit(op.strided_slice(x, [axis], [0], [start], [1])))
+    parts.append(src)
+    if end < int(size):
+        parts.append(im.emit(op.strided_slice(x, [axis], [end], [int(size)], [1])))
+    return parts[0] if len(parts) == 1 else im.emit(op.concat(parts, axis=axis))
+
+
 def _einsum(im: Any, a: Args, out: Any) -> Any:
     """Two operands at a time as one batched matmul; the result keeps the labels that are still needed."""
     terms, _, result = a["equation"].replace(" ", "").partition("->")
@@ -387,6 +434,7 @@ COMPLEX_OPS: dict[str, Callable[[Any, Args], Any]] = {
     "imag.default": lambda im, a: a["self"].imag,
 }
 _COMPLEX_LAYOUT = frozenset(
+    # fmt: off
     [
         "view",
         "reshape",
@@ -407,6 +455,7 @@ _COMPLEX_LAYOUT = frozenset(
         "to",
         "_to_copy",
     ]
+    # fmt: on
 )
 
 
@@ -479,5 +528,7 @@ CONVERTERS: dict[str, Converter] = {
     **_entries("gather.default", _gather),
     **_entries("scatter.src scatter.value", _scatter("update")),
     **_entries("scatter_add.default", _scatter("add")),
+    **_entries("slice_scatter.default", _slice_scatter),
+    **_entries("select_scatter.default", _select_scatter),
     **_entries("einsum.default", _einsum),
 }

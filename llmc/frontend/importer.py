@@ -39,6 +39,9 @@ TORCH_TO_TVM: Mapping[torch.dtype, str] = {
 }
 
 
+_FOLDED = 2**20  # constants up to this many entries are computed while importing
+
+
 @dataclass
 class Imported:
     """The imported function before masks are resolved.
@@ -79,6 +82,7 @@ class Importer:
         prefix: name of the source model inside the exported module ("" if it is the module itself).
         parameter_buffers: buffers (names in the program) that are weights: parameters of the function, not constants.
         tied: other name of a weight -> the one that it goes by (names in the source model).
+        limit: largest length that the model is made for.
     """
 
     program: Any
@@ -86,6 +90,7 @@ class Importer:
     prefix: str = ""
     parameter_buffers: frozenset[str] = frozenset()
     tied: Mapping[str, str] = field(default_factory=dict)
+    limit: int = 2**31 - 1
     length: Any = field(default_factory=lambda: tirx.Var("T", "int64"))
 
     def __post_init__(self) -> None:
@@ -95,6 +100,7 @@ class Importer:
         self.node: Any = None
         self._symbols: set[Any] = set()
         self._weights: dict[str, Var] = {}
+        self.known: dict[Any, torch.Tensor] = {}
 
     # types and scalars
 
@@ -119,6 +125,19 @@ class Importer:
             a, b = (self._sympy(arg) for arg in expr.args)
             a, b = (tirx.IntImm("int64", x) if isinstance(x, int) else x for x in (a, b))
             return tirx.floordiv(a, b) if type(expr).__name__ == "FloorDiv" else tirx.floormod(a, b)
+        if type(expr).__name__ in ("Max", "Min"):  # torch has its own
+            return self._extreme(expr)
+        raise self.error(f"a size {expr} that llmc cannot express in the sequence length")
+
+    def _extreme(self, expr: Any) -> Any:
+        """The argument that is the largest (smallest) for every length that the model is made for."""
+        for arg in expr.args:
+            rest = [arg - other if type(expr).__name__ == "Max" else other - arg for other in expr.args]
+            # linear in the length, so that the ends decide
+            linear = all(sympy.diff(difference, s, 2) == 0 for difference in rest for s in self._symbols)
+            values = [d.subs(dict.fromkeys(self._symbols, n)) for d in rest for n in (1, self.limit)]
+            if linear and all(value >= 0 for value in values):
+                return self._sympy(arg)
         raise self.error(f"a size {expr} that llmc cannot express in the sequence length")
 
     def shape(self, value: Any) -> list[Any]:
@@ -163,6 +182,8 @@ class Importer:
             if node.op == "placeholder":
                 self._placeholder(node, specs[node.name], inputs, params)
             elif node.op == "call_function":
+                if self._fold(node):
+                    continue
                 self.env[node] = convert(self, node)
                 self._check(node)
             elif node.op == "output":
@@ -205,11 +226,31 @@ class Importer:
                     "buffer-without-value",
                     f"The model computes with the buffer {spec.target!r}, whose value is not known.",
                 )
-            self.env[node] = (
-                Complex(to_const(real.real), to_const(real.imag)) if real.is_complex() else to_const(real)
-            )
+            self._set_known(node, real)
         else:
             raise LlmcError("unsupported-operation", f"Unexpected kind of graph input: {spec.kind}.")
+
+    def _fold(self, node: Any) -> bool:
+        """Compute a node with torch if everything that it reads is known; whether that was done."""
+        value = node.meta.get("val")
+        is_plain = isinstance(value, torch.Tensor) and all(isinstance(s, int) for s in value.shape)
+        if not is_plain or value.numel() > _FOLDED or node.target.namespace != "aten":
+            return False
+        inputs = node.all_input_nodes
+        if any(n not in self.known for n in inputs):
+            return False
+        arguments = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda n: self.known[n])
+        if any(isinstance(x, torch.SymInt) for x in torch.utils._pytree.tree_leaves(arguments)):
+            return False
+        self._set_known(node, node.target(*arguments[0], **arguments[1]))
+        return True
+
+    def _set_known(self, node: Any, value: torch.Tensor) -> None:
+        self.known[node] = value
+        is_complex = value.is_complex()
+        self.env[node] = (
+            Complex(to_const(value.real), to_const(value.imag)) if is_complex else to_const(value)
+        )
 
     def _check(self, node: Any) -> None:
         """The emitted type must be what torch computed."""
@@ -219,7 +260,7 @@ class Importer:
         want = self.dtype(value.dtype)
         if dtype_of(got) != want:
             raise self.error(f"imported as {got.ty.dtype} where torch has {want}", "importer-bug")
-        if len(got.ty.shape) != value.dim():
+        if got.ty.shape is None or len(got.ty.shape) != value.dim():
             raise self.error(
                 f"imported with shape {got.ty.shape} where torch has {value.shape}", "importer-bug"
             )

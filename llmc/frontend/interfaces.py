@@ -33,12 +33,15 @@ def mask(
     device: Any = "cpu",
     **_: Any,
 ) -> torch.Tensor:
-    """AttentionMaskInterface entry: the eager mask [1, 1, s, s] as one operator that carries what it means."""
-    if attention_mask is not None or q_offset != 0 or kv_offset != 0:
-        raise LlmcError("mask-not-understood", "The model builds its mask from padding or from a cache.")
+    """AttentionMaskInterface entry: the eager mask [1, 1, s, s] as one operator that carries what it means.
+
+    A padding mask that the model makes up itself goes along; it has to turn out to be all ones.
+    """
+    if q_offset != 0 or kv_offset != 0:
+        raise LlmcError("mask-not-understood", "The model builds its mask from a cache.")
     kind = classify_mask(mask_function)
     like = torch.empty((), dtype=dtype, device=device)
-    return torch.ops.llmc.mask(like, q_length, kind.causal, kind.window, kind.chunk)
+    return torch.ops.llmc.mask(like, attention_mask, q_length, kind.causal, kind.window, kind.chunk)
 
 
 def attention(

@@ -71,18 +71,6 @@ def _position_form(
         if not _is_int(start) or not _is_int(step, 1) or not _is_offset(end, length, int(start.value)):
             return None
         return _shifted(builder, positions, int(start.value), str(binding.var.ty.dtype), binding.var)
-    if name == "relax.strided_slice":
-        x, axes, begin, end, *strides = value.args
-        if _has_length(x.ty.shape, length) or len(axes.fields) != 1:
-            return None
-        start = begin.fields[0]
-        if not _is_int(start) or (strides and not _is_int(strides[0].fields[0], 1)):
-            return None
-        if not _is_offset(end.fields[0], length, int(start.value)):
-            return None
-        index = builder.emit(_shifted(builder, positions, int(start.value), "int32", None), "row")
-        axis = int(axes.fields[0].value)
-        return relax.op.take(x, index, axis=axis)
     if name == "relax.cumsum" and not flow.is_data(value):
         axis = int(value.attrs.axis) % len(binding.var.ty.shape)
         offset = _running_count(graph, binding.var, axis, positions)
@@ -131,10 +119,6 @@ def _is_offset(end: Any, length: Any, start: int) -> bool:
     return bool(a.same_as(length)) and _is_int(b, start)
 
 
-def _has_length(shape: Any, length: Any) -> bool:
-    return any(not isinstance(d, tirx.IntImm) for d in shape)
-
-
 class TokenCheck:
     """Follows the token axis through ``main``.
 
@@ -174,7 +158,7 @@ class TokenCheck:
 
     def _coefficient(self, dim: Any) -> int:
         """c of a size c * T; 0 for a constant."""
-        if isinstance(dim, int) or isinstance(dim, tirx.IntImm):
+        if isinstance(dim, int | tirx.IntImm):
             return 0
         if dim.same_as(self.length):
             return 1
@@ -246,9 +230,9 @@ class TokenCheck:
     def _opaque(self, name: str, states: list[State]) -> State:
         if name == ATTENTION and states[:3] == [Along(2)] * 3 and not any(states[3:]):
             return Along(1)
-        if name == EXPERT_LINEAR and states[0] is not None and not any(states[2:]):
-            if states[0] == states[1] and states[0].axis == 0:
-                return states[0]
+        x = states[0] if states else None
+        if name == EXPERT_LINEAR and x is not None and x.axis == 0 and x == states[1] and not any(states[2:]):
+            return x
         if name == MASK:
             raise _Mixed("makes a mask for an attention that llmc does not recognise")
         raise _Mixed("has operands whose token axis cannot be followed")
@@ -397,6 +381,8 @@ def _take(check: TokenCheck, value: Any, args: list[State], var: Any) -> State:
 def _along_axis(check: TokenCheck, value: Any, args: list[State], var: Any) -> State:
     """gather_elements and scatter_elements: every operand has the token axis in the same place."""
     axis = int(value.attrs.axis) % _rank(var)
+    if op_name(value) == "relax.gather_elements" and args[0] is None and args[1] == Along(axis):
+        return args[1]  # rows of a table, chosen per token
     if any(s != args[0] for s in args) or args[0].axis == axis:
         raise _Mixed("picks tokens by index")
     return args[0]
@@ -436,62 +422,13 @@ def _same(check: TokenCheck, value: Any, args: list[State], var: Any) -> State:
 
 _GROWING = frozenset({"full", "zeros", "ones", "broadcast_to", "full_like", "zeros_like", "ones_like"})
 _ELEMENTWISE = [
-    "add",
-    "subtract",
-    "multiply",
-    "divide",
-    "floor_divide",
-    "floor_mod",
-    "power",
-    "maximum",
-    "minimum",
-    "equal",
-    "not_equal",
-    "less",
-    "less_equal",
-    "greater",
-    "greater_equal",
-    "logical_and",
-    "logical_or",
-    "logical_not",
-    "logical_xor",
-    "bitwise_and",
-    "bitwise_or",
-    "bitwise_xor",
-    "bitwise_not",
-    "where",
-    "abs",
-    "negative",
-    "exp",
-    "log",
-    "sqrt",
-    "rsqrt",
-    "cos",
-    "sin",
-    "tan",
-    "tanh",
-    "sigmoid",
-    "floor",
-    "ceil",
-    "round",
-    "trunc",
-    "sign",
-    "square",
-    "erf",
-    "isnan",
-    "isinf",
-    "isfinite",
-    "atan",
-    "nn.relu",
-    "nn.relu6",
-    "nn.silu",
-    "nn.gelu",
-    "nn.gelu_tanh",
-    "nn.leakyrelu",
-    "nn.softplus",
-    "nn.selu",
-    "astype",
-]
+    "add", "subtract", "multiply", "divide", "floor_divide", "floor_mod", "power", "maximum", "minimum",
+    "equal", "not_equal", "less", "less_equal", "greater", "greater_equal", "logical_and", "logical_or",
+    "logical_not", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not", "where", "abs",
+    "negative", "exp", "log", "sqrt", "rsqrt", "cos", "sin", "tan", "tanh", "sigmoid", "floor", "ceil",
+    "round", "trunc", "sign", "square", "erf", "isnan", "isinf", "isfinite", "atan", "nn.relu", "nn.relu6",
+    "nn.silu", "nn.gelu", "nn.gelu_tanh", "nn.leakyrelu", "nn.softplus", "nn.selu", "astype",
+]  # fmt: skip
 _HANDLERS: dict[str, Callable[..., State]] = {
     **dict.fromkeys(_ELEMENTWISE, _aligned),
     **dict.fromkeys(("reshape", "expand_dims", "squeeze"), _reshape),

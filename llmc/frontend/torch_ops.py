@@ -1,6 +1,6 @@
 """Custom torch operators that survive torch.export: attention, its mask, and one expert layer.
 
-    llmc::mask(like, causal, window, chunk, length)     -> [1, 1, s, s], 0 where allowed, the dtype's minimum elsewhere
+    llmc::mask(like, padding[1, s]?, causal, window, chunk, length) -> [1, 1, s, s], 0 if allowed, else the dtype's minimum
     llmc::attention(q[1,h,s,dk], k[1,hk,s,dk], v[1,hk,s,dv], mask[1,1|h,s,s]?, sinks[h]?, ...) -> [1, s, h, dv]
     llmc::expert_linear(x[n,d], expert_ids[n], weight[e,o,d], bias[e,o]?, transposed) -> [n, o]
 
@@ -27,14 +27,25 @@ def allowed_pairs(length: int, causal: bool, window: int, chunk: int) -> torch.T
 
 
 @torch.library.custom_op("llmc::mask", mutates_args=())
-def mask_op(like: torch.Tensor, length: int, causal: bool, window: int, chunk: int) -> torch.Tensor:
+def mask_op(
+    like: torch.Tensor,
+    padding: Optional[torch.Tensor],  # noqa: UP045  (torch reads the schema from these)
+    length: int,
+    causal: bool,
+    window: int,
+    chunk: int,
+) -> torch.Tensor:
     allowed = allowed_pairs(length, causal, window, chunk)
+    if padding is not None:
+        allowed = allowed & padding.bool()[0, None, :]
     lowest = torch.finfo(like.dtype).min
     return torch.zeros(1, 1, length, length, dtype=like.dtype).masked_fill(~allowed, lowest)
 
 
 @mask_op.register_fake
-def _(like: torch.Tensor, length: int, causal: bool, window: int, chunk: int) -> torch.Tensor:
+def _(
+    like: torch.Tensor, padding: torch.Tensor | None, length: int, causal: bool, window: int, chunk: int
+) -> torch.Tensor:
     return like.new_empty(1, 1, length, length)
 
 
@@ -43,7 +54,7 @@ def attention_op(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    mask: Optional[torch.Tensor],  # noqa: UP045  (torch reads the schema from these)
+    mask: Optional[torch.Tensor],  # noqa: UP045
     sinks: Optional[torch.Tensor],  # noqa: UP045
     scale: float,
     softcap: float,
