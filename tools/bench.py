@@ -294,6 +294,13 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
     artifact = cache / f"{options.shape}-{options.dtype}.artifact"
     if not (model / "config.json").exists():
         in_process("make_model", options.shape, options.dtype, str(model))
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        # waiting threads of one side lose their core to whatever else runs, which can slow it down manyfold
+        print(
+            f"bench: this machine is busy (load average {load:.1f}); do not trust the figures",
+            file=sys.stderr,
+        )
     compile_seconds = compile_artifact(options, model, artifact)
     vocabulary = SHAPES[options.shape]["vocab_size"]
     # fixed, and spread over the vocabulary, so that embedding rows are not all in the cache
@@ -326,6 +333,7 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
         "machine": cpu_name(),
         "features": sorted(f for f in host.features() or () if f.startswith(("avx", "amx", "fma"))),
         "versions": versions,
+        "load_average": load,
         "compile_seconds": compile_seconds,
         "sides": sides,
     }
