@@ -1,5 +1,7 @@
 """llmc: an ahead-of-time compiler for large language models, and the thin runtime of what it compiles.
 
+In short:
+
     import llmc
     llmc.compile("examples/models/stdlib-llama", target="cpu", output="dist/demo")
     model = llmc.load("dist/demo")

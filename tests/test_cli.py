@@ -30,6 +30,7 @@ from llmc.artifact import (
     sha256_file,
 )
 from llmc.cli.app import app
+from llmc.cli.compile import quality_text
 from llmc.cli.format import human_bytes, human_count
 from llmc.cli.guard import guard
 from llmc.cli.progress import timing_table
@@ -143,7 +144,7 @@ def test_compile_prints_spec_progress_and_summary(pipeline: Pipeline, tmp_path: 
     assert spec.hash() in done.stdout and "the model's" in done.stdout
     assert "[1/2] capture" in done.stderr and "[2/2] build" in done.stderr
     assert "LlamaForCausalLM, 8.03 B parameters" in done.stdout
-    assert "prefill 1.50e-05, decode 2.50e-05, tolerance 2.00e-04, same top token 100.0 %" in done.stdout
+    assert "prefill 1.50e-05, decode 2.50e-05 of 2.00e-04 allowed, same top token 100.0 %" in done.stdout
     assert str(output) in done.stdout
     assert "Time per stage" not in done.output
 
@@ -196,6 +197,19 @@ def test_mistakes_are_one_sentence_and_exit_code_2(arguments: list[str], ref: st
     assert done.stderr.startswith("llmc: ") and done.stderr.endswith(f"[{ref}]\n")
     assert "Traceback" not in done.output and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_quality_names_the_error_that_has_the_bound() -> None:
+    exact = QualityReport("sample", 40, 1e-5, 2e-5, relative_error=1e-6, tolerance=2e-4)
+    assert quality_text(exact) == (
+        "checked (sample, 40 tokens), largest logit error prefill 1.00e-05, decode 2.00e-05 of 2.00e-04 allowed, "
+        "relative error 1.00e-06"
+    )
+    coarse = dataclasses.replace(exact, relative_error=0.006, reference_noise=0.008, tolerance=0.02)
+    assert quality_text(coarse).endswith(
+        "decode 2.00e-05, relative error 6.00e-03 of 2.00e-02 allowed, the source itself rounds to 8.00e-03"
+    )
+    assert quality_text(QualityReport("off", note="why")) == "not checked (why)"
 
 
 # --- exit codes ------------------------------------------------------------------------------------------------

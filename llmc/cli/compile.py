@@ -125,14 +125,16 @@ def quality_text(quality: QualityReport) -> str:
     if quality.mode == "off":
         return "not checked" + (f" ({quality.note})" if quality.note else "")
     parts = [f"checked ({quality.mode}, {quality.tokens} tokens)"]
-    if quality.prefill_max_abs_error is not None:
-        parts.append(f"largest logit error: prefill {quality.prefill_max_abs_error:.2e}")
-    if quality.decode_max_abs_error is not None:
-        parts.append(f"decode {quality.decode_max_abs_error:.2e}")
-    if quality.tolerance is not None:
-        parts.append(f"tolerance {quality.tolerance:.2e}")
+    errors = {"prefill": quality.prefill_max_abs_error, "decode": quality.decode_max_abs_error}
+    shown = ", ".join(f"{name} {error:.2e}" for name, error in errors.items() if error is not None)
+    # rounding dominates below float32, so there the relative error is what has a bound (llmc/verify.py)
+    coarse = quality.reference_noise is not None
+    bound = "" if quality.tolerance is None else f" of {quality.tolerance:.2e} allowed"
+    parts.append(f"largest logit error {shown}" + ("" if coarse else bound))
     if quality.relative_error is not None:
-        parts.append(f"relative error {quality.relative_error:.2e}")
+        parts.append(f"relative error {quality.relative_error:.2e}" + (bound if coarse else ""))
+    if coarse:
+        parts.append(f"the source itself rounds to {quality.reference_noise:.2e}")
     if quality.top1_agreement is not None:
         parts.append(f"same top token {100 * quality.top1_agreement:.1f} %")
     if quality.note:
