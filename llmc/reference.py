@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,9 +136,9 @@ def _run(
     assert source.weights is not None
     tapped: dict[str, np.ndarray] = {}
     with ExitStack() as stack, torch.no_grad(), _NoMeta():
-        loader = _Loader(source.weights, source.module)
-        for path, module, tensors in _units(model, "", budget):
-            unit = _Unit(loader, tensors, path)
+        loader, buffers = _Loader(source.weights, source.module), _Buffers()
+        for module, tensors in _units(model, "", budget):
+            unit = _Unit(loader, tensors, buffers)
             stack.callback(module.register_forward_pre_hook(unit.fill).remove)
             stack.callback(module.register_forward_hook(unit.drop, always_call=True).remove)
         for path in taps:
@@ -183,7 +183,7 @@ def _tap(tapped: dict[str, np.ndarray], path: str) -> Any:
     return hook
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Slot:
     """A weight on the meta device: where it belongs and what it is called in the source model."""
 
@@ -232,42 +232,94 @@ class _Loader:
     def canonical(self, name: str) -> str:
         return self._canonical.get(name, name)
 
-    def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+    def converts(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether load() makes a copy of its own, which nobody else sees."""
+        stored = self._weights.info(self.canonical(name)).dtype
+        return stored != str(dtype).removeprefix("torch.") and stored in TORCH_DTYPES
+
+    def load(self, name: str, dtype: torch.dtype, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """The weight in `dtype`, in `buffer` if that fits and a conversion is needed."""
         tensor = self._weights.load(self.canonical(name))
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if not tensor.is_floating_point() or tensor.dtype == dtype:
+            return tensor
+        if buffer is not None and buffer.dtype == dtype and buffer.shape == tensor.shape:
+            return buffer.copy_(tensor)
+        return tensor.to(dtype)
+
+
+class _Buffers:
+    """Converted weights of the unit before, to convert into: fresh memory costs more than the conversion itself."""
+
+    _WORTH = 1 << 20  # elements
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, ...], list[torch.Tensor]] = {}
+
+    def take(self, slots: Iterable[_Slot]) -> dict[_Slot, torch.Tensor]:
+        """Buffers for these weights; what fits none of them is let go, so that no more than one unit is held."""
+        out = {}
+        for slot in slots:
+            same = self._free.get(tuple(slot.empty.shape))
+            if same:
+                out[slot] = same.pop()
+        self._free.clear()
+        return out
+
+    def give(self, slots: Mapping[_Slot, torch.Tensor], out: Any) -> None:
+        """Keep the converted weights, unless the module may have returned a view of one."""
+        alias = {t.untyped_storage().data_ptr() for t in _tensors(out)}
+        for slot, tensor in slots.items():
+            big = tensor.numel() >= self._WORTH and not isinstance(slot.owner, torch.nn.Embedding)
+            if big and tensor.untyped_storage().data_ptr() not in alias:
+                self._free.setdefault(tuple(tensor.shape), []).append(tensor)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
 
 
 class _Unit:
     """Weights that are held while one module runs."""
 
-    def __init__(self, loader: _Loader, slots: Iterable[_Slot], path: str) -> None:
+    def __init__(self, loader: _Loader, slots: Iterable[_Slot], buffers: _Buffers) -> None:
         self._loader = loader
         self._slots = tuple(slots)
-        self._path = path
+        self._buffers = buffers
+        self._converted: dict[_Slot, torch.Tensor] = {}
 
     def fill(self, module: torch.nn.Module, args: Any) -> None:
+        buffers = self._buffers.take(self._slots)
         loaded: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         for slot in self._slots:
             key = (self._loader.canonical(slot.name), slot.empty.dtype)
             if key not in loaded:
-                loaded[key] = self._loader.load(slot.name, slot.empty.dtype)
+                loaded[key] = self._loader.load(slot.name, slot.empty.dtype, buffers.get(slot))
+                if self._loader.converts(slot.name, slot.empty.dtype):
+                    self._converted[slot] = loaded[key]
             slot.put(loaded[key])
 
     def drop(self, module: torch.nn.Module, args: Any, out: Any) -> None:
         for slot in self._slots:
             slot.put(slot.empty)
+        self._buffers.give(self._converted, out)
+        self._converted = {}
 
 
-def _units(
-    module: torch.nn.Module, path: str, budget: int
-) -> Iterator[tuple[str, torch.nn.Module, list[_Slot]]]:
+def _units(module: torch.nn.Module, path: str, budget: int) -> Iterator[tuple[torch.nn.Module, list[_Slot]]]:
     """Cut the model into modules whose weights fit the budget together; what does not fit is cut at its children."""
     everything = list(_slots(module, path, recurse=True))
     if not everything:
         return
     fits = sum(math.prod(s.empty.shape) * s.empty.element_size() for s in everything) <= budget
     if fits and not isinstance(module, _CONTAINERS):
-        yield path, module, everything
+        yield module, everything
         return
     own = list(_slots(module, path, recurse=False))
     for name, child in module.named_children():
@@ -277,7 +329,7 @@ def _units(
         else:
             yield from _units(child, child_path, budget)
     if own:
-        yield path, module, own
+        yield module, own
 
 
 def _slots(module: torch.nn.Module, path: str, *, recurse: bool) -> Iterator[_Slot]:

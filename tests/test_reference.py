@@ -92,7 +92,7 @@ def test_units_cover_every_weight_once(tmp_path: Path) -> None:
     source = open_model(str(save(tiny_model("gpt_oss"), tmp_path)), dtype=None)
     everything = {n for n, _ in source.module.named_parameters(remove_duplicate=False)}
     for budget in (1, 30_000, 1 << 30):
-        names = [s.name for _, _, slots in _units(source.module, "", budget) for s in slots]
+        names = [s.name for _, slots in _units(source.module, "", budget) for s in slots]
         assert len(names) == len(set(names)) and set(names) == everything
 
 
@@ -151,6 +151,52 @@ def test_plain_module_with_weights_read_from_outside() -> None:
     with torch.no_grad():
         expected = module(torch.tensor([ids]), torch.arange(3)[None])[0].numpy()
     np.testing.assert_array_equal(got, expected)
+
+
+class _Lender(torch.nn.Module):
+    """Returns a view of its weight: that memory must not be used for the next module's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(64, 16))
+
+    def forward(self, n: int) -> tuple[torch.Tensor]:
+        return (self.weight[:n],)
+
+
+class _Borrower(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = _Lender(), _Lender(), _Lender()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        n = ids.shape[1]
+        parts = [m(n)[0] for m in (self.first, self.second, self.third)]
+        return torch.stack(parts).sum(0)[None]
+
+
+@pytest.mark.parametrize("least", (1, 1 << 20))
+def test_buffers_are_used_again_only_if_nobody_looks(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmc.reference import _Buffers
+
+    monkeypatch.setattr(_Buffers, "_WORTH", least)
+    torch.manual_seed(0)
+    module = _Borrower().bfloat16()
+    got = reference_logits(open_model(module, dtype=None), [1, 2, 3], "float32", budget=1).logits
+    with torch.no_grad():
+        expected = module.float()(torch.tensor([[1, 2, 3]]))[0].numpy()
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", ("llama", "mixtral", "gpt2", "opt"))
+def test_reused_buffers_change_nothing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmc.reference import _Buffers
+
+    monkeypatch.setattr(_Buffers, "_WORTH", 1)
+    folder = save(tiny_model(kind, dtype=torch.bfloat16), tmp_path)
+    for budget in (1, 60_000):
+        result = reference_logits(open_model(str(folder), dtype=None), IDS, "float32", budget=budget)
+        np.testing.assert_array_equal(result.logits, eager(folder, torch.float32))
 
 
 def test_without_weights(tmp_path: Path) -> None:
