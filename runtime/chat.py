@@ -73,7 +73,7 @@ class ChatTemplate:
         known = {"tools": None, "documents": None, **self._special, **variables}
         try:
             return self._template.render(
-                messages=[_plain(m) for m in messages],
+                messages=[_with_reasoning(_plain(m)) for m in messages],
                 add_generation_prompt=add_generation_prompt,
                 **_plain(known),
             )
@@ -153,6 +153,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str):
         return str.__str__(value)
     return f"<{type(value).__name__}>"
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Templates read an assistant's reasoning under one of several names; fill those that transformers fills."""
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((message[n] for n in names if message.get(n) is not None), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _generation_tag() -> Any:

@@ -158,6 +158,8 @@ def check_files(folder: Path, manifest: Manifest, *, check_hashes: bool) -> None
             raise LlmcError(
                 "file-missing", f"The artifact's file {name} is missing in {folder}.", hint=AGAIN
             ) from None
+        except OSError as e:
+            raise LlmcError("file-unreadable", f"{path} cannot be read: {e.strerror}.") from None
         if size < ends.get(name, 0):
             raise LlmcError(
                 "file-truncated",

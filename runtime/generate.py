@@ -110,6 +110,9 @@ def generate(
 class TextStream(Iterator[str]):
     """Pieces of text as they are generated; `result` once they are all out.
 
+    There is a piece for each new token, "" while a character or what may become a stop string is incomplete (and
+    always without a tokenizer); no piece holds half a character.
+
     Close it (or use it in a `with`) to end early; the cache pages are given back then, too.
     """
 

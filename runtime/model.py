@@ -50,6 +50,8 @@ def load(
     Raises:
         LlmcError: damaged or incomplete, compiled for another machine or TVM version, too little memory.
     """
+    if kv_pages is not None and max_memory is not None:
+        raise LlmcError("memory-options", "Give kv_pages or max_memory, not both.")
     files = open_artifact(Path(path), tvm_version=tvm_version(), check_hashes=check_hashes)
     manifest = files.manifest
     _check_functions(manifest)
@@ -112,7 +114,7 @@ def _check_functions(manifest: Manifest) -> None:
 
 
 class Model:
-    """A loaded model.
+    """A loaded model. Several generations may run at a time, also from several threads; their steps take turns.
 
     Args:
         manifest: what the artifact says about itself.

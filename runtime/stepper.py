@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -42,6 +43,8 @@ class Stepper:
         self.vocab_size = vocab_size
         self._has_decode = "decode" in functions
         self._builder = StepBuilder(len(allocator.pools), allocator.plan.page_size)
+        # the cache, the argument buffer and the compiled functions' scratch memory are shared by all sequences
+        self._lock = threading.Lock()
 
     def step(
         self,
@@ -54,6 +57,7 @@ class Stepper:
 
         More tokens than one compiled step takes go through several. Nothing is changed if an argument is wrong or
         the pool is too small; when a step is interrupted, sequences keep what earlier rounds of it have computed.
+        Threads take turns.
 
         Args:
             batch: each sequence (once) with its new tokens.
@@ -66,6 +70,12 @@ class Stepper:
         Raises:
             LlmcError: bad token ids, too many sequences, too long a sequence, pool exhausted.
         """
+        with self._lock:
+            return self._step(batch, all_rows, function)
+
+    def _step(
+        self, batch: Seq[tuple[Sequence, TokenIds]], all_rows: bool | Seq[bool], function: str | None
+    ) -> Floats:
         ids = self._check(batch)
         rounds = plan_rounds([len(x) for x in ids], self.limits.max_step_tokens)
         self._check_room([seq for seq, _ in batch], rounds)

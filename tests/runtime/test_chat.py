@@ -15,7 +15,7 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "Be <brief> & kind."},
     {"role": "user", "content": "  What is 2 + 2? é 🙂"},
-    {"role": "assistant", "content": "4"},
+    {"role": "assistant", "content": "4", "reasoning": "2 and 2 are 4"},
     {"role": "user", "content": "And 3 + 3?"},
 ]
 CHATML = """{% for message in messages %}
