@@ -1,8 +1,9 @@
 """Vector elementary functions in float32 as polynomials: LLVM has none, and a scalar libm call per lane is slow.
 
-Every function takes an expression of `lanes` float32 and gives one back; shared values are bound by tirx.Let, so that
-they serve hand-written kernels and TVM's intrinsic lowering alike. NaN gives NaN. Coefficients were fitted for this
-file (iteratively reweighted least squares on Chebyshev nodes, relative error); highest power first.
+Every function takes an expression of `lanes` float32 and gives one back. They serve hand-written kernels, where shared
+values become statements, and TVM's intrinsic lowering, where they become Let expressions. NaN gives NaN.
+Coefficients were fitted for this file (iteratively reweighted least squares on Chebyshev nodes, relative error); highest
+power first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from llmc.schedules import emit as e
@@ -162,6 +164,8 @@ def _lowering(function: Callable[[Any, int], Any]) -> Callable[[Any], Any]:
 
 def _share(value: Any, body: Callable[[Any], Any]) -> Any:
     """body(value), with the value computed once."""
+    if IRBuilder.is_in_scope():
+        return body(e.let(value))
     var = tirx.Var("s", str(value.ty.dtype))
     return tirx.Let(var, value, body(var))
 
