@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from llmc.errors import LlmcError
 from llmc.frontend.checkpoint import open_model
 from llmc.reference import _units, reference_logits
+from llmc.spec import DType
 from tests.frontend.tiny import save, tiny_config, tiny_model
 
 KINDS = (
@@ -126,6 +127,17 @@ def test_module_from_python() -> None:
         expected = model(torch.tensor([IDS])).logits[0].float().numpy()
     np.testing.assert_array_equal(got, expected)
     assert all(p.device.type == "cpu" for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ("gemma3_text", "llama", "deepseek_v3"))
+def test_module_from_python_compiled_in_another_dtype(kind: str) -> None:
+    """The float32 reference of a float32 module is the module, whatever the artifact's dtype."""
+    model = tiny_model(kind)
+    model.set_experts_implementation("eager") if kind == "deepseek_v3" else None
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS])).logits[0].numpy()
+    source = open_model(model, dtype=DType.BF16)
+    np.testing.assert_array_equal(reference_logits(source, IDS, "float32").logits, expected)
 
 
 class _Plain(torch.nn.Module):

@@ -71,13 +71,35 @@ def skeleton(module: torch.nn.Module, dtype: str | None = None) -> torch.nn.Modu
         if dtype is not None and param.is_floating_point():
             empty = empty.to(TORCH_DTYPES[dtype])
         memo[id(param)] = torch.nn.Parameter(empty, requires_grad=False)
-    clone = copy.deepcopy(module, memo)
+    clone = copy.deepcopy(module, memo).eval()
     if dtype is not None:
-        for part in clone.modules():
-            for leaf, buffer in part._buffers.items():
-                if buffer is not None and buffer.is_floating_point():
-                    part._buffers[leaf] = buffer.to(TORCH_DTYPES[dtype])
-    return clone.eval()
+        _cast_buffers(clone, _dtype_name(module), dtype)
+        if isinstance(clone, PreTrainedModel):
+            _keep_in_float32(clone, TORCH_DTYPES[dtype])
+    return clone
+
+
+def _cast_buffers(module: torch.nn.Module, stored: str, dtype: str) -> None:
+    """Floating buffers in `dtype`; those that transformers computes (rotary frequencies stay float32) as it would."""
+    computed: dict[str, torch.Tensor] = {}
+    if isinstance(module, PreTrainedModel):
+        before = dict(from_config(module.config, stored, cls=type(module)).named_buffers())
+        after = dict(from_config(module.config, dtype, cls=type(module)).named_buffers())
+        for name, buffer in module.named_buffers():
+            old = before.get(name)
+            # not the value that the config gives: somebody has set it
+            known = old is not None and old.device.type != "meta" and old.dtype == buffer.dtype
+            if known and torch.equal(old, buffer.cpu()):
+                computed[name] = after[name]
+    for name, buffer in list(module.named_buffers(remove_duplicate=False)):
+        if buffer.is_floating_point():
+            owner, leaf = owner_of(module, name)
+            owner._buffers[leaf] = computed[name] if name in computed else buffer.to(TORCH_DTYPES[dtype])
+
+
+def _dtype_name(module: torch.nn.Module) -> str:
+    found = (str(p.dtype).removeprefix("torch.") for p in module.parameters())
+    return next((name for name in found if name in TORCH_DTYPES), "float32")
 
 
 def owner_of(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:

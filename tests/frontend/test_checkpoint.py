@@ -268,6 +268,29 @@ def test_transformers_module() -> None:
     assert torch.equal(source.module.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
 
 
+def test_transformers_module_in_another_dtype() -> None:
+    """Computed buffers are what transformers makes of them in that dtype; one that was changed is cast."""
+    model = tiny_model("gemma3_text")
+    expected = tiny_model("gemma3_text").config
+    twin = AutoModelForCausalLM.from_config(expected, dtype=torch.bfloat16)
+    model.model.rotary_emb.sliding_attention_inv_freq.mul_(2)
+    source = open_model(model, dtype=DType.BF16)
+    got, own = dict(source.module.named_buffers()), dict(twin.named_buffers())
+    assert set(got) == set(own) and any("embed_scale" in n for n in got)
+    for name in got:
+        if name == "model.rotary_emb.sliding_attention_inv_freq":
+            assert torch.equal(got[name], model.model.rotary_emb.sliding_attention_inv_freq.bfloat16())
+        else:
+            assert got[name].dtype == own[name].dtype and torch.equal(got[name], own[name]), name
+    assert {p.dtype for p in source.module.parameters()} == {torch.bfloat16}
+
+
+def test_transformers_module_keeps_float32_weights() -> None:
+    state = open_model(tiny_model("deepseek_v3"), dtype=DType.BF16).module.state_dict()
+    kept = {n for n, t in state.items() if t.dtype == torch.float32}
+    assert kept and all("e_score_correction_bias" in n for n in kept)
+
+
 class Plain(torch.nn.Module):
     """No transformers about it; one weight is a buffer."""
 
