@@ -17,50 +17,10 @@ VOCAB = 256
 # architectures in the causal-LM table that are no decoder-only language models: encoders, encoder-decoders, and
 # models that need an image or sound encoder
 NOT_DECODERS = frozenset(
-    # fmt: off
-    [
-        "bart",
-        "bert",
-        "bert-generation",
-        "big_bird",
-        "bigbird_pegasus",
-        "blenderbot",
-        "blenderbot-small",
-        "camembert",
-        "data2vec-text",
-        "electra",
-        "ernie",
-        "marian",
-        "mbart",
-        "megatron-bert",
-        "mvp",
-        "pegasus",
-        "plbart",
-        "prophetnet",
-        "rembert",
-        "roberta",
-        "roberta-prelayernorm",
-        "roc_bert",
-        "roformer",
-        "trocr",
-        "whisper",
-        "xlm",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "xlnet",
-        "xmod",
-        "reformer",
-        "moshi",
-        "musicgen",
-        "musicgen_melody",
-        "git",
-        "mllama",
-        "fuyu",
-        "got_ocr2",
-        "emu3",
-        "moss_transcribe_diarize",
-    ]
-    # fmt: on
+    "bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small camembert "
+    "data2vec-text electra ernie marian mbart megatron-bert mvp pegasus plbart prophetnet rembert roberta "
+    "roberta-prelayernorm roc_bert roformer trocr whisper xlm xlm-roberta xlm-roberta-xl xlnet xmod "
+    "reformer moshi musicgen musicgen_melody git mllama fuyu got_ocr2 emu3 moss_transcribe_diarize".split()
 )
 
 SIZES: dict[str, Any] = {

@@ -269,9 +269,40 @@ def _where(imported: Imported) -> Any:
 
 
 def _trace_error(model: torch.nn.Module, error: Exception) -> LlmcError:
+    """What to tell about a model that torch.export cannot trace for every length."""
+    name = type(model).__name__
     text = str(error).strip().splitlines()
+    facts = {"error": str(error)}
+    # transformers marks the classes that carry a state from token to token
+    if getattr(model, "_is_stateful", False) or _is_recurrent(model):
+        return LlmcError(
+            "token-mixing-not-captured",
+            f"{name} has recurrent layers, which carry a state from token to token; only attention is supported yet.",
+            context=facts,
+        )
+    where = _failing_module(model, error)
     return LlmcError(
         "trace-failed",
-        f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: {text[0] if text else ''}",
-        context={"error": str(error)},
+        f"torch.export cannot trace {where or name} for every length: {type(error).__name__}: "
+        f"{text[0] if text else ''}",
+        context=facts,
     )
+
+
+def _is_recurrent(model: torch.nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    kinds = getattr(config, "layer_types", None) or []
+    return any(kind in ("linear_attention", "conv", "mamba", "recurrent") for kind in kinds)
+
+
+def _failing_module(model: torch.nn.Module, error: BaseException) -> str:
+    """Path and class of the innermost module whose forward was running when the error was raised."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found = ""
+    trace = error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if id(owner) in paths:
+            found = f"{paths[id(owner)] or 'the model'} ({type(owner).__name__})"
+        trace = trace.tb_next
+    return found

@@ -57,6 +57,10 @@ def convert(im: Any, node: Any) -> Any:
     ):
         return tensor_ops.convert_complex(im, name, args, value)
     converter = CONVERTERS.get(name)
+    if converter is None and name.startswith(_SEQUENCE_OPS):
+        raise im.error(
+            "a recurrent or convolutional layer, which is not supported yet", "token-mixing-not-captured"
+        )
     if converter is None:
         raise im.error("an operation that llmc cannot import")
     return converter(im, args, value)
@@ -471,6 +475,19 @@ def _expert_linear(im: Any, a: Args, out: Any) -> Any:
     return im.emit(opaque_call(EXPERT_LINEAR, operands, attrs.to_json(), out_type))
 
 
+_SEQUENCE_OPS = (
+    "conv",
+    "_convolution",
+    "lstm",
+    "gru",
+    "rnn",
+    "roll",
+    "fft",
+    "diff",
+    "unfold",
+    "avg_pool",
+    "max_pool",
+)
 _UNARY = {
     "abs": op.abs, "cos": op.cos, "sin": op.sin, "tan": op.tan, "tanh": op.tanh, "exp": op.exp, "log": op.log,
     "sqrt": op.sqrt, "rsqrt": op.rsqrt, "neg": op.negative, "sigmoid": op.sigmoid, "silu": op.nn.silu,

@@ -434,28 +434,8 @@ COMPLEX_OPS: dict[str, Callable[[Any, Args], Any]] = {
     "imag.default": lambda im, a: a["self"].imag,
 }
 _COMPLEX_LAYOUT = frozenset(
-    # fmt: off
-    [
-        "view",
-        "reshape",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "transpose",
-        "permute",
-        "slice",
-        "select",
-        "index",
-        "flatten",
-        "alias",
-        "contiguous",
-        "clone",
-        "detach",
-        "index_select",
-        "to",
-        "_to_copy",
-    ]
-    # fmt: on
+    "view reshape unsqueeze squeeze expand transpose permute slice select index flatten alias contiguous "
+    "clone detach index_select to _to_copy".split()
 )
 
 
