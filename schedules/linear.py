@@ -104,7 +104,7 @@ class MicroKernel:
         with e.loop(whole) as j:
             for u in range(unroll):
                 self._step(acc, rows, row_base, w_base, j * unroll + u)
-        if unroll > 1 and steps % unroll:
+        if unroll > 1 and not (isinstance(steps, int) and steps % unroll == 0):
             with e.loop(whole * unroll, steps) as j:
                 self._step(acc, rows, row_base, w_base, j)
 
@@ -243,7 +243,8 @@ def linear(cfg: LinearConfig, caps: Capabilities) -> Any:
             micro = MicroKernel(caps, layout, cfg.in_dtype, k, xf, wf, cfg.prefetch)
             tile = cfg.rows_tile or micro.max_rows()
             t_block = -(-cfg.t_block // tile) * tile
-            chunk = min(steps, max(1, cfg.k_block // kp))
+            # columns of an odd k are paired up from the row's beginning: such rows are not cut
+            chunk = steps if pairs and k % 2 else min(steps, max(1, cfg.k_block // kp))
             chunks = -(-steps // chunk)
             row_blocks = (t + (t_block - 1)) // t_block
             with e.parallel(blocks * row_blocks, caps) as task:
@@ -252,45 +253,50 @@ def linear(cfg: LinearConfig, caps: Capabilities) -> Any:
                 count = e.let(T.min(e.i64(t_block), t - first))
                 partial = e.workspace(t_block * nb) if chunks > 1 else None
 
-                def tile_of(rows: int, start: Any, c: Any, last: bool, zero: bool) -> None:
-                    """`rows` rows from `start` of the task over the k chunk `c`."""
+                def tile_of(rows: int, start: Any, begin: Any, size: Any) -> None:
+                    """`rows` rows from `start` of the task over k steps [begin, begin + size)."""
                     acc = micro.new_accumulators(rows)
                     lanes = micro.lanes
-                    where = [
-                        [(start + r) * nb + v * lanes for v in range(micro.vectors)] for r in range(rows)
-                    ]
                     for r in range(rows):
                         for v in range(micro.vectors):
-                            value = e.splat(0.0, lanes) if zero else e.load(partial, where[r][v], lanes)
+                            value = e.splat(0.0, lanes)
+                            if partial is not None:
+                                value = e.load(partial, (start + r) * nb + v * lanes, lanes)
                             e.store(acc[r][v], 0, value, lanes)
-                    begin = c * chunk
-                    size = chunk if not last else steps - (chunks - 1) * chunk
                     bases = [e.let((first + start + r) * x_stride + begin) for r in range(rows)]
                     micro.accumulate(acc, rows, bases, e.let((block * steps + begin) * nb), size)
-                    if last:
+                    if partial is None:
                         out = [e.let(first + start + r) for r in range(rows)]
                         write_rows(micro, acc, out, block, n, bias, cfg.in_dtype, yf, cfg.out_dtype)
-                    else:
-                        for r in range(rows):
-                            for v in range(micro.vectors):
-                                e.store(partial, where[r][v], e.load(acc[r][v], 0, lanes), lanes)
+                        return
+                    for r in range(rows):
+                        for v in range(micro.vectors):
+                            at = (start + r) * nb + v * lanes
+                            e.store(partial, at, e.load(acc[r][v], 0, lanes), lanes)
 
-                def pass_over(c: Any, last: bool, zero: bool) -> None:
+                def all_rows(begin: Any, size: Any) -> None:
                     with e.loop(count // tile) as i:
-                        tile_of(tile, i * tile, c, last, zero)
+                        tile_of(tile, i * tile, begin, size)
                     done = e.let(count // tile * tile)
                     rest = e.let(count - done)
-                    for size in row_sizes(tile):
-                        with T.If(T.bitwise_and(rest, e.i64(size)) != 0), T.Then():
-                            above = T.bitwise_and(rest, e.i64(~(2 * size - 1)))
-                            tile_of(size, e.let(done + above), c, last, zero)
+                    for rows in row_sizes(tile):
+                        with T.If(T.bitwise_and(rest, e.i64(rows)) != 0), T.Then():
+                            above = T.bitwise_and(rest, e.i64(~(2 * rows - 1)))
+                            tile_of(rows, e.let(done + above), begin, size)
 
-                if chunks == 1:
-                    pass_over(e.i64(0), last=True, zero=True)
+                if partial is None:
+                    all_rows(e.i64(0), steps)
                 else:
-                    pass_over(e.i64(0), last=False, zero=True)
-                    if chunks > 2:
-                        with e.loop(1, chunks - 1) as c:
-                            pass_over(c, last=False, zero=False)
-                    pass_over(e.i64(chunks - 1), last=True, zero=False)
+                    with e.loop(count * micro.vectors) as i:
+                        e.store(partial, i * micro.lanes, e.splat(0.0, micro.lanes), micro.lanes)
+                    with e.loop(chunks) as c:
+                        begin = e.let(c * chunk)
+                        all_rows(begin, e.let(T.min(e.i64(chunk), steps - begin)))
+                    with e.loop(count) as r:
+                        acc = micro.new_accumulators(1)
+                        for v in range(micro.vectors):
+                            value = e.load(partial, r * nb + v * micro.lanes, micro.lanes)
+                            e.store(acc[0][v], 0, value, micro.lanes)
+                        row = [e.let(first + r)]
+                        write_rows(micro, acc, row, block, n, bias, cfg.in_dtype, yf, cfg.out_dtype)
     return built[0]

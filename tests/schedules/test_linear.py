@@ -11,6 +11,7 @@ CASES = [
     (130, 67, "bfloat16", "bfloat16", True, 1, 2048),
     (192, 256, "bfloat16", "float32", False, 0, 96),
     (70, 100, "float16", "float16", True, 2, 48),
+    (64, 67, "bfloat16", "float32", True, 0, 16),
     (64, 33, "float32", "float32", True, 1, 16),
     (5, 8, "float32", "float32", False, 1, 2048),
 ]
