@@ -27,6 +27,7 @@ DRIVER = ("stages", "reproducer", "shards", "link", "writer", "packing", "inspec
 CAPTURE_PASSES = ("rewrite", "raise_attention", "match_attention", "resolve_mask", "relax_eval")
 COMPILER = (
     "frontend",
+    "quant",
     "passes",
     "schedules",
     "targets",
@@ -42,8 +43,12 @@ ALLOWED: dict[str, set[str]] = {
     **{name: set(BASE) for name in BASE},
     # a capture ends with the passes that make a ModelGraph of what was exported: masks resolved, attention raised
     "frontend": {*BASE, *(f"passes.{name}" for name in CAPTURE_PASSES)},
-    "schedules": set(BASE),
-    "passes": {*BASE, "schedules", "frontend.graph"},
+    # the scheme table and the canonical quantized weight (numpy); the methods of llmc.quant see the source model
+    "quant.schemes": {"errors"},
+    "quant.weight": {"quant.schemes"},
+    "quant": {*BASE, "frontend", "reference"},
+    "schedules": {*BASE, "quant.schemes", "quant.weight"},
+    "passes": {*BASE, "schedules", "frontend.graph", "quant.schemes"},
     "targets": {*BASE, "passes", "schedules"},
     "runtime": {"artifact", "errors", "knobs", "kv_plan"},
     "reproducer": set(BASE),
@@ -51,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "shards": set(BASE),
     "link": {*BASE, "runtime.embedded"},
     "writer": {*BASE, "shards", "link"},
-    "packing": {*BASE, "frontend.graph", "passes.step_module", "schedules.layout"},
+    "packing": {*BASE, "frontend.graph", "passes.step_module", "schedules.layout", "quant"},
     "inspect": {*BASE, "runtime.embedded"},
     "doctor": {*BASE, "link", "runtime.host", "targets"},
     "verify": {*BASE, "frontend", "runtime", "reference", "verify_compare"},
