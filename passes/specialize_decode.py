@@ -6,13 +6,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from llmc.schedules.attention import attention_decode, partial_shape
 from tvm import relax, tirx
 
 from llmc import ir
 from llmc.caps import Capabilities
 from llmc.passes.rewrite import Builder, Graph, Kernels
 from llmc.passes.step_module import StepModule
+from llmc.schedules.attention import attention_decode, partial_shape
 
 
 class SpecializeDecode:
