@@ -148,7 +148,7 @@ def capture_exported(program: torch.export.ExportedProgram, *, limit: int = NO_L
 
 def length_limit(model: torch.nn.Module) -> int:
     """Largest length that a module's config says it is made for."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = (getattr(config, name, None) for name in _LIMIT_FIELDS)
     return next((int(x) for x in found if isinstance(x, int) and x > 0), NO_LIMIT)
