@@ -27,6 +27,9 @@ from llmc.passes.rewrite import Builder
 _TRACED_LENGTH = 24
 _LARGE = 2**16  # a buffer of more entries is a weight, not a table to keep in the graph
 NO_LIMIT = 2**31 - 1
+_RECURRENT = frozenset(
+    ("linear_attention", "conv", "mamba", "mamba2", "recurrent", "hybrid", "hybrid_sliding", "moe_mamba")
+)
 _LIMIT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 
 
@@ -79,6 +82,7 @@ def capture(source: SourceModel | torch.nn.Module, *, taps: bool = False) -> Mod
         return capture_exported(source.program, limit=source.max_seq_len)
     model = source if isinstance(source, torch.nn.Module) else source.module
     limit = length_limit(model) if isinstance(source, torch.nn.Module) else source.max_seq_len
+    _refuse_recurrent(model)
     tapped = decoder_layers(model) if taps else {}
     wrapper = _OneSequence(model, tapped).eval()
     ids = torch.zeros(1, _TRACED_LENGTH, dtype=torch.long)
@@ -271,29 +275,37 @@ def _where(imported: Imported) -> Any:
 
 def _trace_error(model: torch.nn.Module, error: Exception) -> LlmcError:
     """What to tell about a model that torch.export cannot trace for every length."""
-    name = type(model).__name__
     text = str(error).strip().splitlines()
     facts = {"error": str(error)}
-    # transformers marks the classes that carry a state from token to token
-    if getattr(model, "_is_stateful", False) or _is_recurrent(model):
-        return LlmcError(
-            "token-mixing-not-captured",
-            f"{name} has recurrent layers, which carry a state from token to token; only attention is supported yet.",
-            context=facts,
-        )
+    if getattr(model, "_is_stateful", False):  # transformers' mark of classes with a state besides attention
+        return _recurrent_error(model, "recurrent layers", facts)
     where = _failing_module(model, error)
     return LlmcError(
         "trace-failed",
-        f"torch.export cannot trace {where or name} for every length: {type(error).__name__}: "
+        f"torch.export cannot trace {where or type(model).__name__} for every length: {type(error).__name__}: "
         f"{text[0] if text else ''}",
         context=facts,
     )
 
 
-def _is_recurrent(model: torch.nn.Module) -> bool:
-    config = getattr(model, "config", None)
-    kinds = getattr(config, "layer_types", None) or []
-    return any(kind in ("linear_attention", "conv", "mamba", "recurrent") for kind in kinds)
+def _refuse_recurrent(model: torch.nn.Module) -> None:
+    """Refuse by the config before minutes are spent on tracing a scan step by step."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("layer_types", "layers_block_type"):
+        kinds = getattr(config, name, None)
+        found = sorted({k for k in kinds if k in _RECURRENT}) if isinstance(kinds, list | tuple) else []
+        if found:
+            raise _recurrent_error(model, f"layers of the kind {', '.join(found)}", {})
+
+
+def _recurrent_error(model: torch.nn.Module, what: str, facts: Mapping[str, object]) -> LlmcError:
+    return LlmcError(
+        "token-mixing-not-captured",
+        f"{type(model).__name__} has {what}, which carry a state from token to token; "
+        "only attention is supported yet.",
+        context=facts,
+    )
 
 
 def _failing_module(model: torch.nn.Module, error: BaseException) -> str:

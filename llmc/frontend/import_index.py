@@ -36,7 +36,7 @@ def _index_select(im: Any, a: Args, out: Any) -> Any:
 def _from_the_end(im: Any, index: Any, size: Any) -> Any:
     """torch counts negative indices from the end; take does not."""
     if isinstance(index, GenericConst):
-        values = index.data.numpy()
+        values = index.value.numpy()
         if (values >= 0).all():
             return index
         if is_static(size):
