@@ -66,22 +66,27 @@ class _OneSequence(torch.nn.Module):
         return (logits, *taken) if taken else logits
 
 
-def capture(source: SourceModel | torch.nn.Module, *, taps: bool = False) -> ModelGraph:
+def capture(
+    source: SourceModel | torch.nn.Module, *, taps: bool = False, max_seq_len: int | None = None
+) -> ModelGraph:
     """Trace a decoder-only language model into a ModelGraph; weights are never read.
 
     Args:
         source: an opened model, or a module whose forward takes input_ids [1, T] (and position_ids [1, T]) and returns
             logits [1, T, V] or an object with ``.logits``. It is left as it was.
         taps: also return the output of every decoder layer.
+        max_seq_len: longest sequence that the graph has to serve; None = what the model is made for. Some models
+            compute differently beyond a length, and can be captured only below it.
 
     Raises:
         LlmcError: the model cannot be traced, uses an operation that llmc cannot import, has a mask that is not
             understood ("mask-not-understood"), or mixes tokens outside of attention ("token-mixing-not-captured").
     """
     if isinstance(source, SourceModel) and source.program is not None:
-        return capture_exported(source.program, limit=source.max_seq_len)
+        return capture_exported(source.program, limit=min(max_seq_len or NO_LIMIT, source.max_seq_len))
     model = source if isinstance(source, torch.nn.Module) else source.module
     limit = length_limit(model) if isinstance(source, torch.nn.Module) else source.max_seq_len
+    limit = min(limit, max_seq_len or NO_LIMIT)
     _refuse_recurrent(model)
     tapped = decoder_layers(model) if taps else {}
     wrapper = _OneSequence(model, tapped).eval()
@@ -196,11 +201,18 @@ def without_weights(model: torch.nn.Module) -> Iterator[None]:
                         else empty
                     )
                 saved.append((table, name, value))
+    # forward may set attributes (rotary embeddings cache frequencies) and buffers, which would be fake ones
+    attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     try:
         for table, name, value in saved:
             table[name] = fake[id(value)]
         yield
     finally:
+        for module, before, buffers in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(before)
+            module._buffers.clear()
+            module._buffers.update(buffers)
         for table, name, value in saved:
             table[name] = value
 
@@ -260,7 +272,7 @@ def _finish(imported: Imported, taps: tuple[str, ...], limit: int) -> ModelGraph
     where = _where(imported)
     module = RaiseAttention(where, positions, limit)(module)
     module = relax.transform.DeadCodeElimination(["main"])(module)
-    module = use_positions(module)
+    module = use_positions(module, limit)
     TokenCheck(module, lambda var: imported.origin.get(var, ("", ""))).run()
     return ModelGraph(module, tuple(info for _, info in imported.params), int(outputs[0].ty.shape[-1]), taps)
 
