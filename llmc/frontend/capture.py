@@ -19,6 +19,7 @@ from llmc.frontend.import_ops import supported
 from llmc.frontend.importer import Imported, Importer
 from llmc.frontend.interfaces import routed_through_llmc
 from llmc.frontend.positions import use_positions
+from llmc.frontend.rope import original_frequencies
 from llmc.frontend.tokens import TokenCheck
 from llmc.ir import tensor_type
 from llmc.passes.raise_attention import RaiseAttention
@@ -93,22 +94,23 @@ def capture(
     ids = torch.zeros(1, _TRACED_LENGTH, dtype=torch.long)
     positions = torch.arange(_TRACED_LENGTH)[None]
     dynamic = {1: torch.export.Dim.DYNAMIC}
-    with torch.no_grad(), routed_through_llmc(model), without_weights(model):
-        try:
-            program = torch.export.export(
-                wrapper, (ids, positions), dynamic_shapes=(dynamic, dynamic), strict=False
-            )
-        except LlmcError:
-            raise
-        except Exception as error:
-            raise _trace_error(model, error) from error
-        program = _functional(program)
-    buffers, weights = {}, []
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        if buffer.device.type == "meta" or _is_large_weight(model, name, buffer):
-            weights.append(f"model.{name}")
-        else:
-            buffers[f"model.{name}"] = buffer
+    with original_frequencies(model, limit):
+        with torch.no_grad(), routed_through_llmc(model), without_weights(model):
+            try:
+                program = torch.export.export(
+                    wrapper, (ids, positions), dynamic_shapes=(dynamic, dynamic), strict=False
+                )
+            except LlmcError:
+                raise
+            except Exception as error:
+                raise _trace_error(model, error) from error
+            program = _functional(program)
+        buffers, weights = {}, []
+        for name, buffer in model.named_buffers(remove_duplicate=False):
+            if buffer.device.type == "meta" or _is_large_weight(model, name, buffer):
+                weights.append(f"model.{name}")
+            else:
+                buffers[f"model.{name}"] = buffer
     imported = Importer(
         program,
         buffers,
