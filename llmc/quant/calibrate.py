@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -33,7 +34,7 @@ class LayerWork:
     layer: HeldLayer
     plan: Mapping[str, Scheme]
     usages: dict[str, Usage]
-    runner: LayerRunner | None
+    runner: LayerRunner
     changed: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
@@ -116,8 +117,7 @@ def calibrate(
     run.outside(runner)
     if progress is not None:
         progress(total, total)
-    weights = OverlayWeights(source.weights, run.floats, run.store)
-    return Calibrated(weights, StoredQuantizer(run.store), tuple(run.notes), run.errors)
+    return Calibrated(run.weights, StoredQuantizer(run.store), tuple(run.notes), run.errors)
 
 
 @dataclass
@@ -130,14 +130,19 @@ class _Run:
     notes: list[str] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def weights(self) -> OverlayWeights:
+        """The source's weights with what was found so far."""
+        assert self.source.weights is not None
+        return OverlayWeights(self.source.weights, self.floats, self.store)
+
     def layer(self, runner: LayerRunner, layer: HeldLayer) -> None:
         """Quantize one layer; afterwards it holds the dequantized weights."""
-        for name in layer.parameters:
-            if name in self.floats:
-                layer.parameters[name].copy_(self.floats[name])  # shared with a layer before
-            elif self.store.scheme(name) is not None:
-                raise AssertionError(f"{name} belongs to two layers")
         plan = {n: s for n, s in self.plan.items() if n in layer.parameters}
+        for name in list(plan):
+            if self.store.scheme(name) is not None:  # shared with a layer before
+                layer.parameters[name].copy_(self.weights.load(name))
+                del plan[name]
         if not plan:
             return
         recorder = Recorder(layer.parameters)
@@ -159,7 +164,7 @@ class _Run:
         recorder = Recorder({})
         tensors: dict[str, torch.Tensor] = {}
 
-        def watch(loaded: Mapping[str, torch.Tensor]) -> object:
+        def watch(loaded: Mapping[str, torch.Tensor]) -> AbstractContextManager[Any]:
             nonlocal recorder, tensors
             if not tensors:
                 tensors = dict(loaded)
@@ -204,8 +209,3 @@ class _Run:
             self.errors[name] = (max(error, 0.0) / norm) ** 0.5
         quantized = stack(results) if weight.ndim == 3 else results[0]
         self.store.put(name, quantized, transposed=transposed)
-
-
-def rescaled(usage: Usage, factor: torch.Tensor) -> Usage:
-    """The usage after all inputs were multiplied by `factor` [K]."""
-    return replace(usage, moments=[m.scaled(factor) if m is not None else None for m in usage.moments])

@@ -40,21 +40,21 @@ class QuantizedStore:
 
     def put(self, name: str, weight: QuantizedWeight, *, transposed: bool = False) -> None:
         """Keep a weight; `transposed`: the source model holds it [..., in, out]."""
-        path = Path(self._folder.name) / f"{len(self._files)}.npz"
-        arrays = {"codes": weight.codes, "scales": weight.scales}
-        if weight.zeros is not None:
-            arrays["zeros"] = weight.zeros
+        path = Path(self._folder.name) / f"{len(self._files)}.npy"
         with path.open("wb") as f:
-            np.savez(f, **arrays)
+            for array in (weight.codes, weight.scales, weight.zeros):
+                if array is not None:
+                    np.save(f, array, allow_pickle=False)
         self._files[name] = path
         self._schemes[name] = (weight.scheme, transposed)
 
     def get(self, name: str) -> QuantizedWeight | None:
         if name not in self._files:
             return None
-        with np.load(self._files[name]) as arrays:
-            zeros = arrays["zeros"] if "zeros" in arrays else None
-            return QuantizedWeight(self._schemes[name][0], arrays["codes"], arrays["scales"], zeros)
+        scheme = self._schemes[name][0]
+        with self._files[name].open("rb") as f:
+            codes, scales = np.load(f), np.load(f)
+            return QuantizedWeight(scheme, codes, scales, None if scheme.symmetric else np.load(f))
 
     def scheme(self, name: str) -> Scheme | None:
         return self._schemes[name][0] if name in self._schemes else None

@@ -144,12 +144,12 @@ class Recorder:
                 self.problems[name] = "all experts are multiplied with one input"
                 return
             for e in range(experts):
-                self._add(usage, e, x[e])
+                self._add(name, usage, e, x[e])
             return
         expert = weight.storage_offset() // per_expert if parameter.ndim == 3 else 0
         shared = self._groups.get(name)
         if shared is None or shared.leader == name:
-            self._add(usage, expert, x)
+            self._add(name, usage, expert, x)
 
     def _group_of(self, name: str, x: torch.Tensor, expert: bool, alive: dict[int, Any]) -> int:
         """The group of a parameter that is seen for the first time."""
@@ -165,7 +165,7 @@ class Recorder:
             self._groups[name] = shared
         return shared.number
 
-    def _add(self, usage: Usage, expert: int, x: torch.Tensor) -> None:
+    def _add(self, name: str, usage: Usage, expert: int, x: torch.Tensor) -> None:
         moments = usage.moments[expert]
         if moments is None:
             moments = usage.moments[expert] = Moments.zero(x.shape[-1])
@@ -177,6 +177,22 @@ class Recorder:
             if shared.leader != name and name in self.usages:
                 self.usages[name].moments = self.usages[shared.leader].moments
         return {n: u for n, u in self.usages.items() if n not in self.problems}
+
+
+class InputTap(Recorder):
+    """Keeps the inputs themselves, of one batch.
+
+    Attributes:
+        inputs: name of the first parameter of a group -> its input.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(parameters)
+        self.inputs: dict[str, torch.Tensor] = {}
+
+    def _add(self, name: str, usage: Usage, expert: int, x: torch.Tensor) -> None:
+        if self.parameters[name].ndim == 2:
+            self.inputs[name] = x.detach().reshape(-1, x.shape[-1]).clone()
 
 
 class _Watch(TorchFunctionMode):

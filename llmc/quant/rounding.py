@@ -94,20 +94,19 @@ def plain_grid(weight: torch.Tensor, scheme: Scheme, shrink: float = 1.0) -> Gri
     return Grid(scheme, _stored(raw, scheme), None)
 
 
-def best_grid(
-    weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None, signs: bool = True
-) -> Grid:
+def best_grid(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None) -> Grid:
     """Scales with the least squared rounding error of every group, among shrunken and (INT) one-sided ranges.
 
     Args:
         weight: float32 [N, K].
         scheme: the scheme.
-        importance: [K], weight of each column's error (the mean square of its input); None = all equal.
-        signs: also try negative scales, with which the code 0 stands for the largest positive value (2**bits codes reach one
-            step further down than up).
+        importance: of the columns' errors: [K], the sum of squares of each input, or [K, K], the sum of x xᵀ over the
+            inputs, of which the blocks of the groups count; None = all equal.
+
+    Symmetric integers of up to four bits may get negative scales: their codes reach one step further down than up.
     """
     grids = [plain_grid(weight, scheme, shrink) for shrink in SHRINKS]
-    if scheme.code is Code.INT and scheme.symmetric and scheme.bits <= 4 and signs:
+    if scheme.code is Code.INT and scheme.symmetric and scheme.bits <= 4:
         grids += _one_sided(weight, scheme)
     if scheme.scale_dtype == "e8m0":
         first = grids[0]
@@ -181,10 +180,17 @@ def _one_sided(weight: torch.Tensor, scheme: Scheme) -> list[Grid]:
 
 def _group_errors(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None) -> torch.Tensor:
     """Squared error of every group, [N, G]."""
-    error = (decode(encode(weight, grid), grid) - weight) ** 2
-    if importance is not None:
-        error = error * importance
-    return _grouped(error, grid.scheme).sum(dim=2)
+    error = _grouped(decode(encode(weight, grid), grid) - weight, grid.scheme)
+    if importance is None:
+        return (error**2).sum(dim=2)
+    if importance.ndim == 1:
+        return (error**2 * _grouped(importance[None], grid.scheme)).sum(dim=2)
+    size = error.shape[2]
+    short = -importance.shape[0] % size
+    padded = torch.nn.functional.pad(importance, (0, short, 0, short))
+    blocks = torch.stack([b[:, i * size : (i + 1) * size] for i, b in enumerate(padded.split(size))])
+    by_group = error.transpose(0, 1)  # [G, N, size]
+    return (torch.bmm(by_group, blocks) * by_group).sum(dim=2).T
 
 
 def _stored(scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:

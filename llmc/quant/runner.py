@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -122,6 +123,13 @@ class LayerRunner:
     @property
     def batches(self) -> int:
         return len(self._batches)
+
+    def shared_names(self) -> set[str]:
+        """Names of parameters that more than one decoder layer uses, or one and something outside of them."""
+        count = Counter(self.outer_names())
+        for path, layer in self._layers.items():
+            count.update({self._loader.canonical(s.name) for s in _slots(layer, path, recurse=True)})
+        return {name for name, n in count.items() if n > 1}
 
     def outer_names(self) -> set[str]:
         """Names of the parameters outside of the decoder layers."""
