@@ -17,10 +17,13 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from llmc.errors import LlmcError
-from llmc.frontend.graph import SourceModel
+from llmc.frontend.graph import SourceModel, WeightSource
 from llmc.frontend.meta import from_config, persistent_buffers, skeleton
 from llmc.frontend.tensor_files import TensorFiles, open_files
 from llmc.frontend.weights import CheckpointWeights, ModuleWeights
+from llmc.quant.readers import open_quantized
+from llmc.quant.readers.base import QuantizedFiles
+from llmc.quant.readers.source import QuantizedCheckpoint
 from llmc.spec import DType
 
 NO_LIMIT = 2**31 - 1
@@ -62,14 +65,12 @@ def open_model(
 def _open_folder(folder: Path, name: str, dtype: DType | None, meta_weights: bool) -> SourceModel:
     raw = _read_config(folder)
     config = _parse_config(folder, raw)
-    if not meta_weights:
-        _refuse_quantized(folder, raw)
-    files = None if meta_weights else open_files(folder)
+    files = None if meta_weights else open_quantized(folder, raw, open_files(folder))
     stored = _checkpoint_dtype(config, files)
     module = _build(config, (dtype or stored).value, folder)
     return SourceModel(
         module=module,
-        weights=None if files is None else CheckpointWeights(files, module),
+        weights=None if files is None else _weights(files, module),
         config=raw,
         folder=str(folder),
         name=name,
@@ -232,15 +233,10 @@ def _parse_config(folder: Path, raw: Mapping[str, object]) -> Any:
     )
 
 
-def _refuse_quantized(folder: Path, raw: Mapping[str, object]) -> None:
-    quant = raw.get("quantization_config")
-    if isinstance(quant, dict):
-        raise LlmcError(
-            "checkpoint-quantized",
-            f"{folder} is quantized ({quant.get('quant_method', 'unknown method')}); weights in float32, float16 or"
-            " bfloat16 are required.",
-            hint="Use the unquantized checkpoint.",
-        )
+def _weights(files: TensorFiles, module: PreTrainedModel) -> WeightSource:
+    if isinstance(files, QuantizedFiles):
+        return QuantizedCheckpoint(files, module)
+    return CheckpointWeights(files, module)
 
 
 def _build(config: Any, dtype: str, folder: Path) -> PreTrainedModel:

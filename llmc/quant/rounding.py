@@ -81,6 +81,10 @@ def plain_grid(weight: torch.Tensor, scheme: Scheme, shrink: float = 1.0) -> Gri
         scales = _stored((high - low) / levels, scheme)
         zeros = torch.round(-low / scales).clamp(0, levels)
         return Grid(scheme, scales, zeros)
+    if scheme.code is Code.INT and scheme.bits <= 4:
+        # as llmc.quant.rtn: the largest magnitude, with its sign, becomes the code 0, which has no counterpart
+        raw = torch.where(high > -low, -high, -low) / (1 << (scheme.bits - 1))
+        return Grid(scheme, torch.where(raw < 0, -_stored(-raw, scheme), _stored(raw, scheme)), None)
     if scheme.code is Code.INT:
         raw = top / ((1 << (scheme.bits - 1)) - 1)
     elif scheme.code is Code.E4M3:
@@ -95,7 +99,7 @@ def plain_grid(weight: torch.Tensor, scheme: Scheme, shrink: float = 1.0) -> Gri
 
 
 def best_grid(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None) -> Grid:
-    """Scales with the least squared rounding error of every group, among shrunken and (INT) one-sided ranges.
+    """Scales with the least squared rounding error of every group, among shrunken ranges.
 
     Args:
         weight: float32 [N, K].
@@ -103,11 +107,11 @@ def best_grid(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | N
         importance: of the columns' errors: [K], the sum of squares of each input, or [K, K], the sum of x xᵀ over the
             inputs, of which the blocks of the groups count; None = all equal.
 
-    Symmetric integers of up to four bits may get negative scales: their codes reach one step further down than up.
+    Symmetric integers of up to four bits may get negative scales: codes reach one step further to one side.
     """
     grids = [plain_grid(weight, scheme, shrink) for shrink in SHRINKS]
     if scheme.code is Code.INT and scheme.symmetric and scheme.bits <= 4:
-        grids += _one_sided(weight, scheme)
+        grids += _two_sided(weight, scheme)
     if scheme.scale_dtype == "e8m0":
         first = grids[0]
         grids = [Grid(scheme, first.scales * f, None) for f in (0.5, 1.0, 2.0)]
@@ -166,16 +170,11 @@ def _extremes(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch
     return groups.amin(dim=2), groups.amax(dim=2)
 
 
-def _one_sided(weight: torch.Tensor, scheme: Scheme) -> list[Grid]:
-    """The extreme value of a group becomes the code 0, which has no counterpart on the other side."""
+def _two_sided(weight: torch.Tensor, scheme: Scheme) -> list[Grid]:
+    """Scales that treat both signs alike and leave the code 0 to clipping."""
     low, high = _extremes(weight, scheme)
-    signed = torch.where(high > -low, -high, low)
-    half = float(1 << (scheme.bits - 1))
-    out = []
-    for shrink in SHRINKS[::2]:
-        raw = -signed * shrink / half
-        out.append(Grid(scheme, torch.where(raw < 0, -_stored(-raw, scheme), _stored(raw, scheme)), None))
-    return out
+    most = torch.maximum(-low, high) / ((1 << (scheme.bits - 1)) - 1)
+    return [Grid(scheme, _stored(most * shrink, scheme), None) for shrink in SHRINKS[::2]]
 
 
 def _group_errors(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None) -> torch.Tensor:
