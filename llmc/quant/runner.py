@@ -26,6 +26,7 @@ from llmc.reference import (
 )
 
 TOKENS_PER_BATCH = 2048
+PROBE_TOKENS = 64
 
 
 @dataclass
@@ -114,6 +115,7 @@ class LayerRunner:
         self._tuples = False  # whether the layers return tuples
         self._hidden: list[torch.Tensor] = []
         self._calls: list[dict[str, LayerCall]] = []
+        self._probe_calls: dict[str, LayerCall] = {}
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -137,27 +139,40 @@ class LayerRunner:
 
     def start(self) -> None:
         """Run what comes before the first layer, and learn how every layer is called."""
+        try:
+            whole = self._enter()
+        except (IndexError, RuntimeError, TypeError, ValueError, AttributeError):
+            whole = False
+        if not whole:
+            # the model takes the first element of what a layer returns, which was a row of a tensor
+            self._tuples = True
+            whole = self._enter()
+        if not whole:
+            raise LlmcError(
+                "calibration-layers",
+                f"The decoder layers of {type(self._model).__name__} do not pass one hidden state from each to the next,"
+                " so it cannot be calibrated layer by layer.",
+                hint="Use a method without calibration.",
+            )
+
+    def _enter(self) -> bool:
+        """Whether what each layer got was of one shape, with the layers returning what ``_tuples`` says."""
         self._calls, self._hidden = [], []
-        for ids in self._batches:
+        for ids in [self._batches[0][:1, :PROBE_TOKENS], *self._batches]:
             calls: dict[str, LayerCall] = {}
             entering: list[torch.Tensor] = []
             with self._bypassed(self._note(calls, entering)):
                 out = self._whole(ids, {})
-            same = all(h.shape == entering[0].shape for h in entering) and out.shape[:2] == ids.shape
-            if not same and not self._tuples:
-                # the model takes the first element of what a layer returns, which was a row of a tensor
-                self._tuples = True
-                self.start()
-                return
-            if not same or list(calls) != list(self._layers):
-                raise LlmcError(
-                    "calibration-layers",
-                    f"The decoder layers of {type(self._model).__name__} do not pass one hidden state from each to the next,"
-                    " so it cannot be calibrated layer by layer.",
-                    hint="Use a method without calibration.",
-                )
+            if list(calls) != list(self._layers) or out.shape[:2] != ids.shape:
+                return False
+            if any(h.shape != entering[0].shape for h in entering):
+                return False
             self._calls.append(calls)
             self._hidden.append(entering[0].clone())
+        # the short one is for probes; decoders are causal, so its hidden states are a part of the first sequence's
+        self._probe_calls = self._calls.pop(0)
+        self._hidden.pop(0)
+        return True
 
     @contextmanager
     def held(self, path: str) -> Iterator[HeldLayer]:
@@ -176,10 +191,10 @@ class LayerRunner:
                 calls[layer.path].run(layer.module, hidden)
 
     def probe(self, layer: HeldLayer, watch: Callable[[], Any]) -> torch.Tensor:
-        """Output [1, length, d] of the layer on the first sequence."""
-        call = _first_row(self._calls[0][layer.path], len(self._hidden[0]))
+        """Output [1, n, d] of the layer for the beginning of the first sequence."""
+        length = min(PROBE_TOKENS, self._hidden[0].shape[1])
         with watch():
-            return call.run(layer.module, self._hidden[0][:1])
+            return self._probe_calls[layer.path].run(layer.module, self._hidden[0][:1, :length])
 
     def advance(self, layer: HeldLayer) -> None:
         """Replace the hidden states by the layer's outputs."""
@@ -288,16 +303,3 @@ class _Bypass:
             given = rest.pop("hidden_states")
             hidden = self._instead(self._path, given, LayerCall((), rest, "hidden_states"))
         return (hidden, None, None) if self._as_tuple else hidden
-
-
-def _first_row(value: Any, batch: int) -> Any:
-    """The arguments of a call for the first sequence of the batch."""
-    if isinstance(value, LayerCall):
-        return LayerCall(_first_row(value.args, batch), _first_row(value.kwargs, batch), value.hidden_name)
-    if isinstance(value, torch.Tensor):
-        return value[:1] if value.ndim > 1 and len(value) == batch else value
-    if isinstance(value, dict):
-        return {k: _first_row(v, batch) for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_first_row(v, batch) for v in value)
-    return value
