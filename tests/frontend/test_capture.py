@@ -259,3 +259,29 @@ def test_recurrent_model_is_refused_by_name() -> None:
     with pytest.raises(LlmcError, match="Mamba") as refused:
         capture(tiny_model("mamba"))
     assert refused.value.ref == "token-mixing-not-captured"
+
+
+def test_frequencies_that_change_with_the_length() -> None:
+    """LongRoPE picks its frequencies by the sequence's length: captured below the switch, refused across it."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    with pytest.raises(LlmcError, match="--max-seq-len 64") as refused:
+        capture(model)
+    assert refused.value.ref == "length-dependent"
+    graph = capture(model, max_seq_len=64)
+    assert largest_error(model, graph, (5, 64)) < TOLERANCE
+
+
+def test_frequencies_that_grow_with_the_length() -> None:
+    """Dynamic NTK recomputes its frequencies beyond the original length: captured below it, refused beyond."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model = tiny_model("llama", rope_parameters=rope, max_position_embeddings=64)
+    with torch.no_grad():
+        model(tokens(100))  # leaves the grown frequencies behind
+    assert largest_error(model, capture(model), (5, 64)) < TOLERANCE
+    assert model.model.rotary_emb.rope_type == "dynamic"
+    model.config.max_position_embeddings = 128
+    with pytest.raises(LlmcError, match=r"rotary_emb .*--max-seq-len 64") as refused:
+        capture(model)
+    assert refused.value.ref == "length-dependent"
