@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,47 @@ from llmc.schedules.layout import BlockedLayout
 def packed_tensors(
     params: tuple[PackedParam, ...], weights: WeightSource
 ) -> Iterator[tuple[PackedParam, np.ndarray]]:
-    """The artifact's tensors in order; peak memory is that of one source tensor and its packed copy.
+    """The artifact's tensors in order; peak memory is that of one source tensor and a packed tensor.
 
     bfloat16 comes as uint16 (numpy has no such type); the bytes are what counts.
     """
     for param in params:
-        yield param, pack_tensor(param, weights.load(param.source))
+        yield param, pack_sources(param, weights.load)
+
+
+def pack_sources(param: PackedParam, load: Callable[[str], Any]) -> np.ndarray:
+    """A parameter of one source or several, laid out as `param` says; `load` gives a source's torch tensor.
+
+    Sources are loaded one after another, each into its place.
+    """
+    if not param.more and not param.gated:
+        return pack_tensor(param, load(param.source))
+    first_dtype = np.dtype("uint16" if param.dtype == "bfloat16" else param.dtype)
+    out = np.zeros(param.shape, first_dtype)
+    row = 0
+    for name in param.sources:
+        array = to_numpy(load(name), param.dtype)
+        array = np.swapaxes(array, -1, -2) if param.transposed else array
+        halves = np.split(array, 2) if param.gated and not param.more else [array]
+        for half in halves:
+            _place(param, out, row, half)
+            row += half.shape[0]
+    return out
+
+
+def _place(param: PackedParam, out: np.ndarray, row: int, rows: np.ndarray) -> None:
+    """Write weight rows [n, ...] as rows [row, row + n) of the parameter."""
+    if param.layout == "rows":
+        out[row : row + rows.shape[0]] = rows
+        return
+    layout = BlockedLayout.parse(param.layout)
+    if param.gated:
+        half = BlockedLayout(layout.n_block // 2, layout.k_pack)
+        blocks, steps, _, pack = out.shape
+        turns = out.reshape(blocks, steps, 2, half.n_block, pack)
+        turns[:, :, 1 if row else 0] = half.pack(rows)
+    else:
+        layout.pack_into(out, row, rows)
 
 
 def pack_tensor(param: PackedParam, tensor: Any) -> np.ndarray:

@@ -184,7 +184,7 @@ def _pack(
     """Stream the weights into the artifact's shards."""
     from llmc.packing import packed_tensors
 
-    tensors = [PackedTensor(p.name, p.shape, p.dtype, p.layout, (p.source,)) for p in step.params]
+    tensors = [PackedTensor(p.name, p.shape, p.dtype, p.layout_text, p.sources) for p in step.params]
     if source.weights is None:  # --meta-weights: the graph alone
         return ()
     total = sum(t.nbytes for t in tensors)

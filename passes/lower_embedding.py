@@ -34,7 +34,8 @@ class LowerEmbedding:
         index_of = {var: i for i, var in enumerate(params[2:])}
         packed: dict[tuple[str, str], Any] = {}
         for var, info in zip(params[2:], lowered.params, strict=True):
-            if info.layout != "rows" and not info.transposed and len(info.shape) == 4:
+            plain = info.layout != "rows" and not info.transposed and not info.more and not info.gated
+            if plain and len(info.shape) == 4:
                 packed[info.source, info.dtype] = (var, info)
         module = ir.shallow_copy(lowered.module)
         kernels, build = Kernels(module), Builder()

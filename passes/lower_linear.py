@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,8 +10,9 @@ from tvm import relax, tirx
 
 from llmc import ir
 from llmc.caps import Capabilities
+from llmc.ops import LINEAR, LinearAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
-from llmc.passes.step_module import LoweredGraph, PackedParam
+from llmc.passes.step_module import LoweredGraph
 from llmc.schedules.layout import linear_layout
 from llmc.schedules.linear import LinearConfig, linear
 
@@ -32,6 +33,8 @@ class _Match:
     bias: Any | None
     out_dtype: str
     result: Any  # the variable that the kernel's output is bound to
+    attrs: LinearAttrs = LinearAttrs()
+    residual: Any | None = None
 
 
 class LowerLinear:
@@ -41,7 +44,7 @@ class LowerLinear:
     after:  w' [N/nb, K/kp, nb, kp] param;  z = call_tir(linear, x, w', b)
 
     Also ``matmul(x, w)`` with w [K, N], weights behind a cast, and the logits' cast to float32, which the head then writes
-    directly. Runs before LegalizeOps, because the ops are still recognisable; before LowerEmbedding, which reuses the
+    directly; and llmc.linear, which carries its activation, gate and residual. Runs before LegalizeOps, because the ops are still recognisable; before LowerEmbedding, which reuses the
     packed layout of tied weights. A matmul whose operand is not a plain weight is left to the generic schedules.
     """
 
@@ -59,7 +62,7 @@ class LowerLinear:
         build = Builder()
         matches = self._match_all(graph, set(index_of))
         absorbed = {m for match in matches.values() for m in match[1]}
-        packed_vars: dict[tuple[str, str, bool], Any] = {}
+        packed_vars: dict[tuple[tuple[str, ...], str, bool, bool], Any] = {}
         for binding in graph.bindings:
             if binding.var in absorbed:
                 continue
@@ -72,20 +75,9 @@ class LowerLinear:
             n, k = (info.shape[1], info.shape[0]) if match.weight.transposed else info.shape
             dtype = match.weight.dtype
             layout = linear_layout(dtype, self.caps)
-            key = (info.source, dtype, match.weight.transposed)
-            if key not in packed_vars:
-                shape = layout.packed_shape(n, k)
-                name = info.name if not _is_packed(packed_vars, info.source) else f"{info.name}.{dtype}"
-                packed = PackedParam(
-                    name, info.source, dtype, shape, layout.as_text(), match.weight.transposed
-                )
-                packed_vars[key] = relax.Var(
-                    info.name.replace(".", "_") + "_packed", ir.tensor_type(shape, dtype)
-                )
-                params.append(packed_vars[key])
-                infos.append(packed)
+            gated = match.attrs.gated
             config = LinearConfig(
-                n=n,
+                n=n // 2 if gated else n,
                 k=k,
                 in_dtype=dtype,
                 weight_dtype=dtype,
@@ -93,10 +85,32 @@ class LowerLinear:
                 has_bias=match.bias is not None,
                 lead=len(match.x.ty.shape) - 2,
                 layout=layout,
+                activation=match.attrs.activation,
+                gated=gated,
+                gate_second=match.attrs.gate_second,
+                has_residual=match.residual is not None,
             )
-            gvar = kernels.get(config, f"linear_{n}_{k}", partial(linear, config, self.caps))
-            args = [match.x, packed_vars[key]] + ([match.bias] if match.bias is not None else [])
-            out = ir.tensor_type([*ir.dims(match.x)[:-1], tirx.IntImm("int64", n)], match.out_dtype)
+            key = (info.sources, dtype, match.weight.transposed, gated)
+            if key not in packed_vars:
+                shape = config.packed_shape(self.caps)
+                name = info.name if not _is_packed(packed_vars, info.sources) else f"{info.name}.{dtype}"
+                packed = replace(
+                    info,
+                    name=name,
+                    dtype=dtype,
+                    shape=shape,
+                    layout=layout.as_text(),
+                    transposed=match.weight.transposed,
+                    gated=gated,
+                )
+                packed_vars[key] = relax.Var(
+                    info.name.replace(".", "_") + "_packed", ir.tensor_type(shape, dtype)
+                )
+                params.append(packed_vars[key])
+                infos.append(packed)
+            gvar = kernels.get(config, _kernel_name(config), partial(linear, config, self.caps))
+            args = [match.x, packed_vars[key], *(a for a in (match.bias, match.residual) if a is not None)]
+            out = ir.tensor_type([*ir.dims(match.x)[:-1], tirx.IntImm("int64", config.n)], match.out_dtype)
             build.bind(binding.var, relax.call_tir(gvar, args, out))
         new = build.function(params, func.body.body, func.attrs, symbol="main")
         return LoweredGraph(update_function(module, "main", new), tuple(infos))
@@ -105,6 +119,10 @@ class LowerLinear:
         """result variable -> (match, variables that the kernel absorbs)."""
         found: dict[Any, tuple[_Match, list[Any]]] = {}
         for binding in graph.bindings:
+            opaque = ir.match_opaque(binding.value, LINEAR)
+            if opaque:
+                found[binding.var] = (self._opaque(graph, binding.var, *opaque, weights), [])
+                continue
             if not ir.is_op(binding.value, "relax.matmul"):
                 continue
             x, w = binding.value.args
@@ -119,6 +137,17 @@ class LowerLinear:
             self._absorb_cast(graph, match, absorbed)
             found[match.result] = (match, absorbed)
         return found
+
+    def _opaque(self, graph: Graph, var: Any, operands: list[Any], text: str, weights: set[Any]) -> _Match:
+        """An llmc.linear; the pass that made it has checked its operands."""
+        attrs = LinearAttrs.from_json(text)
+        rest = list(operands[2:])
+        bias = rest.pop(0) if attrs.has_bias else None
+        residual = rest.pop(0) if attrs.has_residual else None
+        weight = graph.source(operands[1])
+        assert weight in weights
+        known = _Weight(weight, False, str(weight.ty.dtype))
+        return _Match(known, operands[0], bias, str(var.ty.dtype), var, attrs, residual)
 
     def _weight(self, graph: Graph, var: Any, weights: set[Any]) -> _Weight | None:
         """Trace `var` to a two-dimensional parameter through permute_dims and astype."""
@@ -165,9 +194,20 @@ class LowerLinear:
 _FLOATS = ("float32", "float16", "bfloat16")
 
 
-def _is_packed(packed: dict[tuple[str, str, bool], Any], source: str) -> bool:
+def _is_packed(packed: dict[tuple[tuple[str, ...], str, bool, bool], Any], sources: tuple[str, ...]) -> bool:
     """True if the source weight is packed already (in another dtype or orientation)."""
-    return any(key[0] == source for key in packed)
+    return any(key[0] == sources for key in packed)
+
+
+def _kernel_name(config: LinearConfig) -> str:
+    """``linear_`` first: the search for the head goes by it."""
+    parts = [
+        "linear",
+        config.activation,
+        "gated" if config.gated else "",
+        "add" if config.has_residual else "",
+    ]
+    return "_".join([*filter(None, parts), str(config.n), str(config.k)])
 
 
 def _rows_of_tokens(x: Any) -> bool:

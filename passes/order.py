@@ -11,6 +11,8 @@ from tvm import relax
 
 from llmc.caps import Capabilities
 from llmc.kv_plan import KVPlan
+from llmc.passes.fuse_gate_up import FuseGateUp
+from llmc.passes.fuse_qkv import FuseQKV
 from llmc.passes.lower_embedding import LowerEmbedding
 from llmc.passes.lower_experts import LowerExperts
 from llmc.passes.lower_linear import LowerLinear
@@ -29,6 +31,9 @@ def graph_phase(caps: Capabilities) -> list[GraphPass]:
     return [
         # before LowerLinear, which takes the cast of the logits into the head's kernel
         ("WidenLogits", WidenLogits()),
+        # gates before q, k, v: in parallel blocks both read one input
+        ("FuseGateUp", FuseGateUp()),
+        ("FuseQKV", FuseQKV()),
         ("LowerLinear", LowerLinear(caps)),
         ("LowerExperts", LowerExperts(caps)),
         # after LowerLinear: a tied embedding reads the head's packed weight
