@@ -51,7 +51,7 @@ class FuseGateUp:
         for binding in graph.bindings:
             if ir.is_op(binding.value, "relax.multiply"):
                 found = _match(graph, binding, weights)
-                if found:
+                if found and len({lowered.params[index_of[p.weight]].scheme for p in found.parts}) == 1:
                     matches[binding.var] = found
         if not matches:
             return lowered

@@ -51,7 +51,8 @@ class FuseQKV:
         func = lowered.module["main"]
         graph = Graph(func)
         index_of = {var: i for i, var in enumerate(func.params[2:])}
-        groups = list(self._groups(graph, set(index_of)))
+        schemes = {var: lowered.params[i].scheme for var, i in index_of.items()}
+        groups = list(self._groups(graph, schemes))
         if not groups:
             return lowered
         order = {binding.var: i for i, binding in enumerate(graph.bindings)}
@@ -71,18 +72,18 @@ class FuseQKV:
         new = build.function(params, func.body.body, func.attrs, symbol="main")
         return LoweredGraph(update_function(lowered.module, "main", new), tuple(infos))
 
-    def _groups(self, graph: Graph, weights: set[Any]) -> Iterator[list[Projection]]:
+    def _groups(self, graph: Graph, schemes: dict[Any, str]) -> Iterator[list[Projection]]:
         taken: set[Any] = set()
         for binding in graph.bindings:
             match = ir.match_opaque(binding.value, ATTENTION)
             if not match:
                 continue
             by_input: dict[Any, list[Projection]] = {}
-            for found in _projections_behind(graph, match[0][:3], weights):
+            for found in _projections_behind(graph, match[0][:3], set(schemes)):
                 if found.first not in taken:
                     by_input.setdefault(graph.source(found.x), []).append(found)
             for group in by_input.values():
-                same = len({(str(p.result.ty.dtype), p.bias is None) for p in group}) == 1
+                same = len({(str(p.result.ty.dtype), p.bias is None, schemes[p.weight]) for p in group}) == 1
                 if len(group) > 1 and same:
                     taken.update(p.first for p in group)
                     yield group
@@ -113,7 +114,12 @@ def concatenated(sources: list[PackedParam], params: list[Any], infos: list[Pack
     shape = (sum(s.shape[0] for s in sources), *sources[0].shape[1:])
     names = [name for s in sources for name in s.sources]
     info = PackedParam(
-        _joined([s.name for s in sources]), names[0], sources[0].dtype, shape, more=tuple(names[1:])
+        _joined([s.name for s in sources]),
+        names[0],
+        sources[0].dtype,
+        shape,
+        more=tuple(names[1:]),
+        scheme=sources[0].scheme,
     )
     var = relax.Var(info.name.replace(".", "_").replace("+", "_"), ir.tensor_type(shape, info.dtype))
     params.append(var)

@@ -17,6 +17,7 @@ from llmc.passes.lower_embedding import LowerEmbedding
 from llmc.passes.lower_experts import LowerExperts
 from llmc.passes.lower_linear import LowerLinear
 from llmc.passes.make_step_function import MakeStepFunction
+from llmc.passes.quantize_weights import QuantizeWeights
 from llmc.passes.specialize_decode import SpecializeDecode
 from llmc.passes.step_module import LoweredGraph, StepModule
 from llmc.passes.widen_logits import WidenLogits
@@ -26,9 +27,11 @@ GraphPass = tuple[str, Callable[[LoweredGraph], LoweredGraph]]
 StepPass = tuple[str, Callable[[StepModule], StepModule]]
 
 
-def graph_phase(caps: Capabilities) -> list[GraphPass]:
+def graph_phase(caps: Capabilities, quantize: QuantizeWeights | None = None) -> list[GraphPass]:
     """On the graph of one sequence, while operators are still recognisable."""
     return [
+        # before the fusions, which join weights of one scheme only
+        *([("QuantizeWeights", quantize)] if quantize else []),
         # before LowerLinear, which takes the cast of the logits into the head's kernel
         ("WidenLogits", WidenLogits()),
         # gates before q, k, v: in parallel blocks both read one input

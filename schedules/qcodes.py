@@ -117,9 +117,7 @@ class QuantCodes:
         index = at // self._scale_size + row
         data = self._scales[index] if lanes == 1 else e.load(self._scales, index, lanes)
         if self.layout.of.scale_dtype == "e8m0":
-            bits = T.shift_left(
-                tirx.Cast(e.vec("uint32", lanes), data), e.const("uint32", 23, lanes)
-            )
+            bits = T.shift_left(tirx.Cast(e.vec("uint32", lanes), data), e.const("uint32", 23, lanes))
             data = T.reinterpret(e.vec("float32", lanes), bits)
         elif self._scale_dtype == "float16":
             data = tirx.Cast(e.vec("float32", lanes), data)

@@ -219,10 +219,38 @@ class QuantLayout:
         return data.view(np.dtype(self.of.scale_dtype).newbyteorder("<")).astype(np.float32)
 
 
-def quant_layout(scheme: Scheme, n: int, k: int, caps: Capabilities) -> QuantLayout:
-    """The layout that the quantized linear kernel wants for a weight [n, k] on a machine."""
-    vectors = 4 if caps.vector_registers >= 32 else 2
-    return QuantLayout(scheme.name, vectors * caps.lanes_f32, n, k)
+def in_turns(weight: QuantizedWeight, n_block: int) -> QuantizedWeight:
+    """Rows of a gate and rows of what it multiplies ([2n, K], one after the other) in turns, half a block of each.
+
+    Both are padded to whole half blocks with rows of zeros.
+    """
+    index = turns(weight.codes.shape[-2], n_block)
+    there = index >= 0
+
+    def move(rows: Array) -> Array:
+        return np.where(there[:, None], rows[np.maximum(index, 0)], 0).astype(rows.dtype)
+
+    zeros = None if weight.zeros is None else move(weight.zeros)
+    return QuantizedWeight(weight.scheme, move(weight.codes), move(weight.scales), zeros)
+
+
+def turns(rows: int, n_block: int) -> Array:
+    """Which row each row of an in_turns weight is; -1 for padding. `rows` = 2n."""
+    n, half = rows // 2, n_block // 2
+    blocks = -(-n // half)
+    row = np.arange(blocks * half).reshape(blocks, 1, half)
+    return np.where(row < n, row + np.array([0, n])[:, None], -1).reshape(-1)
+
+
+def quant_layout(scheme: Scheme, n: int, k: int, caps: Capabilities, *, gated: bool = False) -> QuantLayout:
+    """The layout that the quantized linear kernel wants for a weight with n outputs on a machine.
+
+    Args:
+        gated: the weight has 2n rows, which are packed in_turns.
+    """
+    n_block = (4 if caps.vector_registers >= 32 else 2) * caps.lanes_f32
+    rows = -(-n // (n_block // 2)) * n_block if gated else n
+    return QuantLayout(scheme.name, n_block, rows, k)
 
 
 def _padded(values: Array, rows: int, columns: int) -> Array:

@@ -12,8 +12,9 @@ from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
+from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.layout import BlockedLayout
-from llmc.schedules.linear import MicroKernel, row_sizes, write_rows
+from llmc.schedules.linear import MicroKernel, row_sizes, store_rows
 from llmc.schedules.qcodes import PAIRS, QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
 
@@ -27,15 +28,19 @@ class QuantLinearConfig:
     """y[T, n] = x[T, k] @ dequantize(weight)[n, k].T (+ bias[n]).
 
     Attributes:
-        layout: of the packed weight; has its scheme, n and k.
+        n: outputs.
+        layout: of the packed weight; has its scheme and k, and n unless gated (then see llmc.schedules.qlayout.in_turns).
         in_dtype: of x; float32, float16 or bfloat16.
         out_dtype: of y; float32 or in_dtype.
-        has_bias: a bias[n] of in_dtype follows the weight.
+        has_bias: a bias[n] (gated: [2n]) of in_dtype follows the weight.
         lead: unit dimensions before T in x and y.
         t_block: rows of one task.
         prefetch: bytes that the weight stream is asked for ahead of its use.
+        activation, gated, gate_second: see LinearAttrs in llmc/ops.py.
+        has_residual: a residual of y's shape and in_dtype follows the bias.
     """
 
+    n: int
     layout: QuantLayout
     in_dtype: str
     out_dtype: str
@@ -43,6 +48,10 @@ class QuantLinearConfig:
     lead: int = 0
     t_block: int = 240
     prefetch: int = 2304
+    activation: str = ""
+    gated: bool = False
+    gate_second: bool = False
+    has_residual: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -315,24 +324,29 @@ def _once() -> Iterator[Any]:
 
 
 def quant_linear(cfg: QuantLinearConfig, caps: Capabilities) -> Any:
-    """The PrimFunc (x[1 x lead, T, k], w packed, [bias[n]], y[1 x lead, T, n]) with symbolic T."""
-    layout = cfg.layout
-    n, k = layout.n, layout.k
+    """The PrimFunc (x[1 x lead, T, k], w packed, [bias], [residual like y], y[1 x lead, T, n]) with symbolic T."""
+    layout, n, k = cfg.layout, cfg.n, cfg.layout.k
+    bias_n = 2 * n if cfg.gated else n
+    epilogue = Epilogue(
+        n, layout.n_block, cfg.in_dtype, cfg.out_dtype, cfg.activation, cfg.gated, cfg.gate_second
+    )
     built: list[Any] = []
     with e.kernel(built):
         t = e.dim("T")
         ones = [1] * cfg.lead
         x = e.tensor("x", [*ones, t, k], cfg.in_dtype)
         w = e.tensor("w", list(layout.packed_shape), "uint8")
-        bias = e.tensor("bias", [n], cfg.in_dtype) if cfg.has_bias else None
+        bias = e.tensor("bias", [bias_n], cfg.in_dtype) if cfg.has_bias else None
+        residual = e.tensor("residual", [*ones, t, n], cfg.in_dtype) if cfg.has_residual else None
         y = e.tensor("y", [*ones, t, n], cfg.out_dtype)
         with e.root():
-            bf = e.flat(bias, n) if bias is not None else None
+            bf = e.flat(bias, bias_n) if bias is not None else None
+            rf = e.flat(residual, t * n) if residual is not None else None
             yf = e.flat(y, t * n)
             work = QuantBlocks(caps, layout, cfg.in_dtype, e.flat(x, t * k), t, w, prefetch=cfg.prefetch)
 
             def write(block: Any, micro: MicroKernel, acc: list[list[Any]], rows: list[Any]) -> None:
-                write_rows(micro, acc, rows, block, n, bf, cfg.in_dtype, yf, cfg.out_dtype)
+                store_rows(epilogue, micro, acc, rows, block, yf, bf, rf)
 
             with T.If(t <= _FEW):
                 with T.Then():
