@@ -97,7 +97,7 @@ def compile_model(
         params = runner.run("pack", _pack, step, source, writer, runner)
         manifest = _manifest(spec, source, caps, step, params)
         manifest = runner.run("write", _write, writer, executable, manifest, source)
-        quality = runner.run("verify", _verify, writer, source, spec)
+        quality = runner.run("verify", _verify, writer, source, spec, step, params)
         manifest = writer.finish(executable, dataclasses.replace(manifest, quality=quality, files={}))
         writer.commit()
         done = output
@@ -152,6 +152,7 @@ def _lower(
     """Graph passes, KV plan, step functions, schedules."""
     from llmc.passes import order
     from llmc.passes.plan_kv_cache import PlanKVCache
+    from llmc.passes.quantize_weights import QuantizeWeights
     from llmc.passes.step_module import LoweredGraph
 
     limits = _limits(spec, source)
@@ -160,7 +161,8 @@ def _lower(
         kv_dtype=spec.kv_dtype.value if spec.kv_dtype else None,
         max_seq_len=limits.max_seq_len,
     )
-    lowered = run_passes(runner, "lower", order.graph_phase(caps), LoweredGraph.from_model(graph))
+    start = LoweredGraph.from_model(graph)
+    lowered = run_passes(runner, "lower", order.graph_phase(caps, QuantizeWeights.of(spec)), start)
     plan = plan_cache(lowered)
     step = runner.run_pass("lower", "MakeStepFunction", order.make_step(caps, plan), lowered)
     bounds = {"T": limits.max_step_tokens, "B": limits.max_batch, "R": limits.max_step_tokens}
@@ -184,7 +186,7 @@ def _pack(
     """Stream the weights into the artifact's shards."""
     from llmc.packing import packed_tensors
 
-    tensors = [PackedTensor(p.name, p.shape, p.dtype, p.layout, (p.source,)) for p in step.params]
+    tensors = [PackedTensor(p.name, p.shape, p.dtype, p.layout_text, p.sources) for p in step.params]
     if source.weights is None:  # --meta-weights: the graph alone
         return ()
     total = sum(t.nbytes for t in tensors)
@@ -203,20 +205,33 @@ def _write(writer: ArtifactWriter, executable: Any, manifest: Manifest, source: 
     return writer.finish(executable, manifest)
 
 
-def _verify(writer: ArtifactWriter, source: SourceModel, spec: CompileSpec) -> QualityReport:
-    """Compare the artifact with the source model in float32; raises if it is off."""
+def _verify(
+    writer: ArtifactWriter,
+    source: SourceModel,
+    spec: CompileSpec,
+    step: StepModule,
+    params: tuple[ParamEntry, ...],
+) -> QualityReport:
+    """Compare the artifact with the source model in float32; raises if it is off.
+
+    A quantized artifact is compared with the source model that has the artifact's weights: a kernel's error is not
+    hidden by that of quantization. How far it is from the source itself is reported.
+    """
     if spec.verify is Verify.OFF:
         return NO_CHECK
     if source.weights is None:
         return dataclasses.replace(NO_CHECK, note="no weights, nothing to check")
+    from llmc.quantized_source import quantized_source
     from llmc.runtime.model import load
     from llmc.verify import verify
 
     # the files were hashed while they were written
     model = load(writer.folder, check_hashes=False)
+    same = quantized_source(source, step.params, params, writer.folder)
     report = verify(
         model,
-        source,
+        same,
+        unquantized=None if same is source else source,
         mode=spec.verify,
         dtype=spec.dtype.value if spec.dtype else source.dtype,
         taps_runner=lambda ids: run_taps(source, spec, ids),

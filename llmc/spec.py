@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import LlmcError
+from llmc.quant.schemes import NONE, QuantRules, parse
 
 
 class DType(str, Enum):
@@ -56,6 +57,11 @@ class CompileSpec:
         max_step_tokens: most tokens in one step; longer prompts are prefilled in chunks of this size.
         verify: how much to check against the source model at the end.
         revision: hub revision.
+        quant: scheme of the weights (llmc/quant/schemes.py); ``none`` = they stay in dtype.
+        quant_rules: pattern -> scheme for single weights; see QuantRules. The last pattern that matches wins.
+        quant_head: scheme of the output projection (and of a tied embedding); None = q8 if quant has 4 bits or fewer, else
+            as quant.
+        quant_embedding: scheme of an embedding that is not tied to the head; None = not quantized.
         meta_weights: compile the graph without weights (no weights and no check; for sizing).
     """
 
@@ -70,8 +76,15 @@ class CompileSpec:
     verify: Verify = Verify.SAMPLE
     revision: str | None = None
     meta_weights: bool = False
+    quant: str = NONE
+    quant_rules: tuple[tuple[str, str], ...] = ()
+    quant_head: str | None = None
+    quant_embedding: str | None = None
 
     def __post_init__(self) -> None:
+        for name in filter(None, (self.quant_head, self.quant_embedding)):
+            parse(name)
+        self.rules()
         if self.page_size < 16 or self.page_size % 16:
             raise LlmcError(
                 "page-size",
@@ -87,9 +100,21 @@ class CompileSpec:
                 f"max_step_tokens must be at least max_batch ({self.max_batch}), found {self.max_step_tokens}.",
             )
 
+    def rules(self) -> QuantRules:
+        """Which weight gets which scheme; LlmcError if a scheme is unknown."""
+        return QuantRules(self.quant, self.quant_rules)
+
+    def head_scheme(self) -> str | None:
+        """Scheme of the output projection: errors of the logits are seen directly, and it is read once per token."""
+        if self.quant_head is not None:
+            return self.quant_head
+        scheme = parse(self.quant)
+        return "q8" if scheme is not None and scheme.bits <= 4 else None
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, fit for JSON and TOML."""
-        return {k: (v.value if isinstance(v, Enum) else v) for k, v in asdict(self).items()}
+        plain = {k: (v.value if isinstance(v, Enum) else v) for k, v in asdict(self).items()}
+        return {**plain, "quant_rules": dict(self.quant_rules)}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> CompileSpec:
@@ -110,6 +135,8 @@ class CompileSpec:
         for key in ("dtype", "kv_dtype"):
             if out.get(key) is not None:
                 out[key] = DType.parse(out[key])
+        if "quant_rules" in out:
+            out["quant_rules"] = _rules(out["quant_rules"])
         if "verify" in out:
             try:
                 out["verify"] = Verify(out["verify"])
@@ -141,3 +168,15 @@ class CompileSpec:
     def hash(self) -> str:
         """Stable identifier of this spec (hex, 16 digits)."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _rules(value: Any) -> tuple[tuple[str, str], ...]:
+    """Patterns in order, from a mapping (TOML, JSON) or pairs."""
+    pairs = list(value.items()) if isinstance(value, dict) else list(value)
+    if not all(len(p) == 2 and all(isinstance(x, str) for x in p) for p in pairs):
+        raise LlmcError(
+            "quant-rules",
+            f"quant_rules must map patterns to scheme names; found {value!r}.",
+            hint='In TOML: [quant_rules] then "*.down_proj" = "q6g64".',
+        )
+    return tuple((str(pattern), str(scheme)) for pattern, scheme in pairs)

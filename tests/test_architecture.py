@@ -36,11 +36,13 @@ COMPILER = (
     "verify_compare",
     "reference",
     "debug_taps",
+    "quantized_source",
 )
 
 # module or package of llmc -> modules of llmc that it may import (itself and what lies below it always)
 ALLOWED: dict[str, set[str]] = {
     **{name: set(BASE) for name in BASE},
+    "spec": {*BASE, "quant.schemes"},
     # a capture ends with the passes that make a ModelGraph of what was exported: masks resolved, attention raised
     "frontend": {*BASE, *(f"passes.{name}" for name in CAPTURE_PASSES)},
     # the scheme table and the canonical quantized weight (numpy); the methods of llmc.quant see the source model
@@ -56,11 +58,26 @@ ALLOWED: dict[str, set[str]] = {
     "shards": set(BASE),
     "link": {*BASE, "runtime.embedded"},
     "writer": {*BASE, "shards", "link"},
-    "packing": {*BASE, "frontend.graph", "passes.step_module", "schedules.layout", "quant"},
+    "packing": {
+        *BASE,
+        "frontend.graph",
+        "passes.step_module",
+        "schedules.layout",
+        "schedules.qlayout",
+        "quant",
+    },
     "inspect": {*BASE, "runtime.embedded"},
     "doctor": {*BASE, "link", "targets"},
     "verify": {*BASE, "frontend", "runtime", "reference", "verify_compare"},
     "verify_compare": set(BASE),
+    "quantized_source": {
+        *BASE,
+        "frontend.graph",
+        "passes.step_module",
+        "quant.weight",
+        "quant.schemes",
+        "schedules.qlayout",
+    },
     "reference": {*BASE, "frontend"},
     "debug_taps": {*BASE, *DRIVER, *COMPILER, "pipeline"},
     "pipeline": {*BASE, *DRIVER, *COMPILER},

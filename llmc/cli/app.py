@@ -55,6 +55,16 @@ def compile(
     verify: Annotated[
         str | None, typer.Option(help="off, sample or full: how much to check against the source model.")
     ] = None,
+    quant: Annotated[
+        str | None, typer.Option(help="Scheme of the weights, e.g. q8, q4g32, q4g64a, nf4, fp8, mxfp4.")
+    ] = None,
+    quant_head: Annotated[
+        str | None,
+        typer.Option(help="Of the output projection (default: q8 if --quant has 4 bits or fewer)."),
+    ] = None,
+    quant_embedding: Annotated[
+        str | None, typer.Option(help="Of an embedding that is not tied to the head (default: none).")
+    ] = None,
     spec: Annotated[
         Path | None, typer.Option(help="TOML file with the spec; options given here win.")
     ] = None,
@@ -84,6 +94,9 @@ def compile(
                 "max_batch": max_batch,
                 "max_step_tokens": max_step_tokens,
                 "verify": verify,
+                "quant": quant,
+                "quant_head": quant_head,
+                "quant_embedding": quant_embedding,
                 "revision": revision,
                 "meta_weights": meta_weights or None,
             },

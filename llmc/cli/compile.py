@@ -85,6 +85,8 @@ def spec_table(spec: CompileSpec, output: Path | None) -> Table:
         "kv_dtype": "same as dtype",
         "max_seq_len": "the model's",
         "revision": "default",
+        "quant_head": "q8 if quant has 4 bits or fewer, else as quant",
+        "quant_embedding": "not quantized",
     }
     table = grid(f"spec {spec.hash()}")
     for key, value in spec.to_json().items():
@@ -137,6 +139,11 @@ def quality_text(quality: QualityReport) -> str:
         parts.append(f"the source itself rounds to {quality.reference_noise:.2e}")
     if quality.top1_agreement is not None:
         parts.append(f"same top token {100 * quality.top1_agreement:.1f} %")
+    if quality.quant_kl_mean is not None and quality.quant_top1_agreement is not None:
+        parts.append(
+            f"quantization: KL divergence {quality.quant_kl_mean:.2e}, same top token "
+            f"{100 * quality.quant_top1_agreement:.1f} % on these random tokens"
+        )
     if quality.note:
         parts.append(quality.note)
     return ", ".join(parts)

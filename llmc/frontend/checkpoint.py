@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,16 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from llmc.errors import LlmcError
-from llmc.frontend.graph import SourceModel
+from llmc.frontend.graph import SourceModel, WeightSource
 from llmc.frontend.meta import from_config, persistent_buffers, skeleton
 from llmc.frontend.tensor_files import TensorFiles, open_files
 from llmc.frontend.weights import CheckpointWeights, ModuleWeights
+from llmc.quant.readers import open_quantized
+from llmc.quant.readers.base import QuantizedFiles
+from llmc.quant.readers.gguf import read_gguf
+from llmc.quant.readers.gguf_file import GGUFFile
+from llmc.quant.readers.gguf_tokenizer import write_tokenizer
+from llmc.quant.readers.source import QuantizedCheckpoint
 from llmc.spec import DType
 
 NO_LIMIT = 2**31 - 1
@@ -39,7 +47,7 @@ def open_model(
     """Open a model for compiling.
 
     Args:
-        model: Hugging Face folder or hub id, path of a ``.pt2`` file, module, or exported program.
+        model: Hugging Face folder or hub id, path of a ``.gguf`` or ``.pt2`` file, module, or exported program.
         dtype: of the module's weights and activations; None = the checkpoint's.
         revision: hub revision.
         meta_weights: open the structure alone; needs only config.json.
@@ -56,25 +64,48 @@ def open_model(
         return _open_module(model, dtype, meta_weights)
     if model.endswith(".pt2"):
         return _open_program(_load_pt2(model), dtype, model, meta_weights)
+    if model.endswith(".gguf"):
+        return _open_gguf(Path(model).expanduser(), model, dtype, meta_weights)
     return _open_folder(_folder_of(model, revision, meta_weights), model, dtype, meta_weights)
 
 
 def _open_folder(folder: Path, name: str, dtype: DType | None, meta_weights: bool) -> SourceModel:
     raw = _read_config(folder)
     config = _parse_config(folder, raw)
-    if not meta_weights:
-        _refuse_quantized(folder, raw)
-    files = None if meta_weights else open_files(folder)
+    files = None if meta_weights else open_quantized(folder, raw, open_files(folder))
     stored = _checkpoint_dtype(config, files)
     module = _build(config, (dtype or stored).value, folder)
     return SourceModel(
         module=module,
-        weights=None if files is None else CheckpointWeights(files, module),
+        weights=None if files is None else _weights(files, module),
         config=raw,
         folder=str(folder),
         name=name,
         dtype=stored.value,
         model_type=str(config.model_type),
+        max_seq_len=_limit(config),
+    )
+
+
+def _open_gguf(path: Path, name: str, dtype: DType | None, meta_weights: bool) -> SourceModel:
+    file = GGUFFile(path)
+    read = read_gguf(file)
+    config = AutoConfig.for_model(read.kind, **read.config)
+    module = _build(config, (dtype or DType(read.dtype)).value, path)
+    # lives as long as the model: the artifact's tokenizer files are copied from here
+    folder = tempfile.TemporaryDirectory(prefix="llmc-gguf-")
+    weakref.finalize(module, folder.cleanup)
+    raw = json.loads(config.to_json_string(use_diff=False))
+    (Path(folder.name) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    write_tokenizer(file, Path(folder.name))
+    return SourceModel(
+        module=module,
+        weights=None if meta_weights else QuantizedCheckpoint(read.files, module),
+        config=raw,
+        folder=folder.name,
+        name=name,
+        dtype=read.dtype,
+        model_type=read.kind,
         max_seq_len=_limit(config),
     )
 
@@ -232,15 +263,10 @@ def _parse_config(folder: Path, raw: Mapping[str, object]) -> Any:
     )
 
 
-def _refuse_quantized(folder: Path, raw: Mapping[str, object]) -> None:
-    quant = raw.get("quantization_config")
-    if isinstance(quant, dict):
-        raise LlmcError(
-            "checkpoint-quantized",
-            f"{folder} is quantized ({quant.get('quant_method', 'unknown method')}); weights in float32, float16 or"
-            " bfloat16 are required.",
-            hint="Use the unquantized checkpoint.",
-        )
+def _weights(files: TensorFiles, module: PreTrainedModel) -> WeightSource:
+    if isinstance(files, QuantizedFiles):
+        return QuantizedCheckpoint(files, module)
+    return CheckpointWeights(files, module)
 
 
 def _build(config: Any, dtype: str, folder: Path) -> PreTrainedModel:

@@ -30,6 +30,7 @@ class Scheme:
         symmetric: no zero points; codes are stored with an offset of 2**(bits-1).
         activation_bits: 0 = activations stay floating point; 8 = int8 per token, quantized on the fly, integer dot products.
         scale_dtype: of the stored scales: float32, float16, or e8m0 (a power of two).
+        offsets: asymmetric with a float32 offset per group in place of a zero point; only readers make such weights.
     """
 
     name: str
@@ -39,11 +40,12 @@ class Scheme:
     symmetric: bool = True
     activation_bits: int = 0
     scale_dtype: str = "float16"
+    offsets: bool = False
 
     def bits_per_weight(self, inputs: int) -> float:
         """Stored bits per weight of a row of `inputs`, scales and zero points included."""
         scale = {"float32": 32, "float16": 16, "e8m0": 8}[self.scale_dtype]
-        zero = 0 if self.symmetric else 8
+        zero = 32 if self.offsets else 0 if self.symmetric else 8
         return self.bits + (scale + zero) / (self.group_size or inputs)
 
 
@@ -67,6 +69,14 @@ def _table() -> dict[str, Scheme]:
 
 # a suffix "a" means asymmetric: zero points
 SCHEMES = _table()
+# what GGUF files hold beside them: two-level scales, multiplied out; quantizing to these is left to llama.cpp
+STORED_ONLY = {
+    s.name: s
+    for s in (
+        Scheme("q4_k", 4, group_size=32, symmetric=False, scale_dtype="float32", offsets=True),
+        Scheme("q6_k", 6, group_size=16, scale_dtype="float32"),
+    )
+}
 NONE = "none"  # keeps a weight in the model's dtype
 
 
@@ -106,14 +116,18 @@ class QuantRules:
 
     def scheme_for(self, parameter: str) -> Scheme | None:
         """Scheme of the parameter ``model.layers.0.mlp.down_proj.weight``; None = not quantized."""
+        return parse(self.named(parameter) or self.default)
+
+    def named(self, parameter: str) -> str | None:
+        """Name of the scheme that a pattern gives to the parameter; None if no pattern matches."""
         module = parameter.removesuffix(".weight")
-        chosen = self.default
+        chosen = None
         for pattern, scheme in self.patterns:
             if fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(
                 module.rpartition(".")[2], pattern
             ):
                 chosen = scheme
-        return parse(chosen)
+        return chosen
 
     @property
     def is_empty(self) -> bool:

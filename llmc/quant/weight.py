@@ -36,12 +36,15 @@ class QuantizedWeight:
         scales: float32 [..., N, G] with G = ceil(K / group_size) (1 for a whole row); the values as they will be stored
             (already rounded to the scheme's scale_dtype). The last group may be shorter than group_size.
         zeros: uint8 [..., N, G] for asymmetric INT; None for symmetric (then the zero point is 2**(bits-1)).
+        offsets: float32 [..., N, G] for schemes with ``offsets`` (GGUF's k-quants), instead of zeros:
+            value = code * scale + offset.
     """
 
     scheme: Scheme
     codes: npt.NDArray[np.uint8]
     scales: npt.NDArray[np.float32]
     zeros: npt.NDArray[np.uint8] | None = None
+    offsets: npt.NDArray[np.float32] | None = None
 
     def dequantize(self) -> npt.NDArray[np.float32]:
         """float32 [..., N, K]: what the kernels multiply with (up to their own accumulation order)."""
@@ -52,6 +55,9 @@ class QuantizedWeight:
             return np.repeat(per_group, size, axis=-1)[..., :k]
 
         values: npt.NDArray[Any]
+        if self.offsets is not None:
+            scaled = self.codes.astype(np.float32) * spread(self.scales)
+            return np.asarray(scaled + spread(self.offsets), np.float32)
         if self.scheme.code is Code.INT:
             values = self.codes.astype(np.float32)
             if self.zeros is None:

@@ -26,6 +26,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         vector_bytes=64,
         vector_registers=32,
         has_bf16_dot=True,
+        has_lookup=True,
     ),
     "x86-64-v4": dict(
         machine="x86_64",
@@ -34,8 +35,16 @@ _PRESETS: dict[str, dict[str, Any]] = {
         features=_V4,
         vector_bytes=64,
         vector_registers=32,
+        has_lookup=True,
     ),
-    "x86-64-v3": dict(machine="x86_64", mcpu="x86-64-v3", features=_V3, vector_bytes=32, vector_registers=16),
+    "x86-64-v3": dict(
+        machine="x86_64",
+        mcpu="x86-64-v3",
+        features=_V3,
+        vector_bytes=32,
+        vector_registers=16,
+        has_lookup=True,
+    ),
     "aarch64": dict(
         machine="aarch64", mcpu="generic", mattr=("+neon",), features=(), vector_bytes=16, vector_registers=32
     ),
@@ -82,6 +91,7 @@ def capabilities(preset: str) -> Capabilities:
         vector_bytes=facts["vector_bytes"],
         vector_registers=facts["vector_registers"],
         has_bf16_dot=facts.get("has_bf16_dot", False),
+        has_lookup=facts.get("has_lookup", False),
         threads=os.cpu_count() or 1,
     )
 

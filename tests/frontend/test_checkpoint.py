@@ -247,9 +247,9 @@ def test_quantized(tmp_path: Path) -> None:
     folder = save(tiny_model("llama"), tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
-        json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}})
+        json.dumps({**config, "quantization_config": {"quant_method": "hqq"}})
     )
-    refused(str(folder), "checkpoint-quantized", "mxfp4")
+    refused(str(folder), "quantization-config", "hqq")
 
 
 # Python objects

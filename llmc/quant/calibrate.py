@@ -1,0 +1,211 @@
+"""Quantization that looks at what a model does with a text: one decoder layer at a time, earlier ones already quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from llmc.frontend.graph import SourceModel
+from llmc.quant.overlay import OverlayWeights, QuantizedStore, StoredQuantizer
+from llmc.quant.recorder import Moments, Recorder, Usage
+from llmc.quant.rounding import Grid, best_grid, decode, encode, packed, stack
+from llmc.quant.runner import HeldLayer, LayerRunner
+from llmc.quant.schemes import Scheme
+
+
+@dataclass
+class LayerWork:
+    """One decoder layer that is being quantized.
+
+    Attributes:
+        layer: its module and weights, float32, as the source model stores them; to be changed in place.
+        plan: name -> scheme, of its weights that are to be quantized.
+        usages: name -> how and with which inputs a weight is used, for all that have statistics.
+        runner: for trying changes on the first sequence.
+        changed: names of floating-point parameters that a method has changed.
+        notes: what the report should say.
+    """
+
+    layer: HeldLayer
+    plan: Mapping[str, Scheme]
+    usages: dict[str, Usage]
+    runner: LayerRunner
+    changed: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+
+class Rounding(Protocol):
+    """How one matrix is rounded."""
+
+    def round(
+        self, weight: torch.Tensor, moments: Moments | None, scheme: Scheme
+    ) -> tuple[torch.Tensor, Grid]:
+        """(codes, grid) of weight float32 [N, K]; `moments` None: nothing is known of its inputs."""
+
+
+class Method(Rounding, Protocol):
+    """A calibrated method."""
+
+    def prepare(self, work: LayerWork) -> None:
+        """Change the layer's floating-point weights, without changing what the layer computes."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a calibration has found.
+
+    Attributes:
+        weights: the source's weights with the changed and quantized ones in their place.
+        quantizer: hands out the quantized ones.
+        notes: what was not done as asked, and why; for the user to see.
+        errors: name -> relative error of the layer's outputs on the calibration text, where it is known.
+    """
+
+    weights: OverlayWeights
+    quantizer: StoredQuantizer
+    notes: tuple[str, ...]
+    errors: dict[str, float]
+
+
+class Nearest:
+    """Rounding to the nearest without statistics: what is left for weights that no input reached."""
+
+    def round(
+        self, weight: torch.Tensor, moments: Moments | None, scheme: Scheme
+    ) -> tuple[torch.Tensor, Grid]:
+        grid = best_grid(weight, scheme)
+        return encode(weight, grid), grid
+
+
+def calibrate(
+    source: SourceModel,
+    plan: Mapping[str, Scheme],
+    sequences: torch.Tensor,
+    method: Method,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    folder: Path | None = None,
+) -> Calibrated:
+    """Quantize the weights in `plan` of a model, layer by layer.
+
+    The inputs of a layer are those that it gets with all layers before it quantized.
+
+    Args:
+        source: an opened model with weights.
+        plan: source name -> scheme. Names that the model multiplies nothing with are rounded to the nearest.
+        sequences: int64 [n, length], see llmc.quant.corpus.
+        method: GPTQ, AWQ or SmoothQuant.
+        progress: called with (layers done, layers).
+        folder: for the temporary files.
+    """
+    assert source.weights is not None
+    run = _Run(source, dict(plan), method, QuantizedStore(folder))
+    runner = LayerRunner(source, source.weights, sequences)
+    runner.start()
+    total = len(runner.layers) + 1
+    for i, path in enumerate(runner.layers):
+        with runner.held(path) as layer:
+            run.layer(runner, layer)
+            runner.advance(layer)
+        if progress is not None:
+            progress(i + 1, total)
+    run.outside(runner)
+    if progress is not None:
+        progress(total, total)
+    return Calibrated(run.weights, StoredQuantizer(run.store), tuple(run.notes), run.errors)
+
+
+@dataclass
+class _Run:
+    source: SourceModel
+    plan: dict[str, Scheme]
+    method: Method
+    store: QuantizedStore
+    floats: dict[str, torch.Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> OverlayWeights:
+        """The source's weights with what was found so far."""
+        assert self.source.weights is not None
+        return OverlayWeights(self.source.weights, self.floats, self.store)
+
+    def layer(self, runner: LayerRunner, layer: HeldLayer) -> None:
+        """Quantize one layer; afterwards it holds the dequantized weights."""
+        plan = {n: s for n, s in self.plan.items() if n in layer.parameters}
+        for name in list(plan):
+            if self.store.scheme(name) is not None:  # shared with a layer before
+                layer.parameters[name].copy_(self.weights.load(name))
+                del plan[name]
+        if not plan:
+            return
+        recorder = Recorder(layer.parameters)
+        runner.feed(layer, recorder.watch)
+        work = LayerWork(layer, plan, recorder.finish(), runner)
+        self.method.prepare(work)
+        self.notes += work.notes
+        for name, scheme in plan.items():
+            self._matrix(name, layer.parameters[name], scheme, work.usages.get(name), recorder.problems)
+        for name in sorted(work.changed - set(plan)):
+            self.floats[name] = layer.parameters[name].clone()
+
+    def outside(self, runner: LayerRunner) -> None:
+        """Quantize what is outside of the layers: output projections, embeddings."""
+        outer = runner.outer_names()
+        plan = {n: s for n, s in self.plan.items() if n in outer}
+        if not plan:
+            return
+        recorder = Recorder({})
+        tensors: dict[str, torch.Tensor] = {}
+
+        def watch(loaded: Mapping[str, torch.Tensor]) -> AbstractContextManager[Any]:
+            nonlocal recorder, tensors
+            if not tensors:
+                tensors = dict(loaded)
+                recorder = Recorder(tensors)
+            return recorder.watch()
+
+        runner.finish(plan, watch)
+        usages = recorder.finish()
+        for name, scheme in plan.items():
+            self._matrix(name, tensors[name], scheme, usages.get(name), recorder.problems)
+
+    def _matrix(
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        scheme: Scheme,
+        usage: Usage | None,
+        problems: Mapping[str, str],
+    ) -> None:
+        transposed = usage is not None and usage.transposed
+        weight = tensor.transpose(-1, -2) if transposed else tensor
+        parts = list(weight) if weight.ndim == 3 else [weight]
+        moments = usage.moments if usage is not None else [None] * len(parts)
+        unseen = sum(m is None for m in moments)
+        if unseen:
+            why = problems.get(name, "the calibration text did not reach it")
+            which = f"{unseen} of {len(parts)} experts of {name}" if weight.ndim == 3 else name
+            self.notes.append(f"{which}: rounded to the nearest, because {why}")
+        results, error, norm = [], 0.0, 0.0
+        for part, known in zip(parts, moments, strict=True):
+            matrix = part.contiguous()
+            rounding: Rounding = Nearest() if known is None else self.method
+            codes, grid = rounding.round(matrix, known, scheme)
+            values = decode(codes if scheme.code.value == "int" else codes.long(), grid)
+            if known is not None:
+                difference = values - matrix
+                error += float(((difference @ known.second) * difference).sum())
+                norm += float(((matrix @ known.second) * matrix).sum())
+            part.copy_(values)
+            results.append(packed(codes, grid))
+        if norm > 0:
+            self.errors[name] = (max(error, 0.0) / norm) ** 0.5
+        quantized = stack(results) if weight.ndim == 3 else results[0]
+        self.store.put(name, quantized, transposed=transposed)
