@@ -36,6 +36,8 @@ COMPILER = (
     "verify_compare",
     "reference",
     "debug_taps",
+    "evaluate",
+    "evaluate_text",
 )
 
 # module or package of llmc -> modules of llmc that it may import (itself and what lies below it always)
@@ -62,9 +64,12 @@ ALLOWED: dict[str, set[str]] = {
     "verify": {*BASE, "frontend", "runtime", "reference", "verify_compare"},
     "verify_compare": set(BASE),
     "reference": {*BASE, "frontend"},
+    "evaluate": set(BASE),
+    # the source model comes in lazily: evaluating an artifact alone needs the runtime only
+    "evaluate_text": {*BASE, "evaluate", "frontend", "reference", "runtime"},
     "debug_taps": {*BASE, *DRIVER, *COMPILER, "pipeline"},
     "pipeline": {*BASE, *DRIVER, *COMPILER},
-    "cli": {*BASE, *DRIVER, "pipeline", "runtime"},
+    "cli": {*BASE, *DRIVER, "evaluate", "evaluate_text", "pipeline", "runtime"},
     "__main__": {"cli"},
     # the lazy attributes of the package
     "__init__": {"errors", "spec", "pipeline", "runtime"},

@@ -148,6 +148,37 @@ def run(
         )
 
 
+@app.command("eval")
+def evaluate(
+    artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text file.")],
+    against: Annotated[
+        str | None, typer.Option(help="Source model (float32, by torch) or another artifact to compare with.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Use so many tokens of the text.")] = 8192,
+    window: Annotated[int | None, typer.Option(help="Tokens that are run together (default: 512).")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from one window to the next (default: no overlap).")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Worker threads (default: all cores).")] = None,
+) -> None:
+    """Evaluate an artifact on a text: perplexity, and its distance from another model."""
+    with guard():
+        from llmc.cli.eval import run_eval
+
+        run_eval(
+            artifact,
+            text,
+            against=against,
+            max_tokens=max_tokens,
+            window=window,
+            stride=stride,
+            as_json=json,
+            threads=threads,
+        )
+
+
 @app.command()
 def inspect(
     artifact: Annotated[Path, typer.Argument(help="Artifact folder, or its model.so.")],
