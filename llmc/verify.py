@@ -99,6 +99,10 @@ def verify(
     """
     if mode is Verify.OFF:
         return QualityReport(mode=mode.value, note="not checked against the source model")
+    if source.program is not None and source.dtype != "float32":
+        # its dtypes are part of the graph: it cannot be run in float32
+        note = f"not checked: an exported program in {source.dtype} has no float32 reference"
+        return QualityReport(mode=Verify.OFF.value, note=note)
     start = time.perf_counter()
     manifest = getattr(model, "manifest", None)
     if manifest is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from llmc.schedules.experts import ExpertConfig, expert_linear
 from tvm import relax
 
 from llmc import ir
@@ -14,6 +13,7 @@ from llmc.errors import LlmcError
 from llmc.ops import EXPERT_LINEAR, ExpertLinearAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph, PackedParam
+from llmc.schedules.experts import ExpertConfig, expert_linear
 from llmc.schedules.layout import linear_layout
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmc.schedules.attention import AttentionConfig, attention_prefill, kv_append
 from tvm import relax, tirx
 
 from llmc import ir
@@ -14,6 +13,7 @@ from llmc.kv_plan import KVPlan
 from llmc.ops import ATTENTION, AttentionAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels
 from llmc.passes.step_module import LoweredGraph, StepModule
+from llmc.schedules.attention import AttentionConfig, attention_prefill, kv_append
 from llmc.schedules.gather import GatherConfig, gather_rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,7 +109,19 @@ def _walk_back(graph: Graph, resolver: MaskResolver, var: Any, scores: _Scores) 
 def _keeps_pairs(value: Any, var: Any) -> bool:
     """A reshape that only changes the axes before the last two."""
     before, after = list(value.args[0].ty.shape)[-2:], list(var.ty.shape)[-2:]
-    return len(before) == 2 and all(str(a) == str(b) for a, b in zip(before, after, strict=True))
+    return len(before) == 2 and _same_dims(before, after)
+
+
+def _same_dims(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Equality of two shapes of ints and TIR expressions."""
+
+    def same(a: Any, b: Any) -> bool:
+        a, b = (int(x) if isinstance(x, int | tirx.IntImm) else x for x in (a, b))
+        if isinstance(a, int) or isinstance(b, int):
+            return isinstance(a, int) and isinstance(b, int) and a == b
+        return bool(a.same_as(b)) or str(a) == str(b)
+
+    return len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
 
 
 def _split_data(resolver: MaskResolver, value: Any, swap: bool = True) -> tuple[Any, Any] | None:
@@ -252,7 +264,7 @@ def _assemble(graph: Graph, product: Any, output: Any, scores: _Scores) -> Match
             if axes is not None and axes != list(range(len(axes))):
                 x = builder.emit(relax.op.permute_dims(x, axes), "operand")
             shape = [1, count, length, x.ty.shape[-1]]
-            if [str(d) for d in x.ty.shape] != [str(d) for d in shape]:
+            if not _same_dims(list(x.ty.shape), shape):
                 x = builder.emit(relax.op.reshape(x, shape), "operand")
             return x
 
@@ -320,10 +332,7 @@ def _unrepeated(graph: Graph, var: Any) -> tuple[Any, int]:
     if op_name(narrow) not in ("relax.reshape", "relax.expand_dims") or len(shape) != 5:
         return var, 1
     base = narrow.args[0]
-    same = len(base.ty.shape) == 4 and [str(d) for d in base.ty.shape] == [
-        str(d) for d in shape[:2] + shape[3:]
-    ]
-    if not same or str(shape[2]) != "1" or isinstance(base.ty.shape[1], tirx.Var):
+    if not _same_dims(list(base.ty.shape), shape[:2] + shape[3:]) or not _same_dims(shape[2:3], [1]):
         return var, 1
     return base, int(list(value.args[0].ty.shape)[2])
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import tvm
-from llmc.schedules.generic import DefaultSchedule
 from tvm import relax
 
 from llmc.caps import Capabilities
@@ -18,6 +17,8 @@ from llmc.passes.lower_linear import LowerLinear
 from llmc.passes.make_step_function import MakeStepFunction
 from llmc.passes.specialize_decode import SpecializeDecode
 from llmc.passes.step_module import LoweredGraph, StepModule
+from llmc.passes.widen_logits import WidenLogits
+from llmc.schedules.generic import DefaultSchedule
 
 GraphPass = tuple[str, Callable[[LoweredGraph], LoweredGraph]]
 StepPass = tuple[str, Callable[[StepModule], StepModule]]
@@ -26,6 +27,8 @@ StepPass = tuple[str, Callable[[StepModule], StepModule]]
 def graph_phase(caps: Capabilities) -> list[GraphPass]:
     """On the graph of one sequence, while operators are still recognisable."""
     return [
+        # before LowerLinear, which takes the cast of the logits into the head's kernel
+        ("WidenLogits", WidenLogits()),
         ("LowerLinear", LowerLinear(caps)),
         ("LowerExperts", LowerExperts(caps)),
         # after LowerLinear: a tied embedding reads the head's packed weight

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
-from llmc.schedules.attention import attention_decode, partial_shape
-from tvm import relax, tirx
+from tvm import relax
 
 from llmc import ir
 from llmc.caps import Capabilities
 from llmc.passes.rewrite import Builder, Graph, Kernels
 from llmc.passes.step_module import StepModule
+from llmc.schedules.attention import attention_decode, partial_shape
 
 
 class SpecializeDecode:
@@ -32,7 +31,7 @@ class SpecializeDecode:
         kernels = Kernels(module)
         func = module["step"]
         graph, build = Graph(func), Builder()
-        batch = _batch(func)
+        tokens = func.params[0].ty.shape[0]  # one per sequence
         configs = dict(step_module.attention)
         for binding in graph.bindings:
             value = binding.value
@@ -46,7 +45,7 @@ class SpecializeDecode:
                 name.replace("attention_prefill", "attention_decode"),
                 partial(attention_decode, config, self.caps),
             )
-            scratch = ir.tensor_type([batch, *partial_shape(config)], "float32")
+            scratch = ir.tensor_type([tokens, *partial_shape(config)], "float32")
             both = build.emit(relax.call_tir(gvar, value.args[1], [binding.var.ty, scratch]), "split")
             build.bind(binding.var, relax.TupleGetItem(both, 0))
         decode = build.function(func.params, func.body.body, None, symbol="decode")
@@ -56,13 +55,3 @@ class SpecializeDecode:
                 decode = decode.with_attr(key, attr)
         module[relax.GlobalVar("decode")] = decode.with_attr("global_symbol", "decode")
         return replace(step_module, module=module)
-
-
-def _batch(func: Any) -> Any:
-    """The symbolic number of sequences: the length of context_len."""
-    for param in func.params:
-        if param.name == "context_len":
-            dim = param.ty.shape[0]
-            assert isinstance(dim, tirx.Var)
-            return dim
-    raise KeyError("context_len")

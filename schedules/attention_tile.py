@@ -22,6 +22,7 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig
+from llmc.schedules.attention_pages import PageReader, in_groups
 from llmc.schedules.vmath import exp_nonpositive, tanh
 
 _LOWEST = -1e30  # finite, so that the difference of two of them is 0 and not NaN
@@ -61,7 +62,7 @@ class Operands:
         self.out = e.flat(self._out, t * cfg.heads * cfg.value_dim)
 
 
-class Tile:
+class Tile(PageReader):
     """Geometry, scratch memory and the steps for one tile; `start` and what follows inside the task's loop.
 
     Args:
@@ -242,7 +243,7 @@ class Tile:
                     clear,
                 )
 
-            _in_groups(vectors, self.vectors, body)
+            in_groups(vectors, self.vectors, body)
 
     def _tile(
         self,
@@ -279,160 +280,6 @@ class Tile:
         for r in range(self.row_tile):
             for v in range(vectors):
                 e.store(target, at(r, v), e.load(acc[r][v], 0, lanes), lanes)
-
-    # -- pages laid out in scratch (prefill) -------------------------------------------------------------------------
-
-    def _laid_out_key(self, j: Any, v: Any) -> Any:
-        return e.load(self.keys, j * self.block + v * self.lanes, self.lanes)
-
-    def _laid_out_value(self, j: Any, v: Any) -> Any:
-        return e.load(self.values, j * self.value_width + v * self.lanes, self.lanes)
-
-    def _lay_out_keys(self, page: Any, keys: Any) -> None:
-        cfg, lanes, ps = self.cfg, self.lanes, self.cfg.page_size
-        with e.loop(e.ceildiv(keys, ps)) as p:
-            base = self._page_base(page + p, cfg.key_dim * ps)
-            with e.loop(cfg.key_dim // self.pack) as j:
-                for v in range(ps // lanes):
-                    to = j * self.block + p * ps + v * lanes
-                    e.store(self.keys, to, self._key(base, j, v), lanes)
-            if cfg.key_dim % self.pack:
-                j = self.k_steps - 1
-                for v in range(ps // lanes):
-                    low = e.load(self.args.k, base + 2 * j * ps + v * lanes, lanes)
-                    vector = e.zip_bf16(low, e.const("uint16", 0, lanes))
-                    e.store(self.keys, j * self.block + p * ps + v * lanes, vector, lanes)
-
-    def _key(self, base: Any, j: Any, v: Any) -> Any:
-        """Vector v of tokens of a key page for step j."""
-        k, lanes, ps = self.args.k, self.lanes, self.cfg.page_size
-        if not self.dot:
-            return e.widen(e.load(k, base + j * ps + v * lanes, lanes), self.cfg.kv_dtype, lanes)
-        at = base + 2 * j * ps + v * lanes
-        return e.zip_bf16(e.load(k, at, lanes), e.load(k, at + ps, lanes))
-
-    def _lay_out_values(self, page: Any, keys: Any) -> None:
-        lanes, ps, dv = self.lanes, self.cfg.page_size, self.cfg.value_dim
-        with e.loop(e.ceildiv(keys, ps)) as p:
-            base = self._page_base(page + p, ps * dv)
-            tokens = e.let(T.min(e.i64(ps), keys - p * ps))
-            with e.loop(tokens // self.pack) as j:
-                row = e.let((p * (ps // self.pack) + j) * self.value_width)
-                for v in range(dv // lanes):
-                    e.store(self.values, row + v * lanes, self._value(base, j, v), lanes)
-                for d in range(dv // lanes * lanes, dv):
-                    e.store(self.values, row + d, self._value_element(base, j, d, True), 1)
-            if self.dot:
-                # an odd number of tokens: what lies behind the last may be NaN, so it is replaced by zero
-                with T.If(tokens % 2 == 1), T.Then():
-                    j = e.let(tokens // 2)
-                    row = e.let((p * (ps // 2) + j) * self.value_width)
-                    with e.loop(dv) as d:
-                        e.store(self.values, row + d, self._value_element(base, j, d, False), 1)
-
-    def _value(self, base: Any, j: Any, v: Any) -> Any:
-        """Vector v of dims of a value page for step j."""
-        buffer, lanes, dv = self.args.v, self.lanes, self.cfg.value_dim
-        if not self.dot:
-            return e.widen(e.load(buffer, base + j * dv + v * lanes, lanes), self.cfg.kv_dtype, lanes)
-        at = base + 2 * j * dv + v * lanes
-        return e.zip_bf16(e.load(buffer, at, lanes), e.load(buffer, at + dv, lanes))
-
-    def _value_element(self, base: Any, j: Any, d: Any, both: bool) -> Any:
-        buffer, dv = self.args.v, self.cfg.value_dim
-        if not self.dot:
-            return e.widen(buffer[base + j * dv + d], self.cfg.kv_dtype, 1)
-        low = tirx.Cast("int32", buffer[base + 2 * j * dv + d])
-        if not both:
-            return low
-        high = tirx.Cast("int32", buffer[base + (2 * j + 1) * dv + d])
-        return T.bitwise_or(low, T.shift_left(high, tirx.IntImm("int32", 16)))
-
-    # -- pages read in place (decode) --------------------------------------------------------------------------------
-
-    def _score_pages(self, page: Any, keys: Any) -> None:
-        cfg, lanes, ps = self.cfg, self.lanes, self.cfg.page_size
-        size = cfg.key_dim * ps
-        count = e.let(e.ceildiv(keys, ps))
-        with e.loop(count) as p:
-            base = self._page_base(page + p, size)
-            ahead = self._page_base(page + T.min(p + 1, count - 1), size)
-            for group in range(self.rows_padded // self.row_tile):
-                row = group * self.row_tile
-
-                def body(
-                    first: Any,
-                    vectors: int,
-                    row: int = row,
-                    base: Any = base,
-                    p: Any = p,
-                    ahead: Any = ahead,
-                    fetch: bool = group == 0,
-                ) -> None:
-                    def right(j: Any, v: int) -> Any:
-                        if fetch:
-                            for i in range(self.pack):
-                                at = (j * self.pack + i) * ps + (first + v) * lanes
-                                e.prefetch(self.args.k, ahead + at)
-                        return self._key(base, j, first + v)
-
-                    self._tile(
-                        vectors,
-                        self.k_steps,
-                        lambda r, j: self.query[(row + r) * self.k_steps + j],
-                        right,
-                        self.scores,
-                        lambda r, v: (row + r) * self.block + p * ps + (first + v) * lanes,
-                        True,
-                    )
-
-                _in_groups(ps // lanes, self.vectors, body)
-
-    def _weigh_pages(self, page: Any, keys: Any) -> None:
-        lanes, ps, dv = self.lanes, self.cfg.page_size, self.cfg.value_dim
-        count = e.let(e.ceildiv(keys, ps))
-        with e.loop(count) as p:
-            base = self._page_base(page + p, ps * dv)
-            ahead = self._page_base(page + T.min(p + 1, count - 1), ps * dv)
-            tokens = e.let(T.min(e.i64(ps), keys - p * ps))
-            for group in range(self.rows_padded // self.row_tile):
-                row = group * self.row_tile
-
-                def body(
-                    first: Any,
-                    vectors: int,
-                    row: int = row,
-                    base: Any = base,
-                    p: Any = p,
-                    tokens: Any = tokens,
-                    ahead: Any = ahead,
-                    fetch: bool = group == 0,
-                ) -> None:
-                    steps = e.let(tokens // self.pack)
-                    stride = self.block // self.pack
-                    left = lambda r, j: self.weights[(row + r) * stride + p * (ps // self.pack) + j]  # noqa: E731
-                    at = lambda r, v: (row + r) * self.value_width + (first + v) * lanes  # noqa: E731
-
-                    def right(j: Any, v: int) -> Any:
-                        if fetch:
-                            for i in range(self.pack):
-                                e.prefetch(
-                                    self.args.v, ahead + (j * self.pack + i) * dv + (first + v) * lanes
-                                )
-                        return self._value(base, j, first + v)
-
-                    def unpaired(v: int) -> Any:
-                        low = e.load(self.args.v, base + 2 * steps * dv + (first + v) * lanes, lanes)
-                        return e.zip_bf16(low, e.const("uint16", 0, lanes))
-
-                    self._tile(vectors, steps, left, right, self.out, at, False)
-                    if self.dot:
-                        with T.If(tokens % 2 == 1), T.Then():
-                            self._tile(
-                                vectors, 0, lambda r, j: left(r, steps), right, self.out, at, False, unpaired
-                            )
-
-                _in_groups(dv // lanes, self.vectors, body)
 
     # -- softmax -----------------------------------------------------------------------------------------------------
 
@@ -517,16 +364,3 @@ def first_visible(cfg: AttentionConfig, position: Any) -> Any:
     if cfg.chunk:
         low = T.max(low, position // cfg.chunk * cfg.chunk)
     return low
-
-
-def _in_groups(count: int, size: int, body: Callable[[Any, int], None]) -> None:
-    """body(first, n) for `count` things in groups of `size` and a smaller rest."""
-    if count >= 2 * size:
-        with e.loop(count // size) as i:
-            body(e.let(i * size), size)
-        done = count // size * size
-    else:
-        done = 0
-    while done < count:
-        body(done, min(size, count - done))
-        done += min(size, count - done)

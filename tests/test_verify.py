@@ -154,6 +154,49 @@ def test_off(tmp_path: Path) -> None:
     assert report.mode == "off" and report.tokens == 0 and report.note
 
 
+class Exported(torch.nn.Module):
+    """Small enough to export: tokens to logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(90, 16)
+        self.out = torch.nn.Linear(16, 90)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.nn.functional.silu(self.embed(ids)))
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_exported_program(dtype: str) -> None:
+    torch.manual_seed(0)
+    module = Exported().to(TORCH[dtype])
+    length = torch.export.Dim("n", min=2, max=256)
+    program = torch.export.export(
+        module, (torch.zeros(1, 8, dtype=torch.long),), dynamic_shapes=({1: length},)
+    )
+    source = open_model(program, dtype=None)
+
+    class Artifact:
+        bias = 0.0
+
+        def logits(self, token_ids: Sequence[int], *, prefill: int | None = None) -> np.ndarray:
+            with torch.no_grad():
+                out: np.ndarray = module(torch.tensor([list(token_ids)]))[0].float().numpy()
+            return out + self.bias
+
+        logits_batch = TorchArtifact.logits_batch
+
+    artifact = Artifact()
+    report = verify(artifact, source, mode=Verify.SAMPLE, dtype=dtype)
+    if dtype == "bfloat16":  # nothing to compare with: the manifest says so
+        assert report.mode == "off" and "no float32 reference" in report.note
+        return
+    assert report.mode == "sample" and report.tokens == 40
+    artifact.bias = 0.1
+    with pytest.raises(LlmcError, match="verify-failed"):
+        verify(artifact, source, mode=Verify.SAMPLE, dtype=dtype)
+
+
 def test_cache_coarser_than_the_weights(tmp_path: Path) -> None:
     """A float32 artifact with a bfloat16 cache is measured against a source with such a cache, not against 2e-4."""
     model = default_model("llama", "float32")

@@ -7,6 +7,7 @@ the caches: each kernel cycles over several copies. Medians; the ratio is torch'
 from __future__ import annotations
 
 import argparse
+import functools
 import mmap
 import os
 import statistics
@@ -176,12 +177,13 @@ def main() -> None:
     os.environ["TVM_NUM_THREADS"] = str(options.threads)
     bench = Bench(options.threads, not options.no_huge, options.rounds)
     shapes = ((2048, 2048), (512, 2048), (8192, 2048), (2048, 8192))
+    call = functools.partial
     table: dict[str, list[Callable[[], None]]] = {
-        "gemv": [lambda s=s: bench.linear(1, *s) for s in (*shapes, (128256, 2048))],
-        "flat": [lambda r=r: bench.linear(r, 8192, 2048) for r in (2, 4, 8, 16)],
-        "gemm": [lambda s=s: bench.linear(512, *s) for s in shapes],
-        "prefill": [lambda d=d: bench.attention("prefill", 1024, 32, 8, d) for d in (64, 128)],
-        "decode": [lambda n=n: bench.attention("decode", n, 32, 8, 64) for n in (2048, 8192)],
+        "gemv": [call(bench.linear, 1, *s) for s in (*shapes, (128256, 2048))],
+        "flat": [call(bench.linear, rows, 8192, 2048) for rows in (2, 4, 8, 16)],
+        "gemm": [call(bench.linear, 512, *s) for s in shapes],
+        "prefill": [call(bench.attention, "prefill", 1024, 32, 8, dim) for dim in (64, 128)],
+        "decode": [call(bench.attention, "decode", keys, 32, 8, 64) for keys in (2048, 8192)],
     }
     for name, runs in table.items():
         if options.only in ("", name):

@@ -14,13 +14,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 VOCAB = 256
 
-# architectures in the causal-LM table that are no decoder-only language models: encoders, encoder-decoders, and
-# models that need an image or sound encoder
+# architectures in the causal-LM table that are no decoder-only language models: encoders, encoder-decoders, models that
+# need an image or sound encoder, drafts that need another model's hidden states, and byte patches from a second model
 NOT_DECODERS = frozenset(
     "bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small camembert "
     "data2vec-text electra ernie marian mbart megatron-bert mvp pegasus plbart prophetnet rembert roberta "
     "roberta-prelayernorm roc_bert roformer trocr whisper xlm xlm-roberta xlm-roberta-xl xlnet xmod "
-    "reformer moshi musicgen musicgen_melody git mllama fuyu got_ocr2 emu3 moss_transcribe_diarize".split()
+    "reformer moshi musicgen musicgen_melody git mllama fuyu got_ocr2 emu3 moss_transcribe_diarize "
+    "gemma4_assistant gemma4_unified_assistant blt".split()
 )
 
 SIZES: dict[str, Any] = {
@@ -63,13 +64,27 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 2,
         "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0],
     },
+    "gemma4_text": {"per_layer_config": {}, "num_kv_shared_layers": 2, "num_hidden_layers": 4},
+    "gemma4_unified_text": {"per_layer_config": {}, "num_kv_shared_layers": 2, "num_hidden_layers": 4},
+    "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "hunyuan_v1_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "jamba": {"layer_types": None},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
 }
 
 
 def decoder_types() -> list[str]:
     """Every causal-LM model type that is a decoder-only language model, in alphabetical order."""
-    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - NOT_DECODERS)
+
+    def has_other_senses(model_type: str) -> bool:
+        parts = getattr(CONFIG_MAPPING[model_type], "sub_configs", {})
+        return "vision_config" in parts or "audio_config" in parts
+
+    return sorted(
+        t for t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if t not in NOT_DECODERS and not has_other_senses(t)
+    )
 
 
 def tiny_config(model_type: str, **extra: Any) -> Any:

@@ -18,7 +18,8 @@ from llmc.frontend.graph import ModelGraph, SourceModel
 from llmc.frontend.import_ops import supported
 from llmc.frontend.importer import Imported, Importer
 from llmc.frontend.interfaces import routed_through_llmc
-from llmc.frontend.tokens import TokenCheck, use_positions
+from llmc.frontend.positions import use_positions
+from llmc.frontend.tokens import TokenCheck
 from llmc.ir import tensor_type
 from llmc.passes.raise_attention import RaiseAttention
 from llmc.passes.rewrite import Builder

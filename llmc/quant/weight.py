@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -47,17 +48,16 @@ class QuantizedWeight:
         k = self.codes.shape[-1]
         size = self.scheme.group_size or k
 
-        def spread(per_group: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        def spread(per_group: npt.NDArray[Any]) -> npt.NDArray[Any]:
             return np.repeat(per_group, size, axis=-1)[..., :k]
 
+        values: npt.NDArray[Any]
         if self.scheme.code is Code.INT:
-            zero: npt.NDArray[np.generic] | float
-            zero = (
-                float(1 << (self.scheme.bits - 1))
-                if self.zeros is None
-                else spread(self.zeros).astype(np.float32)
-            )
-            values = self.codes.astype(np.float32) - zero
+            values = self.codes.astype(np.float32)
+            if self.zeros is None:
+                values -= float(1 << (self.scheme.bits - 1))
+            else:
+                values -= spread(self.zeros).astype(np.float32)
         else:
             table = {Code.NF4: NF4_TABLE, Code.E4M3: E4M3_TABLE, Code.E2M1: E2M1_TABLE}[self.scheme.code]
             values = table[self.codes]

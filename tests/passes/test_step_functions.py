@@ -47,7 +47,9 @@ class Compiled:
         for param in step.params:
             if param.source not in self.weights:
                 shape = next(p.shape for p in attention_model(**model).params if p.source == param.source)
-                self.weights[param.source] = (rng.standard_normal(shape) * shape[-1] ** -0.5).astype(np.float32)
+                self.weights[param.source] = (rng.standard_normal(shape) * shape[-1] ** -0.5).astype(
+                    np.float32
+                )
             import torch
 
             params.append(pack_tensor(param, torch.from_numpy(self.weights[param.source])))
@@ -79,7 +81,9 @@ class Compiled:
         return self.vm[function](*arrays, self.pools, self.params).numpy()
 
 
-@pytest.mark.parametrize("model", [{}, ALTERNATING, CHUNKED, SHARED], ids=["full", "window", "chunk", "shared"])
+@pytest.mark.parametrize(
+    "model", [{}, ALTERNATING, CHUNKED, SHARED], ids=["full", "window", "chunk", "shared"]
+)
 def test_ragged_prefill_then_decode(model):
     compiled = Compiled(**model)
     rng = np.random.default_rng(1)
@@ -93,7 +97,11 @@ def test_ragged_prefill_then_decode(model):
     np.testing.assert_allclose(got, want, atol=2e-5)
     for offset in range(7):  # both sequences one token further, across a page border
         got = compiled.run(
-            "decode", [(t, p + offset, i[p + offset : p + offset + 1]) for t, i, p in zip(tables, ids, prefilled, strict=True)]
+            "decode",
+            [
+                (t, p + offset, i[p + offset : p + offset + 1])
+                for t, i, p in zip(tables, ids, prefilled, strict=True)
+            ],
         )
         want = np.stack([e[p + offset] for e, p in zip(expected, prefilled, strict=True)])
         np.testing.assert_allclose(got, want, atol=2e-5)
