@@ -104,12 +104,47 @@ class TargetInfo:
 
 
 @dataclass(frozen=True)
+class LayerQuality:
+    """Error of a layer's output: root mean square of the difference over that of the float32 source's output.
+
+    `source_error` is the same for the source model run in the artifact's dtype: what that dtype costs by itself.
+    """
+
+    path: str
+    error: float
+    source_error: float
+
+
+@dataclass(frozen=True)
+class TextQuality:
+    """The artifact against the source model in float32 on a text.
+
+    `text` is the sha256 of the tokens that were used. Perplexities are of `tokens` predicted tokens in windows of
+    `window`; KL divergence is in nats; `increase_error` is the standard error of `increase_percent`.
+    """
+
+    text: str
+    tokens: int
+    window: int
+    perplexity: float
+    source_perplexity: float
+    increase_percent: float
+    increase_error: float
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+    layers: tuple[LayerQuality, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class QualityReport:
     """The check of the compiled artifact against the source model in float32.
 
     `max_abs_error` is over logits; `tolerance` is what it had to stay under; `reference_noise` is the error of the
     source model itself when run in the artifact's dtype. `relative_error` is the root mean square of the
-    difference over that of the reference logits (mean-centred per row).
+    difference over that of the reference logits (mean-centred per row). `text` is the evaluation on a text, if
+    one was asked for.
     """
 
     mode: str  # off, sample, full
@@ -123,6 +158,7 @@ class QualityReport:
     tolerance: float | None = None
     seconds: float | None = None
     note: str = ""
+    text: TextQuality | None = None
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,12 @@ def text_windows(
     Raises:
         LlmcError: no tokenizer, no readable or too short a text, or a window beyond the artifact's limit.
     """
+    if not model.has_tokenizer:
+        raise LlmcError(
+            "no-tokenizer",
+            f"The artifact of {model.manifest.model.source} has no tokenizer.json, so it cannot be evaluated on a text.",
+            hint="Put the tokenizer's files beside the checkpoint and compile again.",
+        )
     limit = model.manifest.limits.max_seq_len
     if window is not None and window > limit:
         raise LlmcError(

@@ -38,6 +38,7 @@ COMPILER = (
     "debug_taps",
     "evaluate",
     "evaluate_text",
+    "gate",
 )
 
 # module or package of llmc -> modules of llmc that it may import (itself and what lies below it always)
@@ -67,6 +68,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": set(BASE),
     # the source model comes in lazily: evaluating an artifact alone needs the runtime only
     "evaluate_text": {*BASE, "evaluate", "frontend", "reference", "runtime"},
+    "gate": {*BASE, "evaluate", "evaluate_text", "frontend", "runtime", "verify", "verify_compare"},
     "debug_taps": {*BASE, *DRIVER, *COMPILER, "pipeline"},
     "pipeline": {*BASE, *DRIVER, *COMPILER},
     "cli": {*BASE, *DRIVER, "evaluate", "evaluate_text", "pipeline", "runtime"},

@@ -55,6 +55,19 @@ def compile(
     verify: Annotated[
         str | None, typer.Option(help="off, sample or full: how much to check against the source model.")
     ] = None,
+    calib: Annotated[
+        str | None, typer.Option(help="UTF-8 text for methods that look at activations.")
+    ] = None,
+    eval: Annotated[
+        str | None, typer.Option(help="UTF-8 text on which to compare the artifact with the source model.")
+    ] = None,
+    eval_tokens: Annotated[int | None, typer.Option(help="Use so many tokens of it (default: 8192).")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Fail if the mean KL divergence on --eval is larger (nats).")
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None, typer.Option(help="Fail if the perplexity on --eval grows by more, e.g. 1%.")
+    ] = None,
     spec: Annotated[
         Path | None, typer.Option(help="TOML file with the spec; options given here win.")
     ] = None,
@@ -86,6 +99,11 @@ def compile(
                 "verify": verify,
                 "revision": revision,
                 "meta_weights": meta_weights or None,
+                "calib_text": calib,
+                "eval_text": eval,
+                "eval_tokens": eval_tokens,
+                "max_kl": max_kl,
+                "max_ppl_increase": max_ppl_increase,
             },
             spec_file=spec,
             output=output,
