@@ -71,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     "gate": {*BASE, "evaluate", "evaluate_text", "frontend", "runtime", "verify", "verify_compare"},
     "debug_taps": {*BASE, *DRIVER, *COMPILER, "pipeline"},
     "pipeline": {*BASE, *DRIVER, *COMPILER},
-    "cli": {*BASE, *DRIVER, "evaluate", "evaluate_text", "pipeline", "runtime"},
+    "cli": {*BASE, *DRIVER, "evaluate", "evaluate_text", "gate", "frontend.graph", "pipeline", "runtime"},
     "__main__": {"cli"},
     # the lazy attributes of the package
     "__init__": {"errors", "spec", "pipeline", "runtime"},

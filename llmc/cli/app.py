@@ -173,11 +173,14 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(help="Source model (float32, by torch) or another artifact to compare with.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Use so many tokens of the text.")] = 8192,
+    max_tokens: Annotated[int, typer.Option(help="Use so many tokens of the text; 0 = all.")] = 8192,
     window: Annotated[int | None, typer.Option(help="Tokens that are run together (default: 512).")] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens from one window to the next (default: no overlap).")
     ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also the error of each layer (compiles the graph once more).")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     threads: Annotated[int | None, typer.Option(help="Worker threads (default: all cores).")] = None,
 ) -> None:
@@ -192,6 +195,7 @@ def evaluate(
             max_tokens=max_tokens,
             window=window,
             stride=stride,
+            layers=layers,
             as_json=json,
             threads=threads,
         )
