@@ -69,6 +69,8 @@ ALLOWED: dict[str, set[str]] = {
     # the source model comes in lazily: evaluating an artifact alone needs the runtime only
     "evaluate_text": {*BASE, "evaluate", "frontend", "reference", "runtime"},
     "gate": {*BASE, "evaluate", "evaluate_text", "frontend", "runtime", "verify", "verify_compare"},
+    "scoring": {*BASE, "runtime"},
+    "lm_eval_adapter": {*BASE, "runtime", "scoring"},
     "debug_taps": {*BASE, *DRIVER, *COMPILER, "pipeline"},
     "pipeline": {*BASE, *DRIVER, *COMPILER},
     "cli": {*BASE, *DRIVER, "evaluate", "evaluate_text", "gate", "frontend.graph", "pipeline", "runtime"},
