@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from tvm import relax
+from tvm.ir import GenericConst
 
 from llmc.frontend.import_base import (
     Args,
@@ -32,6 +33,20 @@ def _index_select(im: Any, a: Args, out: Any) -> Any:
     return im.emit(op.take(a["self"], a["index"], axis=a["dim"] % len(a["self"].ty.shape)))
 
 
+def _from_the_end(im: Any, index: Any, size: Any) -> Any:
+    """torch counts negative indices from the end; take does not."""
+    if isinstance(index, GenericConst):
+        values = index.value.numpy()
+        if (values >= 0).all():
+            return index
+        if is_static(size):
+            return relax.const(np.where(values < 0, values + int(size), values), dtype_of(index))
+    if not is_static(size):
+        return index
+    zero, length = im.constant(0, dtype_of(index)), im.constant(int(size), dtype_of(index))
+    return im.emit(op.where(im.emit(op.less(index, zero)), im.emit(op.add(index, length)), index))
+
+
 def _index(im: Any, a: Args, out: Any) -> Any:
     x, indices = a["self"], a["indices"]
     used = [(axis, index) for axis, index in enumerate(indices) if index is not None]
@@ -39,7 +54,7 @@ def _index(im: Any, a: Args, out: Any) -> Any:
         raise im.error("a result whose shape depends on values")
     if len(used) == 1:
         axis, index = used[0]
-        return im.emit(op.take(x, index, axis=axis))
+        return im.emit(op.take(x, _from_the_end(im, index, x.ty.shape[axis]), axis=axis))
     axes = [axis for axis, _ in used]
     if axes != list(range(axes[0], axes[0] + len(axes))):
         raise im.error("advanced indexing of axes that are not neighbours")

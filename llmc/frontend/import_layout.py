@@ -141,7 +141,7 @@ def _narrow(im: Any, a: Args, out: Any) -> Any:
 
 
 def _repeat(im: Any, a: Args, out: Any) -> Any:
-    x, repeats = a["self"], a.get("repeats", a.get("dims"))
+    x, repeats = a["self"], a["repeats" if "repeats" in a else "dims"]
     if all(isinstance(r, int) and r == 1 for r in repeats):
         return reshape(im, x, im.shape(out))
     if not all(isinstance(r, int) for r in repeats):

@@ -93,7 +93,10 @@ def _layer_norm(im: Any, a: Args, out: Any) -> Any:
         weight = cast(im, weight, dtype)
     if bias is None:
         bias = cast(im, relax.const(np.zeros(sizes, "float32"), "float32"), dtype)
-    return im.emit(op.nn.layer_norm(x, weight, bias, axes=axes, epsilon=float(a.get("eps", 1e-5))))
+    # torch computes in float32 and rounds once at the end
+    x, weight, bias = (cast(im, v, "float32") for v in (x, weight, bias))
+    y = im.emit(op.nn.layer_norm(x, weight, bias, axes=axes, epsilon=float(a.get("eps", 1e-5))))
+    return cast(im, y, dtype)
 
 
 def _rms_norm(im: Any, a: Args, out: Any) -> Any:
@@ -128,7 +131,9 @@ def _group_norm(im: Any, a: Args, out: Any) -> Any:
 
 def _softmax(fn: Callable[..., Any]) -> Converter:
     def run(im: Any, a: Args, out: Any) -> Any:
-        return im.emit(fn(cast(im, a["self"], im.dtype(out.dtype)), a["dim"]))
+        # torch computes in float32 and rounds once at the end
+        y = im.emit(fn(cast(im, a["self"], "float32"), a["dim"]))
+        return cast(im, y, im.dtype(out.dtype))
 
     return run
 
@@ -144,20 +149,26 @@ def _cumulative(fn: Callable[..., Any]) -> Converter:
 def _topk(im: Any, a: Args, out: Any) -> Any:
     if not isinstance(a["k"], int):
         raise im.error("a top-k whose k depends on the sequence length", "token-mixing-not-captured")
-    both = im.emit(
-        op.topk(a["self"], a["k"], a.get("dim", -1), "both", bool(a.get("largest", True)), "int64")
-    )
-    return [im.emit(relax.TupleGetItem(both, i)) for i in range(2)]
+    values = _sortable(im, a["self"])
+    both = im.emit(op.topk(values, a["k"], a.get("dim", -1), "both", bool(a.get("largest", True)), "int64"))
+    top, indices = (im.emit(relax.TupleGetItem(both, i)) for i in range(2))
+    return [cast(im, top, str(a["self"].ty.dtype)), indices]
+
+
+def _sortable(im: Any, x: Any) -> Any:
+    """bfloat16 as float32, exactly: TVM's sorting routines compare the bits of a bfloat16 as an integer."""
+    return cast(im, x, "float32") if str(x.ty.dtype) == "bfloat16" else x
 
 
 def _sort(im: Any, a: Args, out: Any) -> Any:
     axis, descending = a.get("dim", -1), bool(a.get("descending", False))
-    order = im.emit(op.argsort(a["self"], axis, descending, "int64"))
+    order = im.emit(op.argsort(_sortable(im, a["self"]), axis, descending, "int64"))
     return [im.emit(op.gather_elements(a["self"], order, axis % len(a["self"].ty.shape))), order]
 
 
 def _argsort(im: Any, a: Args, out: Any) -> Any:
-    return im.emit(op.argsort(a["self"], a.get("dim", -1), bool(a.get("descending", False)), "int64"))
+    values = _sortable(im, a["self"])
+    return im.emit(op.argsort(values, a.get("dim", -1), bool(a.get("descending", False)), "int64"))
 
 
 CONVERTERS: dict[str, Converter] = {
