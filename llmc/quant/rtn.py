@@ -107,7 +107,9 @@ def _quantize(w: Array, low: Array, high: Array, scheme: Scheme, ratio: float) -
         scales = round_scales(most * np.float32(ratio / _E4M3_MAX), scheme)
         values = np.clip(w * _inverse(scales)[..., None], -_E4M3_MAX, _E4M3_MAX)
         return values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8), scales, zero
-    with np.errstate(divide="ignore"):  # OCP MX 1.0, section 6.3: the exponent of the largest value less that of 4
+    with np.errstate(
+        divide="ignore"
+    ):  # OCP MX 1.0, section 6.3: the exponent of the largest value less that of 4
         exponent = np.floor(np.log2(most * np.float32(ratio))) - 2
     scales = np.where(most > 0, np.exp2(np.clip(exponent, -126, 127)), 0).astype(np.float32)
     values = w * _inverse(scales)[..., None]
