@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from llmc.artifact import LIBRARY, MANIFEST
 from llmc.errors import LlmcError
 from llmc.evaluate import MAX_TOKENS, WINDOW, Floats, Logits, Window, cut
+from llmc.spec import DType
 
 if TYPE_CHECKING:
     from llmc.frontend.graph import SourceModel
@@ -181,7 +182,8 @@ def open_reference(path: str, model: Model, *, check_hashes: bool = True) -> Ref
             f"Comparing with a source model needs the package {e.name}, which is not installed.",
             hint="pip install 'llmc-compiler[compile]', or compare with an artifact.",
         ) from None
-    return source_reference(open_model(path, dtype=None))
+    dtype = model.manifest.spec.get("dtype")  # in which the layers are compared; predictions are in float32
+    return source_reference(open_model(path, dtype=DType.parse(dtype) if dtype else None))
 
 
 def source_reference(source: SourceModel) -> Reference:

@@ -134,8 +134,8 @@ class LlmcLM(LM):
                 return Continuation((self.prefix,), tuple(ids[1:]))
             return Continuation((self.prefix,), tuple(ids))
         bare = context.rstrip()
-        whole = self.encode(context + continuation)
-        return split_pair(self.encode(bare), whole)
+        pair = split_pair(self.encode(bare), self.encode(context + continuation))
+        return pair if pair.context else Continuation((self.prefix,), pair.tokens)
 
 
 def prefix_token(model: Model) -> int:
