@@ -49,7 +49,8 @@ ALLOWED: dict[str, set[str]] = {
     # the scheme table and the canonical quantized weight (numpy); the methods of llmc.quant see the source model
     "quant.schemes": {"errors"},
     "quant.weight": {"quant.schemes"},
-    "quant": {*BASE, "frontend", "reference"},
+    "quant.auto": {"errors"},
+    "quant": {*BASE, "evaluate", "frontend", "reference"},
     "schedules": {*BASE, "quant.schemes", "quant.weight"},
     "passes": {*BASE, "schedules", "frontend.graph", "quant.schemes"},
     "targets": {*BASE, "passes", "schedules"},
