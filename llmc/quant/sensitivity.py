@@ -28,6 +28,8 @@ Progress = Callable[[float, float, str], None]
 
 # bytes of dequantized weights that are kept between windows
 _KEPT = 2 << 30
+# narrower weights gain nothing
+_NARROW = 32
 _BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
 
 
@@ -52,10 +54,11 @@ class Quantizable:
 
 
 def quantizables(source: SourceModel) -> list[Quantizable]:
-    """Weights of linear layers and experts, tied ones once under their first name."""
+    """Weights of linear layers and experts, tied ones once under their first name; no routers, nothing narrow."""
     first: dict[int, str] = {}
     for name, parameter in source.module.named_parameters(remove_duplicate=False):
         first.setdefault(id(parameter), name)
+    experts = {p.shape[0] for p in source.module.parameters() if p.ndim == 3}
     found: dict[str, Quantizable] = {}
     for module in source.module.modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -66,6 +69,8 @@ def quantizables(source: SourceModel) -> list[Quantizable]:
             if not (stacked or linear):
                 continue
             transposed = bool(getattr(module, "is_transposed", False)) if stacked else _stored_in_out(module)
+            if min(parameter.shape[-2:]) < _NARROW or (linear and experts & set(parameter.shape)):
+                continue
             *lead, a, b = parameter.shape
             shape = (*lead, b, a) if transposed else (*lead, a, b)
             name = first[id(parameter)]
@@ -83,7 +88,9 @@ class Sensitivity:
 
     Args:
         source: the opened model with its weights.
-        windows: the text; single weights are measured on the first window, whole assignments on all.
+        windows: the text on which whole assignments are measured.
+        probe: the text on which single weights are measured; default: the first window.
+        dtype: of the weights that stay as they are, for their size; default: the checkpoint's.
         quantizer: the method; default round to nearest.
         progress: told (done, total, what) while weights are measured.
     """
@@ -93,12 +100,16 @@ class Sensitivity:
         source: SourceModel,
         windows: Sequence[Window],
         *,
+        probe: Window | None = None,
+        dtype: str | None = None,
         quantizer: WeightQuantizer | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.weights = {weight.name: weight for weight in quantizables(source)}
         self._source = source
         self._windows = list(windows)
+        self._probe = probe or self._windows[0]
+        self._dtype = dtype or source.dtype
         self._quantizer = quantizer or RoundToNearest()
         self._progress = progress or (lambda done, total, what: None)
         self._exact_loss: float | None = None
@@ -109,8 +120,8 @@ class Sensitivity:
         Args:
             probe: the scheme in which each weight is measured.
         """
-        window = self._windows[:1]
-        exact = self._logits({})(window[0].ids)
+        window = [self._probe]
+        exact = self._logits({})(self._probe.ids)
         out: dict[str, list[Candidate]] = {}
         for i, (name, weight) in enumerate(self.weights.items()):
             self._progress(i, len(self.weights), name)
@@ -122,7 +133,7 @@ class Sensitivity:
             for choice in schemes:
                 scheme = None if choice == NONE else SCHEMES[choice]
                 error = 0.0 if scheme is None else self._error(weight, values, scheme)
-                size = weight.nbytes(scheme, self._source.dtype)
+                size = weight.nbytes(scheme, self._dtype)
                 out[name].append(Candidate(choice, size, unit * error))
         return out
 
