@@ -104,6 +104,40 @@ class TargetInfo:
 
 
 @dataclass(frozen=True)
+class LayerQuality:
+    """Error of a layer's output: root mean square of the difference over that of the float32 source's output.
+
+    `source_error` is the same for the source model run in the artifact's dtype: what that dtype costs by itself.
+    """
+
+    path: str
+    error: float
+    source_error: float
+
+
+@dataclass(frozen=True)
+class TextQuality:
+    """The artifact against the source model in float32 on a text.
+
+    `text` is the sha256 of the tokens that were used. Perplexities are of `tokens` predicted tokens in windows of
+    `window`; KL divergence is in nats; `increase_error` is the standard error of `increase_percent`.
+    """
+
+    text: str
+    tokens: int
+    window: int
+    perplexity: float
+    source_perplexity: float
+    increase_percent: float
+    increase_error: float
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+    layers: tuple[LayerQuality, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class QualityReport:
     """The check of the compiled artifact against the source model in float32.
 
@@ -111,6 +145,7 @@ class QualityReport:
     source model itself when run in the artifact's dtype. `relative_error` is the root mean square of the
     difference over that of the reference logits (mean-centred per row). The source model of a quantized artifact
     is taken with the quantized weights; the figures `quant_*` are against the unquantized one, and have no bound.
+    `text` is the evaluation on a text, if one was asked for.
     """
 
     mode: str  # off, sample, full
@@ -127,6 +162,7 @@ class QualityReport:
     quant_relative_error: float | None = None
     quant_kl_mean: float | None = None
     quant_top1_agreement: float | None = None
+    text: TextQuality | None = None
 
 
 @dataclass(frozen=True)

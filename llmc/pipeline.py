@@ -21,6 +21,7 @@ from llmc.artifact import (
 )
 from llmc.caps import Capabilities
 from llmc.errors import LlmcError
+from llmc.evaluate_text import check_text
 from llmc.spec import CompileSpec, Verify
 from llmc.stages import STAGES, ProgressReporter, StageRunner, run_passes
 from llmc.targets.backend import get
@@ -76,11 +77,13 @@ def compile_model(
     output = Path(output).expanduser()
     check_output(output)
     backend, caps = get(spec.target)
-    if spec.verify is not Verify.OFF and not spec.meta_weights:
+    if (spec.verify is not Verify.OFF and not spec.meta_weights) or spec.eval_text:
         backend.require_host(caps)
+    for text in filter(None, (spec.calib_text, spec.eval_text)):
+        check_text(Path(text))
     runner = StageRunner(
         spec,
-        stages=STAGES,
+        stages=STAGES if spec.eval_text else tuple(s for s in STAGES if s != "evaluate"),
         dump_ir=Path(dump_ir) if dump_ir else None,
         time_passes=time_passes,
         stop_after=stop_after,
@@ -98,6 +101,8 @@ def compile_model(
         manifest = _manifest(spec, source, caps, step, params)
         manifest = runner.run("write", _write, writer, executable, manifest, source)
         quality = runner.run("verify", _verify, writer, source, spec, step, params)
+        if spec.eval_text:
+            quality = runner.run("evaluate", _evaluate, quality, writer, source, spec, runner)
         manifest = writer.finish(executable, dataclasses.replace(manifest, quality=quality, files={}))
         writer.commit()
         done = output
@@ -238,6 +243,30 @@ def _verify(
     )
     # how long it took differs from run to run, and the artifact's bytes may not
     return dataclasses.replace(report, seconds=None)
+
+
+def _evaluate(
+    quality: QualityReport,
+    writer: ArtifactWriter,
+    source: SourceModel,
+    spec: CompileSpec,
+    runner: StageRunner,
+) -> QualityReport:
+    """Compare the artifact with the source model on a text; raises if it is worse than the spec allows."""
+    from llmc.gate import check_gate, text_quality
+    from llmc.runtime.model import load
+
+    # the files were hashed while they were written
+    model = load(writer.folder, check_hashes=False)
+    text = text_quality(
+        model,
+        source,
+        spec,
+        taps_runner=lambda ids: run_taps(source, spec, ids),
+        progress=runner.progress.advance,
+    )
+    check_gate(text, max_kl=spec.max_kl, max_ppl_increase=spec.max_ppl_increase)
+    return dataclasses.replace(quality, text=text)
 
 
 def _limits(spec: CompileSpec, source: SourceModel) -> Limits:

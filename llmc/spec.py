@@ -63,6 +63,11 @@ class CompileSpec:
             as quant.
         quant_embedding: scheme of an embedding that is not tied to the head; None = not quantized.
         meta_weights: compile the graph without weights (no weights and no check; for sizing).
+        calib_text: text file for methods that look at activations.
+        eval_text: text file on which the artifact is compared with the source model at the end.
+        eval_tokens: so many tokens of it are used.
+        max_kl: the compile fails if the mean KL divergence on eval_text (nats) is larger.
+        max_ppl_increase: the compile fails if the perplexity on eval_text grows by more (percent; in TOML also "1%").
     """
 
     model: str
@@ -80,6 +85,11 @@ class CompileSpec:
     quant_rules: tuple[tuple[str, str], ...] = ()
     quant_head: str | None = None
     quant_embedding: str | None = None
+    calib_text: str | None = None
+    eval_text: str | None = None
+    eval_tokens: int = 8192
+    max_kl: float | None = None
+    max_ppl_increase: float | None = None
 
     def __post_init__(self) -> None:
         for name in filter(None, (self.quant_head, self.quant_embedding)):
@@ -91,13 +101,34 @@ class CompileSpec:
                 f"page_size must be a multiple of 16, found {self.page_size}.",
                 hint="Use 16, 32 or 64.",
             )
-        for name in ("max_batch", "max_step_tokens"):
+        for name in ("max_batch", "max_step_tokens", "eval_tokens"):
             if getattr(self, name) < 1:
                 raise LlmcError("bound", f"{name} must be at least 1, found {getattr(self, name)}.")
         if self.max_step_tokens < self.max_batch:
             raise LlmcError(
                 "bound",
                 f"max_step_tokens must be at least max_batch ({self.max_batch}), found {self.max_step_tokens}.",
+            )
+        self._check_gate()
+
+    def _check_gate(self) -> None:
+        for name in ("max_kl", "max_ppl_increase"):
+            bound = getattr(self, name)
+            if bound is None:
+                continue
+            if not 0 <= bound < float("inf"):
+                raise LlmcError("bound", f"{name} must be at least 0, found {bound}.")
+            if self.eval_text is None:
+                raise LlmcError(
+                    "gate-without-text",
+                    f"{name} is a bound on figures that are measured on a text, and none is given.",
+                    hint="Add --eval FILE.",
+                )
+        if self.eval_text is not None and self.meta_weights:
+            raise LlmcError(
+                "eval-without-weights",
+                "An artifact without weights cannot be evaluated on a text.",
+                hint="Give --eval or --meta-weights, not both.",
             )
 
     def rules(self) -> QuantRules:
@@ -137,6 +168,9 @@ class CompileSpec:
                 out[key] = DType.parse(out[key])
         if "quant_rules" in out:
             out["quant_rules"] = _rules(out["quant_rules"])
+        for key in ("max_kl", "max_ppl_increase"):
+            if out.get(key) is not None:
+                out[key] = _number(key, out[key], percent=key == "max_ppl_increase")
         if "verify" in out:
             try:
                 out["verify"] = Verify(out["verify"])
@@ -180,3 +214,13 @@ def _rules(value: Any) -> tuple[tuple[str, str], ...]:
             hint='In TOML: [quant_rules] then "*.down_proj" = "q6g64".',
         )
     return tuple((str(pattern), str(scheme)) for pattern, scheme in pairs)
+
+
+def _number(key: str, value: Any, *, percent: bool) -> float:
+    """A number, also as text; with a percent sign where that is its unit."""
+    text = str(value).strip().removesuffix("%" if percent else "")
+    try:
+        return float(text)
+    except ValueError:
+        example = "1 or 1%" if percent else "0.01"
+        raise LlmcError("bound", f"{key} must be a number, e.g. {example}; found {value!r}.") from None

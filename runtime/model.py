@@ -230,6 +230,11 @@ class Model:
         """Whether generate() takes chat messages."""
         return self._chat is not None
 
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Tokens that end a text."""
+        return self._defaults.end_ids
+
     def tokenize(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with what the tokenizer puts around one (e.g. a begin token) if asked for.
 

@@ -37,6 +37,9 @@ COMPILER = (
     "reference",
     "debug_taps",
     "quantized_source",
+    "evaluate",
+    "evaluate_text",
+    "gate",
 )
 
 # module or package of llmc -> modules of llmc that it may import (itself and what lies below it always)
@@ -48,7 +51,8 @@ ALLOWED: dict[str, set[str]] = {
     # the scheme table and the canonical quantized weight (numpy); the methods of llmc.quant see the source model
     "quant.schemes": {"errors"},
     "quant.weight": {"quant.schemes"},
-    "quant": {*BASE, "frontend", "reference"},
+    "quant.auto": {"errors"},
+    "quant": {*BASE, "evaluate", "frontend", "reference"},
     "schedules": {*BASE, "quant.schemes", "quant.weight"},
     "passes": {*BASE, "schedules", "frontend.graph", "quant.schemes"},
     "targets": {*BASE, "passes", "schedules"},
@@ -79,9 +83,15 @@ ALLOWED: dict[str, set[str]] = {
         "schedules.qlayout",
     },
     "reference": {*BASE, "frontend"},
+    "evaluate": set(BASE),
+    # the source model comes in lazily: evaluating an artifact alone needs the runtime only
+    "evaluate_text": {*BASE, "evaluate", "frontend", "reference", "runtime"},
+    "gate": {*BASE, "evaluate", "evaluate_text", "frontend", "runtime", "verify", "verify_compare"},
+    "scoring": {*BASE, "runtime"},
+    "lm_eval_adapter": {*BASE, "runtime", "scoring"},
     "debug_taps": {*BASE, *DRIVER, *COMPILER, "pipeline"},
     "pipeline": {*BASE, *DRIVER, *COMPILER},
-    "cli": {*BASE, *DRIVER, "pipeline", "runtime"},
+    "cli": {*BASE, *DRIVER, "evaluate", "evaluate_text", "gate", "frontend.graph", "pipeline", "runtime"},
     "__main__": {"cli"},
     # the lazy attributes of the package
     "__init__": {"errors", "spec", "pipeline", "runtime"},

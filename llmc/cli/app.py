@@ -65,6 +65,19 @@ def compile(
     quant_embedding: Annotated[
         str | None, typer.Option(help="Of an embedding that is not tied to the head (default: none).")
     ] = None,
+    calib: Annotated[
+        str | None, typer.Option(help="UTF-8 text for methods that look at activations.")
+    ] = None,
+    eval: Annotated[
+        str | None, typer.Option(help="UTF-8 text on which to compare the artifact with the source model.")
+    ] = None,
+    eval_tokens: Annotated[int | None, typer.Option(help="Use so many tokens of it (default: 8192).")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Fail if the mean KL divergence on --eval is larger (nats).")
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None, typer.Option(help="Fail if the perplexity on --eval grows by more, e.g. 1%.")
+    ] = None,
     spec: Annotated[
         Path | None, typer.Option(help="TOML file with the spec; options given here win.")
     ] = None,
@@ -99,6 +112,11 @@ def compile(
                 "quant_embedding": quant_embedding,
                 "revision": revision,
                 "meta_weights": meta_weights or None,
+                "calib_text": calib,
+                "eval_text": eval,
+                "eval_tokens": eval_tokens,
+                "max_kl": max_kl,
+                "max_ppl_increase": max_ppl_increase,
             },
             spec_file=spec,
             output=output,
@@ -158,6 +176,41 @@ def run(
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=stop,
+        )
+
+
+@app.command("eval")
+def evaluate(
+    artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text file.")],
+    against: Annotated[
+        str | None, typer.Option(help="Source model (float32, by torch) or another artifact to compare with.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Use so many tokens of the text; 0 = all.")] = 8192,
+    window: Annotated[int | None, typer.Option(help="Tokens that are run together (default: 512).")] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from one window to the next (default: no overlap).")
+    ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also the error of each layer (compiles the graph once more).")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Worker threads (default: all cores).")] = None,
+) -> None:
+    """Evaluate an artifact on a text: perplexity, and its distance from another model."""
+    with guard():
+        from llmc.cli.eval import run_eval
+
+        run_eval(
+            artifact,
+            text,
+            against=against,
+            max_tokens=max_tokens,
+            window=window,
+            stride=stride,
+            layers=layers,
+            as_json=json,
+            threads=threads,
         )
 
 

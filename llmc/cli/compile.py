@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llmc.artifact import MANIFEST, Manifest, QualityReport
+from llmc.artifact import MANIFEST, Manifest, QualityReport, TextQuality
 from llmc.cli.format import grid, human_bytes, human_count
 from llmc.cli.progress import reporter
 from llmc.errors import LlmcError
@@ -87,6 +87,10 @@ def spec_table(spec: CompileSpec, output: Path | None) -> Table:
         "revision": "default",
         "quant_head": "q8 if quant has 4 bits or fewer, else as quant",
         "quant_embedding": "not quantized",
+        "calib_text": "none",
+        "eval_text": "none",
+        "max_kl": "no bound",
+        "max_ppl_increase": "no bound",
     }
     table = grid(f"spec {spec.hash()}")
     for key, value in spec.to_json().items():
@@ -118,6 +122,8 @@ def summary_table(output: Path, finished: list[Timing]) -> Table:
         + f"), peak memory {human_bytes(max((t.peak_rss for t in finished), default=0))}",
     )
     table.add_row("quality", quality_text(manifest.quality))
+    if manifest.quality.text is not None:
+        table.add_row("on a text", text_quality_text(manifest.quality.text))
     table.add_row("output", str(output))
     return table
 
@@ -146,4 +152,20 @@ def quality_text(quality: QualityReport) -> str:
         )
     if quality.note:
         parts.append(quality.note)
+    return ", ".join(parts)
+
+
+def text_quality_text(text: TextQuality) -> str:
+    """The evaluation on a text in a line."""
+    parts = [
+        f"perplexity {text.perplexity:.4f}, the source's {text.source_perplexity:.4f} "
+        f"({text.increase_percent:+.3f} % ± {text.increase_error:.3f}, {text.tokens} tokens)",
+        f"KL divergence {text.kl_mean:.3g} (99th percentile {text.kl_p99:.3g})",
+        f"same top token {100 * text.top1_agreement:.2f} %",
+    ]
+    if text.layers:
+        worst = max(text.layers, key=lambda layer: layer.error)
+        parts.append(f"largest layer error {worst.error:.2e} ({worst.path})")
+    if text.note:
+        parts.append(text.note)
     return ", ".join(parts)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmc.artifact import Manifest, ParamEntry
-from llmc.cli.compile import quality_text
+from llmc.cli.compile import quality_text, text_quality_text
 from llmc.cli.format import grid, human_bytes, human_count
 from llmc.inspect import ArtifactReport, inspect
 from llmc.kv_plan import KVKind
@@ -61,6 +61,8 @@ def overview(report: ArtifactReport) -> Table:
         f"{m.limits.max_step_tokens} tokens per step",
     )
     table.add_row("quality", quality_text(m.quality))
+    if m.quality.text is not None:
+        table.add_row("on a text", text_quality_text(m.quality.text))
     table.add_row("tuning", f"{len(m.tuning_records)} records" if m.tuning_records else "default schedules")
     table.add_row("created", m.created)
     return table

@@ -1,0 +1,196 @@
+"""What an evaluation runs on: the tokens of a text file, and the model to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from llmc.artifact import LIBRARY, MANIFEST
+from llmc.errors import LlmcError
+from llmc.evaluate import MAX_TOKENS, WINDOW, Floats, Logits, Window, cut
+from llmc.spec import DType
+
+if TYPE_CHECKING:
+    from llmc.frontend.graph import SourceModel
+    from llmc.runtime.model import Model
+
+# characters read per token wanted, before it is known how many the tokenizer makes of them
+_CHARACTERS = 8
+
+
+class Tokenizes(Protocol):
+    """What a text needs of a model; llmc.runtime.model.Model has it."""
+
+    def tokenize(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+
+
+def read_tokens(path: Path, tokenizer: Tokenizes, most: int | None = None) -> list[int]:
+    """Token ids of a UTF-8 text file, without what the tokenizer puts around it.
+
+    Args:
+        most: so many are enough; a long file is then not read to its end.
+
+    Raises:
+        LlmcError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        with path.expanduser().open(encoding="utf-8") as file:
+            if most is None:
+                return tokenizer.tokenize(file.read(), special_tokens=False)
+            text = ""
+            while True:
+                piece = file.read(_CHARACTERS * most)
+                text += piece
+                ids = tokenizer.tokenize(text, special_tokens=False)
+                # the tokens at the cut may differ from those of the whole text
+                if not piece or len(ids) >= most + 64:
+                    return ids[:most]
+    except OSError as e:
+        raise unreadable(path, e) from None
+    except UnicodeDecodeError as e:
+        raise LlmcError(
+            "text-not-utf8",
+            f"The text {path} is not UTF-8: {e.reason} at byte {e.start} of a piece of it.",
+            hint="Convert it to UTF-8.",
+        ) from None
+
+
+def check_text(path: Path, least: int = WINDOW) -> None:
+    """Refuse a text that cannot do, before the long work: no file, or fewer bytes than tokens needed.
+
+    Raises:
+        LlmcError: it cannot be read or is too short.
+    """
+    try:
+        with path.expanduser().open("rb") as file:
+            found = len(file.read(least))
+    except OSError as e:
+        raise unreadable(path, e) from None
+    if found < least:
+        raise LlmcError(
+            "text-too-short",
+            f"The text {path} has {found} bytes; at least {least} tokens are required.",
+            hint="Use a longer text.",
+        )
+
+
+def unreadable(path: Path, error: OSError) -> LlmcError:
+    """The error for a text file that cannot be opened or read."""
+    return LlmcError(
+        "text-unreadable",
+        f"The text {path} cannot be read: {error.strerror or error}.",
+        hint="Give a UTF-8 text file.",
+    )
+
+
+def prefix_of(tokenizer: Tokenizes) -> tuple[int, ...]:
+    """What the tokenizer puts before a text, e.g. a begin token."""
+    word = "a"
+    whole, bare = tokenizer.tokenize(word), tokenizer.tokenize(word, special_tokens=False)
+    for at in range(len(whole) - len(bare) + 1):
+        if whole[at : at + len(bare)] == bare:
+            return tuple(whole[:at])
+    return ()
+
+
+def text_windows(
+    model: Model,
+    path: Path,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = MAX_TOKENS,
+) -> list[Window]:
+    """Windows of a text for a loaded artifact; see llmc.evaluate.cut.
+
+    Args:
+        window: None = 512, or the artifact's limit if that is less.
+
+    Raises:
+        LlmcError: no tokenizer, no readable or too short a text, or a window beyond the artifact's limit.
+    """
+    if not model.has_tokenizer:
+        raise LlmcError(
+            "no-tokenizer",
+            f"The artifact of {model.manifest.model.source} has no tokenizer.json, so it cannot be evaluated on a text.",
+            hint="Put the tokenizer's files beside the checkpoint and compile again.",
+        )
+    limit = model.manifest.limits.max_seq_len
+    if window is not None and window > limit:
+        raise LlmcError(
+            "window",
+            f"A window may have at most {limit} tokens (the artifact's max_seq_len), found {window}.",
+            hint=f"Use --window {limit} or less.",
+        )
+    ids = read_tokens(path, model, max_tokens)
+    return cut(
+        ids,
+        window=min(WINDOW, limit) if window is None else window,
+        stride=stride,
+        max_tokens=max_tokens,
+        prefix=prefix_of(model),
+    )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model to compare with.
+
+    Attributes:
+        name: for messages.
+        logits: its predictions.
+        source: the opened source model; None if it is an artifact.
+    """
+
+    name: str
+    logits: Logits
+    source: SourceModel | None = None
+
+
+def is_artifact(path: str) -> bool:
+    """Whether a path is an artifact's folder or library; anything else is taken for a model."""
+    folder = Path(path).expanduser()
+    return folder.suffix == ".so" or (folder / MANIFEST).is_file() or (folder / LIBRARY).is_file()
+
+
+def open_reference(path: str, model: Model, *, check_hashes: bool = True) -> Reference:
+    """Open what to compare `model` with: an artifact, or a source model run by torch in float32.
+
+    Raises:
+        LlmcError: it cannot be opened, or its tokenizer is another one.
+    """
+    if is_artifact(path):
+        from llmc.runtime.model import load
+
+        other = load(path, check_hashes=check_hashes)
+        sample = "def f(x):\n    return 'Où? 1234'"
+        if other.has_tokenizer and model.has_tokenizer and other.tokenize(sample) != model.tokenize(sample):
+            raise LlmcError(
+                "tokenizers-differ",
+                f"{path} has another tokenizer than the artifact.",
+                hint="Compare artifacts of the same model.",
+            )
+        return Reference(path, other.logits)
+    try:
+        from llmc.frontend.checkpoint import open_model
+    except ModuleNotFoundError as e:
+        raise LlmcError(
+            "no-torch",
+            f"Comparing with a source model needs the package {e.name}, which is not installed.",
+            hint="pip install 'llmc-compiler[compile]', or compare with an artifact.",
+        ) from None
+    dtype = model.manifest.spec.get("dtype")  # in which the layers are compared; predictions are in float32
+    return source_reference(open_model(path, dtype=DType.parse(dtype) if dtype else None))
+
+
+def source_reference(source: SourceModel) -> Reference:
+    """An opened source model as a reference: float32, its weights streamed in bounded memory."""
+    from llmc.reference import reference_logits
+
+    def logits(ids: Sequence[int]) -> Floats:
+        return reference_logits(source, ids, "float32").logits
+
+    return Reference(source.name, logits, source)
