@@ -138,7 +138,7 @@ def _capture(model: Any, spec: CompileSpec, *, taps: bool = False) -> tuple[Sour
         revision=spec.revision,
         meta_weights=spec.meta_weights,
     )
-    return source, capture(source, taps=taps)
+    return source, capture(source, taps=taps, max_seq_len=spec.max_seq_len)
 
 
 def _lower(

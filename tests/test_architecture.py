@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAPPED = ("passes", "schedules", "runtime", "targets")
 
 # base modules: the standard library and each other; `ir` wraps tvm for all compiler code
-BASE = ("errors", "knobs", "caps", "spec", "ops", "kv_plan", "artifact", "ir")
+BASE = ("errors", "knobs", "caps", "spec", "ops", "kv_plan", "artifact", "ir", "host")
 # what the driver is made of, beside the pipeline; each may be imported by pipeline and cli
 DRIVER = ("stages", "reproducer", "shards", "link", "writer", "packing", "inspect", "doctor")
 CAPTURE_PASSES = ("rewrite", "raise_attention", "match_attention", "resolve_mask", "relax_eval")
@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "schedules": {*BASE, "quant.schemes", "quant.weight"},
     "passes": {*BASE, "schedules", "frontend.graph", "quant.schemes"},
     "targets": {*BASE, "passes", "schedules"},
-    "runtime": {"artifact", "errors", "knobs", "kv_plan"},
+    "runtime": {"artifact", "errors", "host", "knobs", "kv_plan"},
     "reproducer": set(BASE),
     "stages": {*BASE, "reproducer", "runtime.memory"},
     "shards": set(BASE),
@@ -58,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "writer": {*BASE, "shards", "link"},
     "packing": {*BASE, "frontend.graph", "passes.step_module", "schedules.layout", "quant"},
     "inspect": {*BASE, "runtime.embedded"},
-    "doctor": {*BASE, "link", "runtime.host", "targets"},
+    "doctor": {*BASE, "link", "targets"},
     "verify": {*BASE, "frontend", "runtime", "reference", "verify_compare"},
     "verify_compare": set(BASE),
     "reference": {*BASE, "frontend"},

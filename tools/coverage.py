@@ -16,6 +16,7 @@ import json
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -68,10 +69,31 @@ def check_graph(model: Any, config: Any) -> tuple[float, float, int]:
 
 
 def check_compiled(model: Any, config: Any) -> tuple[float, float, int]:
-    """Compile for the CPU and compare prefill and paged decode with eager."""
-    from llmc.pipeline import compile_in_memory  # type: ignore[attr-defined]
+    """Compile for the CPU in float32; the compile's own check compares prefill and paged decode with eager."""
+    import torch
 
-    return compile_in_memory(model)
+    from llmc.pipeline import compile_model
+    from llmc.spec import DType, Verify
+
+    with torch.no_grad():
+        scale = float(model(tokens(LENGTHS[-1]), use_cache=False).logits.abs().max())
+    with tempfile.TemporaryDirectory() as folder:
+        result = compile_model(
+            model,
+            Path(folder) / "artifact",
+            dtype=DType.F32,
+            verify=Verify.FULL,
+            max_batch=2,
+            max_step_tokens=64,
+        )
+    assert result.manifest is not None
+    quality = result.manifest.quality
+    errors = (quality.prefill_max_abs_error, quality.decode_max_abs_error)
+    if None in errors:
+        raise RuntimeError(f"the artifact was not checked: {quality.note}")
+    plan = result.manifest.kv_plan
+    blocks = sum(len(group.layers) for group in plan.groups) + len(plan.shared)
+    return max(e for e in errors if e is not None), scale, blocks
 
 
 def tokens(length: int) -> Any:

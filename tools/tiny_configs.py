@@ -41,6 +41,8 @@ SIZES: dict[str, Any] = {
     "qk_head_dim": 24, "sliding_window": 8, "attention_chunk_size": 8, "rotary_dim": 8, "word_embed_proj_dim": 64,
     "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCAB,
 }  # fmt: skip
+# None means "as many as there are query heads", or "hidden size by heads"
+_HEADS = ("head_dim", "num_key_value_heads")
 # query, key and value dims follow from these in multi-head latent attention
 _DERIVED_WITH_MLA = ("head_dim", "qk_head_dim", "num_key_value_heads")
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -57,7 +59,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dots3_note_text": {"per_layer_config": {}},
+    "dots3_note_text": {"per_layer_config": {}, "head_dim": 24},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -69,6 +71,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "hunyuan_v1_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "jamba": {"layer_types": None},
+    "longcat_flash": {"head_dim": 8},
+    "mamba2": {"num_heads": 4, "head_dim": 32, "n_groups": 1},
+    "zamba2": {
+        "hybrid_layer_ids": [1],
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "num_hidden_layers": 2,
+    },
+    "zaya": {"num_experts_per_tok": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
@@ -99,7 +109,8 @@ def tiny_config(model_type: str, **extra: Any) -> Any:
 
 
 def _shrunk(default: Any, overrides: dict[str, Any]) -> dict[str, Any]:
-    names = set(default.to_dict()) | set(getattr(default, "attribute_map", {}))
+    values = default.to_dict()
+    names = set(values) | set(getattr(default, "attribute_map", {}))
     mapped = getattr(default, "attribute_map", {})
     kwargs: dict[str, Any] = {}
     latent = "kv_lora_rank" in names
@@ -107,8 +118,9 @@ def _shrunk(default: Any, overrides: dict[str, Any]) -> dict[str, Any]:
         if latent and name in _DERIVED_WITH_MLA:
             continue
         if name in names and name not in kwargs and mapped.get(name) not in kwargs:
-            current = getattr(default, name, None)
-            if current is not None and not isinstance(current, list | dict):
+            current = values.get(mapped.get(name, name))
+            unset = current is None and name not in _HEADS
+            if not unset and not isinstance(current, list | dict):
                 kwargs[name] = value
     kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or []))
     if len(kinds) > 1:

@@ -18,7 +18,8 @@ from llmc.frontend.graph import ModelGraph, SourceModel
 from llmc.frontend.import_ops import supported
 from llmc.frontend.importer import Imported, Importer
 from llmc.frontend.interfaces import routed_through_llmc
-from llmc.frontend.tokens import TokenCheck, use_positions
+from llmc.frontend.positions import use_positions
+from llmc.frontend.tokens import TokenCheck
 from llmc.ir import tensor_type
 from llmc.passes.raise_attention import RaiseAttention
 from llmc.passes.rewrite import Builder
@@ -26,6 +27,9 @@ from llmc.passes.rewrite import Builder
 _TRACED_LENGTH = 24
 _LARGE = 2**16  # a buffer of more entries is a weight, not a table to keep in the graph
 NO_LIMIT = 2**31 - 1
+_RECURRENT = frozenset(
+    ("linear_attention", "conv", "mamba", "mamba2", "recurrent", "hybrid", "hybrid_sliding", "moe_mamba")
+)
 _LIMIT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 
 
@@ -62,22 +66,28 @@ class _OneSequence(torch.nn.Module):
         return (logits, *taken) if taken else logits
 
 
-def capture(source: SourceModel | torch.nn.Module, *, taps: bool = False) -> ModelGraph:
+def capture(
+    source: SourceModel | torch.nn.Module, *, taps: bool = False, max_seq_len: int | None = None
+) -> ModelGraph:
     """Trace a decoder-only language model into a ModelGraph; weights are never read.
 
     Args:
         source: an opened model, or a module whose forward takes input_ids [1, T] (and position_ids [1, T]) and returns
             logits [1, T, V] or an object with ``.logits``. It is left as it was.
         taps: also return the output of every decoder layer.
+        max_seq_len: longest sequence that the graph has to serve; None = what the model is made for. Some models
+            compute differently beyond a length, and can be captured only below it.
 
     Raises:
         LlmcError: the model cannot be traced, uses an operation that llmc cannot import, has a mask that is not
             understood ("mask-not-understood"), or mixes tokens outside of attention ("token-mixing-not-captured").
     """
     if isinstance(source, SourceModel) and source.program is not None:
-        return capture_exported(source.program, limit=source.max_seq_len)
+        return capture_exported(source.program, limit=min(max_seq_len or NO_LIMIT, source.max_seq_len))
     model = source if isinstance(source, torch.nn.Module) else source.module
     limit = length_limit(model) if isinstance(source, torch.nn.Module) else source.max_seq_len
+    limit = min(limit, max_seq_len or NO_LIMIT)
+    _refuse_recurrent(model)
     tapped = decoder_layers(model) if taps else {}
     wrapper = _OneSequence(model, tapped).eval()
     ids = torch.zeros(1, _TRACED_LENGTH, dtype=torch.long)
@@ -147,7 +157,7 @@ def capture_exported(program: torch.export.ExportedProgram, *, limit: int = NO_L
 
 def length_limit(model: torch.nn.Module) -> int:
     """Largest length that a module's config says it is made for."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = (getattr(config, name, None) for name in _LIMIT_FIELDS)
     return next((int(x) for x in found if isinstance(x, int) and x > 0), NO_LIMIT)
@@ -191,11 +201,18 @@ def without_weights(model: torch.nn.Module) -> Iterator[None]:
                         else empty
                     )
                 saved.append((table, name, value))
+    # forward may set attributes (rotary embeddings cache frequencies) and buffers, which would be fake ones
+    attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     try:
         for table, name, value in saved:
             table[name] = fake[id(value)]
         yield
     finally:
+        for module, before, buffers in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(before)
+            module._buffers.clear()
+            module._buffers.update(buffers)
         for table, name, value in saved:
             table[name] = value
 
@@ -255,7 +272,7 @@ def _finish(imported: Imported, taps: tuple[str, ...], limit: int) -> ModelGraph
     where = _where(imported)
     module = RaiseAttention(where, positions, limit)(module)
     module = relax.transform.DeadCodeElimination(["main"])(module)
-    module = use_positions(module)
+    module = use_positions(module, limit)
     TokenCheck(module, lambda var: imported.origin.get(var, ("", ""))).run()
     return ModelGraph(module, tuple(info for _, info in imported.params), int(outputs[0].ty.shape[-1]), taps)
 
@@ -270,29 +287,37 @@ def _where(imported: Imported) -> Any:
 
 def _trace_error(model: torch.nn.Module, error: Exception) -> LlmcError:
     """What to tell about a model that torch.export cannot trace for every length."""
-    name = type(model).__name__
     text = str(error).strip().splitlines()
     facts = {"error": str(error)}
-    # transformers marks the classes that carry a state from token to token
-    if getattr(model, "_is_stateful", False) or _is_recurrent(model):
-        return LlmcError(
-            "token-mixing-not-captured",
-            f"{name} has recurrent layers, which carry a state from token to token; only attention is supported yet.",
-            context=facts,
-        )
+    if getattr(model, "_is_stateful", False):  # transformers' mark of classes with a state besides attention
+        return _recurrent_error(model, "recurrent layers", facts)
     where = _failing_module(model, error)
     return LlmcError(
         "trace-failed",
-        f"torch.export cannot trace {where or name} for every length: {type(error).__name__}: "
+        f"torch.export cannot trace {where or type(model).__name__} for every length: {type(error).__name__}: "
         f"{text[0] if text else ''}",
         context=facts,
     )
 
 
-def _is_recurrent(model: torch.nn.Module) -> bool:
-    config = getattr(model, "config", None)
-    kinds = getattr(config, "layer_types", None) or []
-    return any(kind in ("linear_attention", "conv", "mamba", "recurrent") for kind in kinds)
+def _refuse_recurrent(model: torch.nn.Module) -> None:
+    """Refuse by the config before minutes are spent on tracing a scan step by step."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("layer_types", "layers_block_type"):
+        kinds = getattr(config, name, None)
+        found = sorted({k for k in kinds if k in _RECURRENT}) if isinstance(kinds, list | tuple) else []
+        if found:
+            raise _recurrent_error(model, f"layers of the kind {', '.join(found)}", {})
+
+
+def _recurrent_error(model: torch.nn.Module, what: str, facts: Mapping[str, object]) -> LlmcError:
+    return LlmcError(
+        "token-mixing-not-captured",
+        f"{type(model).__name__} has {what}, which carry a state from token to token; "
+        "only attention is supported yet.",
+        context=facts,
+    )
 
 
 def _failing_module(model: torch.nn.Module, error: BaseException) -> str:

@@ -96,3 +96,23 @@ def module_path(node: torch.fx.Node, prefix: str = "") -> str:
     for name, _ in stack.values():
         path = name
     return path[len(prefix) :].lstrip(".") if path.startswith(prefix) else path
+
+
+_LAST = 2**62  # torch writes "to the end" as the largest integer
+
+
+def is_static(size: Any) -> bool:
+    return isinstance(size, int) or hasattr(size, "value")
+
+
+def bound(value: Any, size: Any) -> Any:
+    """A slice bound as torch means it: None and huge numbers are the end, negative ones count from there."""
+    if value is None or (isinstance(value, int) and value >= _LAST):
+        return int(size) if is_static(size) else size
+    if isinstance(value, int) and value < 0:
+        return (int(size) if is_static(size) else size) + value
+    return value
+
+
+def entries(names: str, converter: Converter) -> dict[str, Converter]:
+    return dict.fromkeys(names.split(), converter)

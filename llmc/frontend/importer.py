@@ -184,7 +184,7 @@ class Importer:
             elif node.op == "call_function":
                 if self._fold(node):
                     continue
-                self.env[node] = convert(self, node)
+                self.env[node] = self._convert(node)
                 self._check(node)
             elif node.op == "output":
                 outputs = [
@@ -195,6 +195,17 @@ class Importer:
             else:
                 raise self.error("a higher-order operation, which is not supported")
         return Imported(inputs, params, self.builder, outputs, self.origin, self.length)
+
+    def _convert(self, node: Any) -> Any:
+        try:
+            return convert(self, node)
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+        ) as error:  # what tvm raises for operands that it does not take
+            reason = " ".join(str(error).split())[:200]
+            raise self.error(f"a form of it that llmc cannot import ({reason})") from error
 
     def _placeholder(
         self, node: Any, spec: Any, inputs: list[Var], params: list[tuple[Var, ParamInfo]]
@@ -234,7 +245,7 @@ class Importer:
         """Compute a node with torch if everything that it reads is known; whether that was done."""
         value = node.meta.get("val")
         is_plain = isinstance(value, torch.Tensor) and all(isinstance(s, int) for s in value.shape)
-        if not is_plain or value.numel() > _FOLDED or node.target.namespace != "aten":
+        if not is_plain or value.numel() > _FOLDED or getattr(node.target, "namespace", "") != "aten":
             return False
         inputs = node.all_input_nodes
         if any(n not in self.known for n in inputs):

@@ -22,6 +22,8 @@ pytestmark = pytest.mark.e2e
         ("gemma2", "bf16", None),
         ("qwen3_moe", "bf16", "f16"),
         ("gpt_oss", "bf16", None),
+        ("gpt2", "bf16", None),
+        ("bloom", "f16", None),
     ],
 )
 def test_full_verification_passes(

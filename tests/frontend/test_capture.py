@@ -259,3 +259,15 @@ def test_recurrent_model_is_refused_by_name() -> None:
     with pytest.raises(LlmcError, match="Mamba") as refused:
         capture(tiny_model("mamba"))
     assert refused.value.ref == "token-mixing-not-captured"
+
+
+def test_frequencies_that_change_with_the_length() -> None:
+    """LongRoPE picks its frequencies by the sequence's length: captured below the switch, refused across it."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    with pytest.raises(LlmcError, match="--max-seq-len 64") as refused:
+        capture(model)
+    assert refused.value.ref == "length-dependent"
+    graph = capture(model, max_seq_len=64)
+    assert largest_error(model, graph, (5, 64)) < TOLERANCE
