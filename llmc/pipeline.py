@@ -159,6 +159,7 @@ def _lower(
     from llmc.passes.plan_kv_cache import PlanKVCache
     from llmc.passes.quantize_weights import QuantizeWeights
     from llmc.passes.step_module import LoweredGraph
+    from llmc.quant.stored import stored_schemes
 
     limits = _limits(spec, source)
     plan_cache = PlanKVCache(
@@ -167,7 +168,8 @@ def _lower(
         max_seq_len=limits.max_seq_len,
     )
     start = LoweredGraph.from_model(graph)
-    lowered = run_passes(runner, "lower", order.graph_phase(caps, QuantizeWeights.of(spec)), start)
+    quantize = QuantizeWeights.of(spec, stored_schemes(source.weights))
+    lowered = run_passes(runner, "lower", order.graph_phase(caps, quantize), start)
     plan = plan_cache(lowered)
     step = runner.run_pass("lower", "MakeStepFunction", order.make_step(caps, plan), lowered)
     bounds = {"T": limits.max_step_tokens, "B": limits.max_batch, "R": limits.max_step_tokens}
@@ -190,6 +192,7 @@ def _pack(
 ) -> tuple[ParamEntry, ...]:
     """Stream the weights into the artifact's shards."""
     from llmc.packing import packed_tensors
+    from llmc.quant.stored import SourceQuantizer
 
     tensors = [PackedTensor(p.name, p.shape, p.dtype, p.layout_text, p.sources) for p in step.params]
     if source.weights is None:  # --meta-weights: the graph alone
@@ -197,7 +200,7 @@ def _pack(
     total = sum(t.nbytes for t in tensors)
     done = 0
     with writer.shards(tensors) as shards:
-        for param, data in packed_tensors(step.params, source.weights):
+        for param, data in packed_tensors(step.params, source.weights, SourceQuantizer(source.weights)):
             shards.write(param.name, data)
             done += data.nbytes
             runner.progress.advance(done, total, param.name)

@@ -12,7 +12,7 @@ from llmc import ir
 from llmc.caps import Capabilities
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph, PackedParam
-from llmc.quant.schemes import SCHEMES
+from llmc.quant.schemes import by_name
 from llmc.schedules.gather import EmbeddingConfig, embedding
 from llmc.schedules.layout import BlockedLayout
 from llmc.schedules.qgather import QuantEmbeddingConfig, quant_embedding
@@ -55,7 +55,7 @@ class LowerEmbedding:
             ids, dtype = value.args[1], str(value.ty.dtype)
             if info.scheme:
                 config = QuantEmbeddingConfig(
-                    layout=quant_layout(SCHEMES[info.scheme], info.shape[0], info.shape[1], self.caps),
+                    layout=quant_layout(by_name(info.scheme), info.shape[0], info.shape[1], self.caps),
                     dtype=dtype,
                     ids_dtype=str(ids.ty.dtype),
                     lead=len(ids.ty.shape) - 1,

@@ -13,7 +13,7 @@ from llmc.caps import Capabilities
 from llmc.ops import LINEAR, LinearAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph, PackedParam
-from llmc.quant.schemes import SCHEMES
+from llmc.quant.schemes import by_name
 from llmc.schedules.layout import BlockedLayout, linear_layout
 from llmc.schedules.linear import LinearConfig, linear
 from llmc.schedules.qlayout import QuantLayout, quant_layout
@@ -113,7 +113,7 @@ class LowerLinear:
         has_bias, lead = match.bias is not None, len(match.x.ty.shape) - 2
         has_residual = match.residual is not None
         if info.scheme:
-            packed = quant_layout(SCHEMES[info.scheme], n, k, self.caps, gated=attrs.gated)
+            packed = quant_layout(by_name(info.scheme), n, k, self.caps, gated=attrs.gated)
             quantized = QuantLinearConfig(
                 n=n,
                 layout=packed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,18 +45,26 @@ class QuantizeWeights:
         rules: default and patterns.
         head: scheme of the output projection; None = the rules' default.
         embedding: scheme of an untied token embedding; None = not quantized.
+        stored: parameter -> scheme that the checkpoint has it in already; only a pattern that matches changes that.
     """
 
-    def __init__(self, rules: QuantRules, head: str | None = None, embedding: str | None = None) -> None:
+    def __init__(
+        self,
+        rules: QuantRules,
+        head: str | None = None,
+        embedding: str | None = None,
+        stored: Mapping[str, str] | None = None,
+    ) -> None:
         self.rules, self.head, self.embedding = rules, head, embedding
+        self.stored = stored or {}
 
     @staticmethod
-    def of(spec: CompileSpec) -> QuantizeWeights:
-        """As the spec says."""
-        return QuantizeWeights(spec.rules(), spec.head_scheme(), spec.quant_embedding)
+    def of(spec: CompileSpec, stored: Mapping[str, str] | None = None) -> QuantizeWeights:
+        """As the spec and the checkpoint say."""
+        return QuantizeWeights(spec.rules(), spec.head_scheme(), spec.quant_embedding, stored)
 
     def __call__(self, lowered: LoweredGraph) -> LoweredGraph:
-        if self.rules.is_empty and not self.head and not self.embedding:
+        if self.rules.is_empty and not self.head and not self.embedding and not self.stored:
             return lowered
         func = lowered.module["main"]
         variables = list(func.params[2:])
@@ -80,6 +89,8 @@ class QuantizeWeights:
                     hint="Narrow the rule's pattern.",
                 )
             return info
+        if info.name in self.stored and named is None:
+            return replace(info, scheme=self.stored[info.name])
         if var == uses.head:
             scheme = named or self.head or self.rules.default
         elif var in uses.linear or var in uses.experts:

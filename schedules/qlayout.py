@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llmc.caps import Capabilities
-from llmc.quant.schemes import SCHEMES, Code, Scheme
+from llmc.quant.schemes import SCHEMES, STORED_ONLY, Code, Scheme, by_name
 from llmc.quant.weight import QuantizedWeight
 
 Array = np.ndarray[Any, Any]
@@ -48,7 +48,7 @@ class QuantLayout:
     @property
     def of(self) -> Scheme:
         """The scheme itself."""
-        return SCHEMES[self.scheme]
+        return by_name(self.scheme)
 
     @property
     def planes(self) -> tuple[int, ...]:
@@ -169,7 +169,7 @@ class QuantLayout:
             ValueError: not such a name.
         """
         match = _TEXT.fullmatch(text)
-        if not match or match[1] not in SCHEMES:
+        if not match or (match[1] not in SCHEMES and match[1] not in STORED_ONLY):
             raise ValueError(f"{text!r} is not a layout of a quantized weight")
         return QuantLayout(match[1], int(match[2]), int(match[3]), int(match[4]))
 

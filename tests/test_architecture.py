@@ -47,11 +47,19 @@ ALLOWED: dict[str, set[str]] = {
     **{name: set(BASE) for name in BASE},
     "spec": {*BASE, "quant.schemes"},
     # a capture ends with the passes that make a ModelGraph of what was exported: masks resolved, attention raised
-    "frontend": {*BASE, *(f"passes.{name}" for name in CAPTURE_PASSES)},
+    # and a checkpoint that is quantized already is opened by its reader
+    "frontend": {*BASE, *(f"passes.{name}" for name in CAPTURE_PASSES), "quant.readers"},
     # the scheme table and the canonical quantized weight (numpy); the methods of llmc.quant see the source model
     "quant.schemes": {"errors"},
     "quant.weight": {"quant.schemes"},
     "quant.auto": {"errors"},
+    "quant.readers": {
+        *BASE,
+        "quant.schemes",
+        "quant.weight",
+        "frontend.tensor_files",
+        "frontend.weights",
+    },
     "quant": {*BASE, "evaluate", "frontend", "reference"},
     "schedules": {*BASE, "quant.schemes", "quant.weight"},
     "passes": {*BASE, "schedules", "frontend.graph", "quant.schemes"},

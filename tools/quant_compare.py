@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,22 +26,12 @@ import transformers
 from llmc.frontend.capture import decoder_layers
 from llmc.frontend.checkpoint import open_model
 from llmc.frontend.graph import SourceModel, WeightSource
-from llmc.quant.awq import AWQ
 from llmc.quant.calibrate import Method, calibrate
 from llmc.quant.corpus import calibration_sequences, text_tokens
-from llmc.quant.gptq import GPTQ
+from llmc.quant.methods import METHODS
 from llmc.quant.overlay import OverlayWeights
 from llmc.quant.quantizer import RoundToNearest
 from llmc.quant.schemes import SCHEMES, Scheme
-from llmc.quant.smooth import SmoothQuant
-
-METHODS: dict[str, Any] = {
-    "gptq": GPTQ,
-    "awq": AWQ,
-    "awq+gptq": lambda: AWQ(rounding=GPTQ()),
-    "smooth": SmoothQuant,
-    "smooth+gptq": lambda: SmoothQuant(rounding=GPTQ()),
-}
 
 
 class Scorer:

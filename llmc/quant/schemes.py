@@ -69,14 +69,30 @@ def _table() -> dict[str, Scheme]:
 
 # a suffix "a" means asymmetric: zero points
 SCHEMES = _table()
-# what GGUF files hold beside them: two-level scales, multiplied out; quantizing to these is left to llama.cpp
-STORED_ONLY = {
-    s.name: s
-    for s in (
-        Scheme("q4_k", 4, group_size=32, symmetric=False, scale_dtype="float32", offsets=True),
-        Scheme("q6_k", 6, group_size=16, scale_dtype="float32"),
-    )
-}
+
+
+def _stored_only() -> dict[str, Scheme]:
+    schemes = [
+        # GGUF's two-level scales, multiplied out
+        Scheme("q4k", 4, group_size=32, symmetric=False, scale_dtype="float32", offsets=True),
+        Scheme("q6k", 6, group_size=16, scale_dtype="float32"),
+        Scheme("nf4f", 4, Code.NF4, group_size=64, scale_dtype="float32"),
+        Scheme("q8a", 8, symmetric=False, scale_dtype="float32"),
+        Scheme("q4", 4, scale_dtype="float32"),
+        Scheme("q4a", 4, symmetric=False, scale_dtype="float32"),
+        Scheme("fp8g128", 8, Code.E4M3, group_size=128, scale_dtype="float32"),
+    ]
+    for bits in (3, 4, 8):
+        for size in (32, 64, 128):
+            schemes.append(Scheme(f"q{bits}g{size}f", bits, group_size=size, scale_dtype="float32"))
+            schemes.append(
+                Scheme(f"q{bits}g{size}af", bits, group_size=size, symmetric=False, scale_dtype="float32")
+            )
+    return {s.name: s for s in schemes}
+
+
+# what quantized checkpoints hold beside SCHEMES; not for quantizing to. A suffix "f" means float32 scales
+STORED_ONLY = _stored_only()
 NONE = "none"  # keeps a weight in the model's dtype
 
 
@@ -95,6 +111,15 @@ def parse(name: str) -> Scheme | None:
             hint="Use --quant q4g32, for instance.",
         )
     return SCHEMES[name]
+
+
+def by_name(name: str) -> Scheme:
+    """A scheme of either table.
+
+    Raises:
+        KeyError: unknown.
+    """
+    return SCHEMES[name] if name in SCHEMES else STORED_ONLY[name]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from llmc.quant.calibrate import LayerWork, Method, Nearest, calibrate
 from llmc.quant.corpus import calibration_sequences
 from llmc.quant.fold import Fold, find_folds
 from llmc.quant.gptq import GPTQ, GPTQOptions, gptq
+from llmc.quant.methods import Calibration, calibrated
 from llmc.quant.recorder import Recorder
 from llmc.quant.rounding import best_grid, decode, encode, packed, plain_grid
 from llmc.quant.rtn import quantize
@@ -306,6 +307,21 @@ def test_demo_model_is_better_than_nearest() -> None:
     for method, share in ((GPTQ(), 0.75), (AWQ(), 0.9)):
         got = replace(source, weights=calibrate(source, plan, calib, method).weights)
         assert np.linalg.norm(reference_logits(got, held, "float32").logits - want) < share * error
+
+
+def test_by_name() -> None:
+    source = open_model(str(DEMO), dtype=None)
+    name = "model.layers.0.mlp.up_proj.weight"
+    plan = {name: SCHEMES["q4g32"]}
+    text = DEMO / "calibration.txt"
+    done: list[tuple[int, int]] = []
+    made, found = calibrated(
+        source, plan, Calibration("gptq", text, 2, 64), progress=lambda i, n: done.append((i, n))
+    )
+    assert made.weights is found.weights and found.weights.quantized(name) is not None
+    assert done == [(i + 1, 7) for i in range(7)]
+    with pytest.raises(LlmcError, match="gptq, awq"):
+        calibrated(source, plan, Calibration("qat", text))
 
 
 def test_text_too_short(tmp_path: Path) -> None:

@@ -235,8 +235,10 @@ def dynamic_map() -> torch.Tensor:
     return torch.from_numpy(levels.astype(np.float32))
 
 
-@pytest.mark.parametrize("nested", (False, True))
-def test_bitsandbytes_nf4(nested: bool, tmp_path: Path) -> None:
+NF4_CONFIG = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+def write_nf4(folder: Path, nested: bool, **config: Any) -> Expected:
     tensors, expected = demo_tensors(), {}
     for name in linear_names(tensors):
         weight = rounded(tensors[name], SCHEMES["nf4"])
@@ -263,11 +265,15 @@ def test_bitsandbytes_nf4(nested: bool, tmp_path: Path) -> None:
         data = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
         tensors[f"{name}.quant_state.bitsandbytes__nf4"] = data
         expected[name] = QuantizedWeight(weight.scheme, weight.codes, scales.reshape(weight.scales.shape))
-    config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    check(write(tmp_path / "a", tensors, config), expected)
-    refused(
-        write(tmp_path / "b", tensors, {**config, "bnb_4bit_quant_type": "fp4"}), "bnb_4bit_quant_type", "fp4"
-    )
+    write(folder, tensors, {**NF4_CONFIG, **config})
+    return expected
+
+
+@pytest.mark.parametrize("nested", (False, True))
+def test_bitsandbytes_nf4(nested: bool, tmp_path: Path) -> None:
+    check(tmp_path / "a", write_nf4(tmp_path / "a", nested))
+    write_nf4(tmp_path / "b", nested, bnb_4bit_quant_type="fp4")
+    refused(tmp_path / "b", "bnb_4bit_quant_type", "fp4")
 
 
 def test_bitsandbytes_int8(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from llmc.errors import LlmcError
 from llmc.frontend.tensor_files import StoredTensor, TensorFiles
-from llmc.quant.schemes import SCHEMES, Code, Scheme
+from llmc.quant.schemes import SCHEMES, STORED_ONLY, Code, Scheme
 from llmc.quant.weight import QuantizedWeight
 
 Tensors = Mapping[str, torch.Tensor]
@@ -146,15 +146,19 @@ def integer_scheme(
     bits: int, group_size: int, symmetric: bool, scale_dtype: str, activation_bits: int = 0
 ) -> Scheme:
     """The scheme with these properties; one that users can name if there is one."""
-    for scheme in SCHEMES.values():
+    for scheme in (*SCHEMES.values(), *STORED_ONLY.values()):
         same = (scheme.bits, scheme.group_size, scheme.symmetric, scheme.scale_dtype, scheme.activation_bits)
-        if scheme.code is Code.INT and same == (bits, group_size, symmetric, scale_dtype, activation_bits):
+        if (
+            scheme.code is Code.INT
+            and not scheme.offsets
+            and same == (bits, group_size, symmetric, scale_dtype, activation_bits)
+        ):
             return scheme
     name = f"q{bits}" + (f"g{group_size}" if group_size else "") + ("" if symmetric else "a")
     if scale_dtype != "float16":
-        name += "-f32"
+        name += "f"
     if activation_bits:
-        name += f"-a{activation_bits}"
+        name += f"i{activation_bits}"
     return Scheme(name, bits, Code.INT, group_size, symmetric, activation_bits, scale_dtype)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from llmc.errors import LlmcError
 from llmc.frontend.tensor_files import TensorFiles
 from llmc.quant.readers.base import Config, Entry, QuantizedFiles, Tensors, floats, prefixes, require
-from llmc.quant.schemes import SCHEMES, Scheme
+from llmc.quant.schemes import SCHEMES, STORED_ONLY, Scheme
 from llmc.quant.weight import NF4_TABLE, QuantizedWeight
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -47,8 +47,9 @@ def read_bitsandbytes(config: Config, files: TensorFiles) -> QuantizedFiles:
         parts = tuple(name + leaf for leaf in leaves)
         for part in parts:
             require(files, part)
-        base = SCHEMES["nf4"]
-        scheme = replace(base, name=f"nf4g{size}-f32", group_size=size, scale_dtype="float32")
+        scheme = STORED_ONLY["nf4f"]
+        if size != scheme.group_size:
+            scheme = replace(scheme, name=f"nf4g{size}f", group_size=size)
         entries.append(Entry(name, shape, scheme, parts, _Nf4(scheme, parts, shape, state)))
         dropped.append(key)
     # the float key is also that of the packed weight

@@ -11,8 +11,8 @@ from llmc.quant.weight import QuantizedWeight
 KINDS: dict[str, Scheme] = {
     "q8_0": SCHEMES["q8g32"],
     "q4_0": SCHEMES["q4g32"],
-    "q4_k": STORED_ONLY["q4_k"],
-    "q6_k": STORED_ONLY["q6_k"],
+    "q4_k": STORED_ONLY["q4k"],
+    "q6_k": STORED_ONLY["q6k"],
 }
 FLOATS = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 
