@@ -143,8 +143,9 @@ class QualityReport:
 
     `max_abs_error` is over logits; `tolerance` is what it had to stay under; `reference_noise` is the error of the
     source model itself when run in the artifact's dtype. `relative_error` is the root mean square of the
-    difference over that of the reference logits (mean-centred per row). `text` is the evaluation on a text, if
-    one was asked for.
+    difference over that of the reference logits (mean-centred per row). The source model of a quantized artifact
+    is taken with the quantized weights; the figures `quant_*` are against the unquantized one, and have no bound.
+    `text` is the evaluation on a text (against the unquantized model), if one was asked for.
     """
 
     mode: str  # off, sample, full
@@ -158,6 +159,9 @@ class QualityReport:
     tolerance: float | None = None
     seconds: float | None = None
     note: str = ""
+    quant_relative_error: float | None = None
+    quant_kl_mean: float | None = None
+    quant_top1_agreement: float | None = None
     text: TextQuality | None = None
 
 

@@ -21,6 +21,7 @@ def run(source: SourceModel, spec: CompileSpec, token_ids: Sequence[int]) -> Map
 
     from llmc.frontend.capture import capture
     from llmc.packing import packed_tensors
+    from llmc.passes.quantize_weights import QuantizeWeights
     from llmc.passes import order
     from llmc.passes.plan_kv_cache import PlanKVCache
     from llmc.passes.step_module import LoweredGraph
@@ -32,7 +33,7 @@ def run(source: SourceModel, spec: CompileSpec, token_ids: Sequence[int]) -> Map
     target = backend.tvm_target(caps)
     graph = capture(source, taps=True)
     lowered = LoweredGraph.from_model(graph)
-    for _, graph_pass in order.graph_phase(caps):
+    for _, graph_pass in order.graph_phase(caps, QuantizeWeights.of(spec)):
         lowered = graph_pass(lowered)
     n = len(token_ids)
     kv_dtype = spec.kv_dtype.value if spec.kv_dtype else None

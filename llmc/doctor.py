@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from llmc import __version__, knobs
+from llmc import __version__, host, knobs
 from llmc.link import find_cxx
-from llmc.runtime import host
 
 # tvm-ffi 0.1.15 crashes in tvm.ir.save_json; see pyproject.toml
 REQUIRED = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}

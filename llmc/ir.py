@@ -72,3 +72,31 @@ def dims(var: Any) -> list[Any]:
 def op_name(expr: Any) -> str:
     """Name of the Relax operator that `expr` calls, e.g. ``relax.add``; "" if it is no operator call."""
     return expr.op.name if isinstance(expr, relax.Call) and isinstance(expr.op, Op) else ""
+
+
+def is_constant(dim: Any) -> bool:
+    """True if a dimension is known."""
+    return isinstance(dim, tirx.IntImm)
+
+
+def slice_of(value: Any) -> tuple[int, int, int, int] | None:
+    """(axis, begin, end, step) of a strided_slice of one axis with constant bounds, else None."""
+    parts = []
+    for arg in value.args[1:5]:
+        fields = getattr(arg, "fields", None)
+        if fields is None or len(fields) != 1:
+            return None
+        field = getattr(fields[0], "value", fields[0])
+        if not isinstance(field, (int, tirx.IntImm)):
+            return None
+        parts.append(int(field))
+    if len(parts) == 3:
+        parts.append(1)
+    if len(parts) != 4:
+        return None
+    axis, begin, end, step = parts
+    shape = dims(value.args[0])
+    axis = axis % len(shape)
+    if begin < 0 or end < 0 or not is_constant(shape[axis]):
+        return None
+    return axis, begin, min(end, int(shape[axis])), step

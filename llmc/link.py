@@ -12,6 +12,7 @@ from typing import Any
 
 from llmc import knobs
 from llmc.errors import LlmcError
+from llmc.host import architecture
 from llmc.runtime.embedded import SIZE_SYMBOL, SYMBOL
 
 DRIVERS = ("g++", "clang++", "c++")
@@ -21,19 +22,37 @@ _LINUX_FLAGS = ("-Wl,--build-id=none", "-Wl,-s", "-Wl,--as-needed", "-static-lib
 _DARWIN_FLAGS = ("-undefined", "dynamic_lookup", "-Wl,-S", "-Wl,-x", "-Wl,-no_uuid")
 
 
-def find_cxx() -> str | None:
-    """Path of the C++ driver: LLMC_CXX, or the first of g++, clang++, c++ on PATH; None = there is none."""
+def find_cxx(triple: str = "") -> str | None:
+    """Path of the C++ driver: LLMC_CXX, or the first of DRIVERS on PATH; None = there is none.
+
+    Args:
+        triple: what it must link for; for another processor than this machine's, Debian's cross driver is looked for.
+    """
     if knobs.cxx():
         return shutil.which(knobs.cxx())
-    for name in DRIVERS:
+    for name in _drivers(triple):
         if path := shutil.which(name):
             return path
     return None
 
 
-def require_cxx() -> str:
+def _drivers(triple: str) -> tuple[str, ...]:
+    """Names to try, the best first."""
+    machine = architecture(triple.partition("-")[0]) if triple else ""
+    if not machine or machine == architecture():
+        return DRIVERS
+    return (f"{machine}-linux-gnu-g++",)
+
+
+def require_cxx(triple: str = "") -> str:
     """find_cxx, or a sentence on what to install."""
-    path = find_cxx()
+    path = find_cxx(triple)
+    if path is None and _drivers(triple) != DRIVERS and not knobs.cxx():
+        raise LlmcError(
+            "no-cross-cxx",
+            f"Linking model.so for {triple} needs a cross compiler driver; {_drivers(triple)[0]} is not on PATH.",
+            hint="Install one (Debian/Ubuntu: apt install g++-aarch64-linux-gnu) or set LLMC_CXX to its path.",
+        )
     if path is None:
         wanted = f"LLMC_CXX={knobs.cxx()}" if knobs.cxx() else ", ".join(DRIVERS)
         raise LlmcError(
@@ -45,13 +64,13 @@ def require_cxx() -> str:
     return path
 
 
-def run_cxx(arguments: Sequence[str], cwd: Path | None = None) -> None:
-    """Run the C++ driver.
+def run_cxx(arguments: Sequence[str], cwd: Path | None = None, *, triple: str = "") -> None:
+    """Run the C++ driver for `triple` ("" = this machine).
 
     Raises:
         LlmcError: there is none, it failed, or the disk is full.
     """
-    command = [require_cxx(), *arguments]
+    command = [require_cxx(triple), *arguments]
     try:
         done = subprocess.run(
             command,
@@ -82,7 +101,7 @@ def run_cxx(arguments: Sequence[str], cwd: Path | None = None) -> None:
     )
 
 
-def embed_manifest(manifest_text: str, folder: Path) -> Path:
+def embed_manifest(manifest_text: str, folder: Path, *, triple: str = "") -> Path:
     """Compile the manifest into an object file in `folder` and return its path.
 
     Exported symbols: ``char llmc_manifest[]`` (UTF-8, NUL-terminated) and ``uint64_t llmc_manifest_size``
@@ -105,7 +124,7 @@ def embed_manifest(manifest_text: str, folder: Path) -> Path:
     ]
     source.write_text("\n".join(lines) + "\n", encoding="ascii")
     # relative names, so that no temporary path ends up in the object
-    run_cxx(["-c", "-O0", "-g0", "-fPIC", source.name, "-o", "llmc_manifest.o"], cwd=folder)
+    run_cxx(["-c", "-O0", "-g0", "-fPIC", source.name, "-o", "llmc_manifest.o"], cwd=folder, triple=triple)
     return folder / "llmc_manifest.o"
 
 
@@ -123,14 +142,14 @@ def export_objects(executable: Any, folder: Path) -> list[Path]:
     return kept
 
 
-def link_objects(objects: Sequence[Path], path: Path) -> None:
+def link_objects(objects: Sequence[Path], path: Path, *, triple: str = "") -> None:
     """Link object files into the shared library `path`; the same objects give the same bytes.
 
     Raises:
         LlmcError: see run_cxx.
     """
     flags = _DARWIN_FLAGS if sys.platform == "darwin" else _LINUX_FLAGS
-    run_cxx(["-shared", "-fPIC", "-o", str(path), *map(str, objects), *flags])
+    run_cxx(["-shared", "-fPIC", "-o", str(path), *map(str, objects), *flags], triple=triple)
 
 
 def link_library(executable: Any, path: Path, objects: Sequence[Path] = ()) -> None:

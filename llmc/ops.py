@@ -4,6 +4,7 @@ They appear in Relax as ``R.call_pure_packed(name, tensors..., R.str(attrs.to_js
 
     llmc.attention(q[1,h,T,dk], k[1,hk,T,dk], v[1,hk,T,dv], sinks[h]?, alibi[h]?, attrs) -> [1,T,h,dv]
     llmc.expert_linear(x[n,d], expert_ids[n], weight[e,o,d], bias[e,o]?, attrs) -> [n,o]
+    llmc.linear(x[..,T,d], weight[o,d], bias[o]?, residual[..,T,n]?, attrs) -> [..,T,n]
 """
 
 from __future__ import annotations
@@ -13,6 +14,17 @@ from dataclasses import asdict, dataclass
 
 ATTENTION = "llmc.attention"
 EXPERT_LINEAR = "llmc.expert_linear"
+LINEAR = "llmc.linear"
+
+# what a linear kernel can apply to its sums: name -> Relax operator of one operand
+ACTIVATIONS = {
+    "silu": "relax.nn.silu",
+    "gelu": "relax.nn.gelu",
+    "gelu_tanh": "relax.nn.gelu_tanh",
+    "relu": "relax.nn.relu",
+    "sigmoid": "relax.sigmoid",
+    "tanh": "relax.tanh",
+}
 
 
 @dataclass(frozen=True)
@@ -73,3 +85,33 @@ class ExpertLinearAttrs:
     @staticmethod
     def from_json(text: str) -> ExpertLinearAttrs:
         return ExpertLinearAttrs(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class LinearAttrs:
+    """A matmul with a weight and what its kernel does to the sums before it stores them.
+
+        y = x @ weight.T (+ bias)
+        y = act(y)                      if an activation is named, without gate
+        y = act(y[:n]) * y[n:]          if gated: the weight holds 2n rows, the gate's first
+        y = y + residual                if has_residual
+
+    Attributes:
+        activation: a key of ACTIVATIONS, ``relu2`` (relu(y)**2), or "" for none.
+        gated: the weight's rows are a gate and what it multiplies.
+        gate_second: the gate is the second half of the rows.
+        has_bias, has_residual: which operands follow the weight, in this order.
+    """
+
+    activation: str = ""
+    gated: bool = False
+    gate_second: bool = False
+    has_bias: bool = False
+    has_residual: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> LinearAttrs:
+        return LinearAttrs(**json.loads(text))

@@ -2,25 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from llmc.frontend.graph import WeightSource
 from llmc.passes.step_module import PackedParam
+from llmc.quant.quantizer import RoundToNearest, WeightQuantizer
+from llmc.quant.weight import QuantizedWeight
 from llmc.schedules.layout import BlockedLayout
+from llmc.schedules.qlayout import QuantLayout, in_turns
 
 
 def packed_tensors(
-    params: tuple[PackedParam, ...], weights: WeightSource
+    params: tuple[PackedParam, ...], weights: WeightSource, quantizer: WeightQuantizer | None = None
 ) -> Iterator[tuple[PackedParam, np.ndarray]]:
-    """The artifact's tensors in order; peak memory is that of one source tensor and its packed copy.
+    """The artifact's tensors in order; peak memory is that of one source tensor and a packed tensor.
 
     bfloat16 comes as uint16 (numpy has no such type); the bytes are what counts.
     """
+    quantizer = quantizer or RoundToNearest()
     for param in params:
-        yield param, pack_tensor(param, weights.load(param.source))
+        if QuantLayout.is_layout(param.layout):
+            yield param, quantize_sources(param, weights.load, quantizer)
+        else:
+            yield param, pack_sources(param, weights.load)
+
+
+def quantize_sources(
+    param: PackedParam, load: Callable[[str], Any], quantizer: WeightQuantizer
+) -> np.ndarray:
+    """The packed bytes of a quantized parameter of one source or several; each is quantized by itself."""
+    layout = QuantLayout.parse(param.layout)
+    parts = []
+    for name in param.sources:
+        array = to_numpy(load(name), "float32")
+        array = np.ascontiguousarray(np.swapaxes(array, -1, -2)) if param.transposed else array
+        parts.append(quantizer.quantize(name, array, layout.of))
+        if parts[-1].codes.shape != array.shape or parts[-1].scheme != layout.of:
+            raise AssertionError(f"{name}: quantized to {parts[-1].scheme.name} {parts[-1].codes.shape}")
+    whole = parts[0] if len(parts) == 1 else _joined(parts)
+    packed = layout.pack(in_turns(whole, layout.n_block) if param.gated else whole)
+    if packed.shape != param.shape:
+        raise AssertionError(f"{param.name}: packed to {packed.shape}, planned {param.shape}")
+    return packed
+
+
+def _joined(parts: list[QuantizedWeight]) -> QuantizedWeight:
+    """Rows of the parts, one after the other."""
+    zeros = [p.zeros for p in parts if p.zeros is not None]
+    return QuantizedWeight(
+        parts[0].scheme,
+        np.concatenate([p.codes for p in parts], axis=-2),
+        np.concatenate([p.scales for p in parts], axis=-2),
+        np.concatenate(zeros, axis=-2) if zeros else None,
+    )
+
+
+def pack_sources(param: PackedParam, load: Callable[[str], Any]) -> np.ndarray:
+    """A parameter of one source or several, laid out as `param` says; `load` gives a source's torch tensor.
+
+    Sources are loaded one after another, each into its place.
+    """
+    if not param.more and not param.gated:
+        return pack_tensor(param, load(param.source))
+    first_dtype = np.dtype("uint16" if param.dtype == "bfloat16" else param.dtype)
+    out = np.zeros(param.shape, first_dtype)
+    row = 0
+    for name in param.sources:
+        array = to_numpy(load(name), param.dtype)
+        array = np.swapaxes(array, -1, -2) if param.transposed else array
+        halves = np.split(array, 2) if param.gated and not param.more else [array]
+        for half in halves:
+            _place(param, out, row, half)
+            row += half.shape[0]
+    return out
+
+
+def _place(param: PackedParam, out: np.ndarray, row: int, rows: np.ndarray) -> None:
+    """Write weight rows [n, ...] as rows [row, row + n) of the parameter."""
+    if param.layout == "rows":
+        out[row : row + rows.shape[0]] = rows
+        return
+    layout = BlockedLayout.parse(param.layout)
+    if param.gated:
+        half = BlockedLayout(layout.n_block // 2, layout.k_pack)
+        blocks, steps, _, pack = out.shape
+        turns = out.reshape(blocks, steps, 2, half.n_block, pack)
+        turns[:, :, 1 if row else 0] = half.pack(rows)
+    else:
+        layout.pack_into(out, row, rows)
 
 
 def pack_tensor(param: PackedParam, tensor: Any) -> np.ndarray:

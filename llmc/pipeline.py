@@ -22,7 +22,8 @@ from llmc.artifact import (
 from llmc.caps import Capabilities
 from llmc.errors import LlmcError
 from llmc.evaluate_text import check_text
-from llmc.spec import CompileSpec, Verify
+from llmc.quant.schemes import NONE
+from llmc.spec import AUTO, CompileSpec, Verify
 from llmc.stages import STAGES, ProgressReporter, StageRunner, run_passes
 from llmc.targets.backend import get
 from llmc.writer import ArtifactWriter, PackedTensor, check_output, created
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from llmc.frontend.graph import ModelGraph, SourceModel
     from llmc.passes.step_module import StepModule
+    from llmc.quant.choose import QuantSearch
 
 NO_CHECK = QualityReport(mode=Verify.OFF.value, note="not checked against the source model")
 
@@ -44,11 +46,13 @@ class CompileResult:
         output: the artifact's folder; None if the compile stopped before writing it.
         manifest: as written.
         runner: timings of the stages.
+        search: what ``quant = auto`` found.
     """
 
     output: Path | None
     manifest: Manifest | None
     runner: StageRunner
+    search: QuantSearch | None = None
 
 
 def compile_model(
@@ -81,9 +85,10 @@ def compile_model(
         backend.require_host(caps)
     for text in filter(None, (spec.calib_text, spec.eval_text)):
         check_text(Path(text))
+    left_out = {"search": spec.quant != AUTO, "evaluate": not spec.eval_text}
     runner = StageRunner(
         spec,
-        stages=STAGES if spec.eval_text else tuple(s for s in STAGES if s != "evaluate"),
+        stages=tuple(stage for stage in STAGES if not left_out.get(stage)),
         dump_ir=Path(dump_ir) if dump_ir else None,
         time_passes=time_passes,
         stop_after=stop_after,
@@ -91,8 +96,12 @@ def compile_model(
     )
     manifest: Manifest | None = None
     done: Path | None = None
+    search: QuantSearch | None = None
     with runner, ArtifactWriter(output) as writer:
         target = backend.tvm_target(caps)
+        if spec.quant == AUTO:
+            search = runner.run("search", _search, model, spec, runner)
+            spec = spec.with_(quant=NONE, quant_rules=search.rules())
         source, graph = runner.run("capture", _capture, model, spec)
         step = runner.run("lower", _lower, graph, spec, source, caps, target, runner)
         del graph
@@ -100,13 +109,13 @@ def compile_model(
         params = runner.run("pack", _pack, step, source, writer, runner)
         manifest = _manifest(spec, source, caps, step, params)
         manifest = runner.run("write", _write, writer, executable, manifest, source)
-        quality = runner.run("verify", _verify, writer, source, spec)
+        quality = runner.run("verify", _verify, writer, source, spec, step, params)
         if spec.eval_text:
             quality = runner.run("evaluate", _evaluate, quality, writer, source, spec, runner)
         manifest = writer.finish(executable, dataclasses.replace(manifest, quality=quality, files={}))
         writer.commit()
         done = output
-    return CompileResult(done, manifest if done else None, runner)
+    return CompileResult(done, manifest if done else None, runner, search)
 
 
 def run_taps(source: SourceModel, spec: CompileSpec, token_ids: Sequence[int]) -> Mapping[str, np.ndarray]:
@@ -132,18 +141,49 @@ def _spec_of(model: Any, spec: CompileSpec | None, fields: Mapping[str, Any]) ->
     return spec.with_(model=name, **fields) if fields or spec.model != name else spec
 
 
-def _capture(model: Any, spec: CompileSpec, *, taps: bool = False) -> tuple[SourceModel, ModelGraph]:
-    """Open the model (structure only) and bring it into Relax."""
-    from llmc.frontend.capture import capture
+def _open(model: Any, spec: CompileSpec) -> SourceModel:
+    """Open the model: its structure only; weights are read when they are needed."""
     from llmc.frontend.checkpoint import open_model
 
-    source = open_model(
+    return open_model(
         model if not isinstance(model, Path) else str(model),
         dtype=spec.dtype,
         revision=spec.revision,
         meta_weights=spec.meta_weights,
     )
-    return source, capture(source, taps=taps)
+
+
+def _search(model: Any, spec: CompileSpec, runner: StageRunner) -> QuantSearch:
+    """Choose a scheme for each weight by measuring with torch."""
+    from llmc.evaluate_text import FolderTokenizer, cut_text
+    from llmc.quant.choose import choose
+
+    assert spec.eval_text is not None and spec.max_ppl_increase is not None
+    source = _open(model, spec)
+    tokenizer = FolderTokenizer(source.folder, source.name)
+    limit = _limits(spec, source).max_seq_len
+    windows = cut_text(tokenizer, Path(spec.eval_text), limit, max_tokens=spec.eval_tokens)
+    probe = None
+    if spec.calib_text:
+        probe = cut_text(tokenizer, Path(spec.calib_text), limit, max_tokens=len(windows[0].ids))[0]
+    return choose(
+        source,
+        windows,
+        max_increase_percent=spec.max_ppl_increase,
+        fixed=spec.rules(),
+        probe=probe,
+        dtype=spec.dtype.value if spec.dtype else None,
+        uniform=True,
+        progress=runner.progress.advance,
+    )
+
+
+def _capture(model: Any, spec: CompileSpec, *, taps: bool = False) -> tuple[SourceModel, ModelGraph]:
+    """Open the model and bring it into Relax."""
+    from llmc.frontend.capture import capture
+
+    source = _open(model, spec)
+    return source, capture(source, taps=taps, max_seq_len=spec.max_seq_len)
 
 
 def _lower(
@@ -157,6 +197,7 @@ def _lower(
     """Graph passes, KV plan, step functions, schedules."""
     from llmc.passes import order
     from llmc.passes.plan_kv_cache import PlanKVCache
+    from llmc.passes.quantize_weights import QuantizeWeights
     from llmc.passes.step_module import LoweredGraph
 
     limits = _limits(spec, source)
@@ -165,7 +206,8 @@ def _lower(
         kv_dtype=spec.kv_dtype.value if spec.kv_dtype else None,
         max_seq_len=limits.max_seq_len,
     )
-    lowered = run_passes(runner, "lower", order.graph_phase(caps), LoweredGraph.from_model(graph))
+    start = LoweredGraph.from_model(graph)
+    lowered = run_passes(runner, "lower", order.graph_phase(caps, QuantizeWeights.of(spec)), start)
     plan = plan_cache(lowered)
     step = runner.run_pass("lower", "MakeStepFunction", order.make_step(caps, plan), lowered)
     bounds = {"T": limits.max_step_tokens, "B": limits.max_batch, "R": limits.max_step_tokens}
@@ -189,7 +231,7 @@ def _pack(
     """Stream the weights into the artifact's shards."""
     from llmc.packing import packed_tensors
 
-    tensors = [PackedTensor(p.name, p.shape, p.dtype, p.layout, (p.source,)) for p in step.params]
+    tensors = [PackedTensor(p.name, p.shape, p.dtype, p.layout_text, p.sources) for p in step.params]
     if source.weights is None:  # --meta-weights: the graph alone
         return ()
     total = sum(t.nbytes for t in tensors)
@@ -208,20 +250,33 @@ def _write(writer: ArtifactWriter, executable: Any, manifest: Manifest, source: 
     return writer.finish(executable, manifest)
 
 
-def _verify(writer: ArtifactWriter, source: SourceModel, spec: CompileSpec) -> QualityReport:
-    """Compare the artifact with the source model in float32; raises if it is off."""
+def _verify(
+    writer: ArtifactWriter,
+    source: SourceModel,
+    spec: CompileSpec,
+    step: StepModule,
+    params: tuple[ParamEntry, ...],
+) -> QualityReport:
+    """Compare the artifact with the source model in float32; raises if it is off.
+
+    A quantized artifact is compared with the source model that has the artifact's weights: a kernel's error is not
+    hidden by that of quantization. How far it is from the source itself is reported.
+    """
     if spec.verify is Verify.OFF:
         return NO_CHECK
     if source.weights is None:
         return dataclasses.replace(NO_CHECK, note="no weights, nothing to check")
+    from llmc.quantized_source import quantized_source
     from llmc.runtime.model import load
     from llmc.verify import verify
 
     # the files were hashed while they were written
     model = load(writer.folder, check_hashes=False)
+    same = quantized_source(source, step.params, params, writer.folder)
     report = verify(
         model,
-        source,
+        same,
+        unquantized=None if same is source else source,
         mode=spec.verify,
         dtype=spec.dtype.value if spec.dtype else source.dtype,
         taps_runner=lambda ids: run_taps(source, spec, ids),

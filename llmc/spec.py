@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import LlmcError
+from llmc.quant.schemes import NONE, QuantRules, parse
+
+AUTO = "auto"
 
 
 class DType(str, Enum):
@@ -56,6 +59,12 @@ class CompileSpec:
         max_step_tokens: most tokens in one step; longer prompts are prefilled in chunks of this size.
         verify: how much to check against the source model at the end.
         revision: hub revision.
+        quant: scheme of the weights (llmc/quant/schemes.py); ``none`` = they stay in dtype; ``auto`` = searched for each
+            weight, the smallest artifact within max_ppl_increase.
+        quant_rules: pattern -> scheme for single weights; see QuantRules. The last pattern that matches wins.
+        quant_head: scheme of the output projection (and of a tied embedding); None = q8 if quant has 4 bits or fewer, else
+            as quant.
+        quant_embedding: scheme of an embedding that is not tied to the head; None = not quantized.
         meta_weights: compile the graph without weights (no weights and no check; for sizing).
         calib_text: text file for methods that look at activations.
         eval_text: text file on which the artifact is compared with the source model at the end.
@@ -80,8 +89,15 @@ class CompileSpec:
     eval_tokens: int = 8192
     max_kl: float | None = None
     max_ppl_increase: float | None = None
+    quant: str = NONE
+    quant_rules: tuple[tuple[str, str], ...] = ()
+    quant_head: str | None = None
+    quant_embedding: str | None = None
 
     def __post_init__(self) -> None:
+        for name in filter(None, (self.quant_head, self.quant_embedding)):
+            parse(name)
+        self.rules()
         if self.page_size < 16 or self.page_size % 16:
             raise LlmcError(
                 "page-size",
@@ -111,6 +127,13 @@ class CompileSpec:
                     f"{name} is a bound on figures that are measured on a text, and none is given.",
                     hint="Add --eval FILE.",
                 )
+        if self.quant == AUTO and (self.max_ppl_increase is None or self.quant_head or self.quant_embedding):
+            raise LlmcError(
+                "quant-auto",
+                "quant = auto searches the schemes within a bound: it needs max_ppl_increase, and takes no quant_head or "
+                "quant_embedding.",
+                hint="Add --eval FILE --max-ppl-increase 1%; fix single weights by quant_rules.",
+            )
         if self.eval_text is not None and self.meta_weights:
             raise LlmcError(
                 "eval-without-weights",
@@ -118,9 +141,21 @@ class CompileSpec:
                 hint="Give --eval or --meta-weights, not both.",
             )
 
+    def rules(self) -> QuantRules:
+        """Which weight gets which scheme (before the search of ``auto``: the rules); LlmcError if a scheme is unknown."""
+        return QuantRules(NONE if self.quant == AUTO else self.quant, self.quant_rules)
+
+    def head_scheme(self) -> str | None:
+        """Scheme of the output projection: errors of the logits are seen directly, and it is read once per token."""
+        if self.quant_head is not None:
+            return self.quant_head
+        scheme = parse(self.rules().default)
+        return "q8" if scheme is not None and scheme.bits <= 4 else None
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, fit for JSON and TOML."""
-        return {k: (v.value if isinstance(v, Enum) else v) for k, v in asdict(self).items()}
+        plain = {k: (v.value if isinstance(v, Enum) else v) for k, v in asdict(self).items()}
+        return {**plain, "quant_rules": dict(self.quant_rules)}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> CompileSpec:
@@ -144,6 +179,8 @@ class CompileSpec:
         for key in ("max_kl", "max_ppl_increase"):
             if out.get(key) is not None:
                 out[key] = _number(key, out[key], percent=key == "max_ppl_increase")
+        if "quant_rules" in out:
+            out["quant_rules"] = _rules(out["quant_rules"])
         if "verify" in out:
             try:
                 out["verify"] = Verify(out["verify"])
@@ -185,3 +222,15 @@ def _number(key: str, value: Any, *, percent: bool) -> float:
     except ValueError:
         example = "1 or 1%" if percent else "0.01"
         raise LlmcError("bound", f"{key} must be a number, e.g. {example}; found {value!r}.") from None
+
+
+def _rules(value: Any) -> tuple[tuple[str, str], ...]:
+    """Patterns in order, from a mapping (TOML, JSON) or pairs."""
+    pairs = list(value.items()) if isinstance(value, dict) else list(value)
+    if not all(len(p) == 2 and all(isinstance(x, str) for x in p) for p in pairs):
+        raise LlmcError(
+            "quant-rules",
+            f"quant_rules must map patterns to scheme names; found {value!r}.",
+            hint='In TOML: [quant_rules] then "*.down_proj" = "q6g64".',
+        )
+    return tuple((str(pattern), str(scheme)) for pattern, scheme in pairs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +25,7 @@ from llmc.verify_compare import (
     LayerError,
     LogitsComparison,
     compare_logits,
+    distance,
     first_divergence,
     layer_errors,
 )
@@ -80,6 +81,7 @@ def verify(
     max_seq_len: int | None = None,
     seed: int = 0,
     taps_runner: TapsRunner | None = None,
+    unquantized: SourceModel | None = None,
 ) -> QualityReport:
     """Compare an artifact with the model that it was compiled from.
 
@@ -93,6 +95,7 @@ def verify(
         max_seq_len: the artifact's limit; None = what its manifest says, else the model's.
         seed: of the random tokens.
         taps_runner: gives the artifact's hidden states after each layer, to find the first one that is off.
+        unquantized: the model before its weights were quantized; the distance to it is reported, without a bound.
 
     Raises:
         LlmcError: "verify-failed" with the first diverging layer; "source-not-finite" if the source itself gives NaN.
@@ -127,7 +130,7 @@ def verify(
     if comparison.findings:
         where = _locate(comparison, prompts[0], source, dtype, kv_dtype, coarse, taps_runner)
         raise _failure(comparison, source, coarse, where)
-    return QualityReport(
+    report = QualityReport(
         mode=mode.value,
         tokens=sum(len(p.ids) for p in prompts),
         prefill_max_abs_error=comparison.max_abs["prefill"],
@@ -137,8 +140,22 @@ def verify(
         top1_agreement=comparison.top1_agreement,
         reference_noise=comparison.reference_noise,
         tolerance=comparison.tolerance,
-        seconds=round(time.perf_counter() - start, 3),
         note=note,
+    )
+    if unquantized is not None:
+        report = _with_distance(report, runs, unquantized)
+    return replace(report, seconds=round(time.perf_counter() - start, 3))
+
+
+def _with_distance(report: QualityReport, runs: Sequence[_Rows], unquantized: SourceModel) -> QualityReport:
+    """The report with what quantizing the weights has changed."""
+    exact = [
+        _finite(reference_logits(unquantized, r.prompt.ids, "float32").logits, unquantized, "float32")
+        for r in runs
+    ]
+    change = distance(np.concatenate([r.artifact for r in runs]), np.concatenate(exact))
+    return replace(
+        report, quant_relative_error=change[0], quant_kl_mean=change[1], quant_top1_agreement=change[2]
     )
 
 

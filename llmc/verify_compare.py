@@ -140,6 +140,13 @@ def _not_finite(
     return LogitsComparison(dict.fromkeys(groups, nan), nan, None, nan, nan, nan, findings)
 
 
+def distance(logits: np.ndarray, exact: np.ndarray) -> tuple[float, float, float]:
+    """(relative error, mean KL divergence in nats, share of equal argmax) of logits [n, V] from the exact ones."""
+    scale = group_rms(row_rms(centred(exact))) or 1.0
+    error = group_rms(row_rms(centred(logits - exact))) / scale
+    return (error, *_distribution(logits, exact))
+
+
 def _distribution(artifact: np.ndarray, exact: np.ndarray) -> tuple[float, float]:
     """Mean KL divergence (nats) of the artifact's next-token distribution from the source's; share of equal argmax."""
     kl = []

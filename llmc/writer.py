@@ -161,8 +161,11 @@ class ArtifactWriter:
             inner = dataclasses.replace(manifest, files=dict(self.files), quality=quality)
             library = self.folder / LIBRARY
             library.unlink(missing_ok=True)
+            triple = manifest.target.triple
+            require_cxx(triple)
             objects = self._export(executable)
-            link_objects([embed_manifest(inner.as_text(), objects[0].parent), *objects], library)
+            embedded = embed_manifest(inner.as_text(), objects[0].parent, triple=triple)
+            link_objects([embedded, *objects], library, triple=triple)
             outer = dataclasses.replace(inner, files={**self.files, LIBRARY: sha256_file(library)})
             (self.folder / MANIFEST).write_text(outer.as_text() + "\n", encoding="utf-8")
         return outer
@@ -170,7 +173,6 @@ class ArtifactWriter:
     def _export(self, executable: Any) -> list[Path]:
         """Object files of the executable, made once: LLVM's code generation is the expensive part of finish()."""
         if self._exported is None or self._exported[0] is not executable:
-            require_cxx()
             if self._work is not None:
                 self._work.cleanup()
             self._work = tempfile.TemporaryDirectory(prefix="llmc-link-")

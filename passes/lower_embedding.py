@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,12 @@ from tvm import relax
 from llmc import ir
 from llmc.caps import Capabilities
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
-from llmc.passes.step_module import LoweredGraph
+from llmc.passes.step_module import LoweredGraph, PackedParam
+from llmc.quant.schemes import SCHEMES
 from llmc.schedules.gather import EmbeddingConfig, embedding
 from llmc.schedules.layout import BlockedLayout
+from llmc.schedules.qgather import QuantEmbeddingConfig, quant_embedding
+from llmc.schedules.qlayout import QuantLayout, quant_layout
 
 
 class LowerEmbedding:
@@ -30,12 +34,15 @@ class LowerEmbedding:
     def __call__(self, lowered: LoweredGraph) -> LoweredGraph:
         func = lowered.module["main"]
         graph = Graph(func)
-        params = list(func.params)
+        params, infos = list(func.params), list(lowered.params)
         index_of = {var: i for i, var in enumerate(params[2:])}
         packed: dict[tuple[str, str], Any] = {}
         for var, info in zip(params[2:], lowered.params, strict=True):
-            if info.layout != "rows" and not info.transposed and len(info.shape) == 4:
+            plain = info.layout != "rows" and not info.transposed and not info.more and not info.gated
+            if plain and len(info.shape) == 4:
                 packed[info.source, info.dtype] = (var, info)
+            elif plain and info.scheme and len(info.shape) == 2:
+                packed[info.source, info.scheme] = (var, info)
         module = ir.shallow_copy(lowered.module)
         kernels, build = Kernels(module), Builder()
         for binding in graph.bindings:
@@ -46,11 +53,24 @@ class LowerEmbedding:
                 continue
             info = lowered.params[index_of[table]]
             ids, dtype = value.args[1], str(value.ty.dtype)
+            if info.scheme:
+                config = QuantEmbeddingConfig(
+                    layout=quant_layout(SCHEMES[info.scheme], *info.shape, self.caps),
+                    dtype=dtype,
+                    ids_dtype=str(ids.ty.dtype),
+                    lead=len(ids.ty.shape) - 1,
+                )
+                if (info.source, info.scheme) not in packed:
+                    packed[info.source, info.scheme] = _packed(info, config.layout, params, infos)
+                gvar = kernels.get(config, "embedding", partial(quant_embedding, config, self.caps))
+                args = [ids, packed[info.source, info.scheme][0]]
+                build.bind(binding.var, relax.call_tir(gvar, args, binding.var.ty))
+                continue
             weight, layout = table, None
             if (info.source, info.dtype) in packed:
                 weight, packed_info = packed[info.source, info.dtype]
                 layout = BlockedLayout.parse(packed_info.layout)
-            config = EmbeddingConfig(
+            plain_config = EmbeddingConfig(
                 rows=info.shape[0],
                 k=info.shape[1],
                 dtype=dtype,
@@ -58,10 +78,10 @@ class LowerEmbedding:
                 lead=len(ids.ty.shape) - 1,
                 layout=layout,
             )
-            gvar = kernels.get(config, "embedding", partial(embedding, config, self.caps))
+            gvar = kernels.get(plain_config, "embedding", partial(embedding, plain_config, self.caps))
             build.bind(binding.var, relax.call_tir(gvar, [ids, weight], binding.var.ty))
         new = build.function(params, func.body.body, func.attrs, symbol="main")
-        return LoweredGraph(update_function(module, "main", new), lowered.params)
+        return LoweredGraph(update_function(module, "main", new), tuple(infos))
 
     def _table(self, graph: Graph, value: Any, index_of: dict[Any, int]) -> Any | None:
         """The parameter that `value` gathers rows from, or None."""
@@ -77,3 +97,15 @@ class LowerEmbedding:
         if ids is None or len(ids) < 1 or any(not ir.is_one(d) for d in ids[:-1]):
             return None
         return table
+
+
+def _packed(
+    info: PackedParam, layout: QuantLayout, params: list[Any], infos: list[PackedParam]
+) -> tuple[Any, PackedParam]:
+    """A quantized table of its own, appended to `params` and `infos`."""
+    shape = layout.packed_shape
+    packed = replace(info, dtype="uint8", shape=shape, layout=layout.as_text())
+    var = relax.Var(info.name.replace(".", "_") + "_packed", ir.tensor_type(shape, "uint8"))
+    params.append(var)
+    infos.append(packed)
+    return var, packed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,10 +10,14 @@ from tvm import relax, tirx
 
 from llmc import ir
 from llmc.caps import Capabilities
+from llmc.ops import LINEAR, LinearAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph, PackedParam
-from llmc.schedules.layout import linear_layout
+from llmc.quant.schemes import SCHEMES
+from llmc.schedules.layout import BlockedLayout, linear_layout
 from llmc.schedules.linear import LinearConfig, linear
+from llmc.schedules.qlayout import QuantLayout, quant_layout
+from llmc.schedules.qlinear import QuantLinearConfig, quant_linear
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class _Match:
     bias: Any | None
     out_dtype: str
     result: Any  # the variable that the kernel's output is bound to
+    attrs: LinearAttrs = LinearAttrs()
+    residual: Any | None = None
 
 
 class LowerLinear:
@@ -41,7 +47,7 @@ class LowerLinear:
     after:  w' [N/nb, K/kp, nb, kp] param;  z = call_tir(linear, x, w', b)
 
     Also ``matmul(x, w)`` with w [K, N], weights behind a cast, and the logits' cast to float32, which the head then writes
-    directly. Runs before LegalizeOps, because the ops are still recognisable; before LowerEmbedding, which reuses the
+    directly; and llmc.linear, which carries its activation, gate and residual. Runs before LegalizeOps, because the ops are still recognisable; before LowerEmbedding, which reuses the
     packed layout of tied weights. A matmul whose operand is not a plain weight is left to the generic schedules.
     """
 
@@ -59,7 +65,7 @@ class LowerLinear:
         build = Builder()
         matches = self._match_all(graph, set(index_of))
         absorbed = {m for match in matches.values() for m in match[1]}
-        packed_vars: dict[tuple[str, str, bool], Any] = {}
+        packed_vars: dict[tuple[tuple[str, ...], str, bool, bool], Any] = {}
         for binding in graph.bindings:
             if binding.var in absorbed:
                 continue
@@ -71,44 +77,86 @@ class LowerLinear:
             info = infos[index_of[match.weight.param]]
             n, k = (info.shape[1], info.shape[0]) if match.weight.transposed else info.shape
             dtype = match.weight.dtype
-            layout = linear_layout(dtype, self.caps)
-            key = (info.source, dtype, match.weight.transposed)
+            gated = match.attrs.gated
+            outputs = n // 2 if gated else n
+            config, layout, shape = self._kernel(match, info, outputs, k)
+            stored = "uint8" if info.scheme else dtype
+            key = (info.sources, stored, match.weight.transposed, gated)
             if key not in packed_vars:
-                shape = layout.packed_shape(n, k)
-                name = info.name if not _is_packed(packed_vars, info.source) else f"{info.name}.{dtype}"
-                packed = PackedParam(
-                    name, info.source, dtype, shape, layout.as_text(), match.weight.transposed
+                name = info.name if not _is_packed(packed_vars, info.sources) else f"{info.name}.{stored}"
+                packed = replace(
+                    info,
+                    name=name,
+                    dtype=stored,
+                    shape=shape,
+                    layout=layout.as_text(),
+                    transposed=match.weight.transposed,
+                    gated=gated,
                 )
                 packed_vars[key] = relax.Var(
-                    info.name.replace(".", "_") + "_packed", ir.tensor_type(shape, dtype)
+                    info.name.replace(".", "_") + "_packed", ir.tensor_type(shape, stored)
                 )
                 params.append(packed_vars[key])
                 infos.append(packed)
-            config = LinearConfig(
-                n=n,
-                k=k,
-                in_dtype=dtype,
-                weight_dtype=dtype,
-                out_dtype=match.out_dtype,
-                has_bias=match.bias is not None,
-                lead=len(match.x.ty.shape) - 2,
-                layout=layout,
-            )
-            gvar = kernels.get(config, f"linear_{n}_{k}", partial(linear, config, self.caps))
-            args = [match.x, packed_vars[key]] + ([match.bias] if match.bias is not None else [])
-            out = ir.tensor_type([*ir.dims(match.x)[:-1], tirx.IntImm("int64", n)], match.out_dtype)
+            build_kernel = quant_linear if isinstance(config, QuantLinearConfig) else linear
+            gvar = kernels.get(config, _kernel_name(config, k), partial(build_kernel, config, self.caps))
+            args = [match.x, packed_vars[key], *(a for a in (match.bias, match.residual) if a is not None)]
+            out = ir.tensor_type([*ir.dims(match.x)[:-1], tirx.IntImm("int64", config.n)], match.out_dtype)
             build.bind(binding.var, relax.call_tir(gvar, args, out))
         new = build.function(params, func.body.body, func.attrs, symbol="main")
         return LoweredGraph(update_function(module, "main", new), tuple(infos))
+
+    def _kernel(
+        self, match: _Match, info: PackedParam, n: int, k: int
+    ) -> tuple[LinearConfig | QuantLinearConfig, BlockedLayout | QuantLayout, tuple[int, ...]]:
+        """Configuration, layout of the weight and its packed shape."""
+        dtype, attrs = match.weight.dtype, match.attrs
+        has_bias, lead = match.bias is not None, len(match.x.ty.shape) - 2
+        has_residual = match.residual is not None
+        if info.scheme:
+            packed = quant_layout(SCHEMES[info.scheme], n, k, self.caps, gated=attrs.gated)
+            quantized = QuantLinearConfig(
+                n=n,
+                layout=packed,
+                in_dtype=dtype,
+                out_dtype=match.out_dtype,
+                has_bias=has_bias,
+                lead=lead,
+                activation=attrs.activation,
+                gated=attrs.gated,
+                gate_second=attrs.gate_second,
+                has_residual=has_residual,
+            )
+            return quantized, packed, packed.packed_shape
+        layout = linear_layout(dtype, self.caps)
+        config = LinearConfig(
+            n=n,
+            k=k,
+            in_dtype=dtype,
+            weight_dtype=dtype,
+            out_dtype=match.out_dtype,
+            has_bias=has_bias,
+            lead=lead,
+            layout=layout,
+            activation=attrs.activation,
+            gated=attrs.gated,
+            gate_second=attrs.gate_second,
+            has_residual=has_residual,
+        )
+        return config, layout, config.packed_shape(self.caps)
 
     def _match_all(self, graph: Graph, weights: set[Any]) -> dict[Any, tuple[_Match, list[Any]]]:
         """result variable -> (match, variables that the kernel absorbs)."""
         found: dict[Any, tuple[_Match, list[Any]]] = {}
         for binding in graph.bindings:
+            opaque = ir.match_opaque(binding.value, LINEAR)
+            if opaque:
+                found[binding.var] = (self._opaque(graph, binding.var, *opaque, weights), [])
+                continue
             if not ir.is_op(binding.value, "relax.matmul"):
                 continue
             x, w = binding.value.args
-            weight = self._weight(graph, w, weights)
+            weight = weight_behind(graph, w, weights)
             if weight is None or not _rows_of_tokens(x):
                 continue
             match = _Match(weight, x, None, str(binding.value.ty.dtype), binding.var)
@@ -120,25 +168,16 @@ class LowerLinear:
             found[match.result] = (match, absorbed)
         return found
 
-    def _weight(self, graph: Graph, var: Any, weights: set[Any]) -> _Weight | None:
-        """Trace `var` to a two-dimensional parameter through permute_dims and astype."""
-        swaps, dtype = 0, str(var.ty.dtype)
-        while True:
-            var = graph.source(var)
-            if var in weights:
-                break
-            value = graph.definition(var)
-            if ir.is_op(value, "relax.permute_dims") and len(value.args[0].ty.shape) == 2:
-                swaps, var = swaps + 1, value.args[0]
-            elif ir.is_op(value, "relax.astype"):
-                if str(value.args[0].ty.dtype) not in _FLOATS:
-                    return None
-                var = value.args[0]
-            else:
-                return None
-        if len(var.ty.shape) != 2 or dtype not in _FLOATS:
-            return None
-        return _Weight(var, transposed=swaps % 2 == 0, dtype=dtype)
+    def _opaque(self, graph: Graph, var: Any, operands: list[Any], text: str, weights: set[Any]) -> _Match:
+        """An llmc.linear; the pass that made it has checked its operands."""
+        attrs = LinearAttrs.from_json(text)
+        rest = list(operands[2:])
+        bias = rest.pop(0) if attrs.has_bias else None
+        residual = rest.pop(0) if attrs.has_residual else None
+        weight = graph.source(operands[1])
+        assert weight in weights
+        known = _Weight(weight, False, str(weight.ty.dtype))
+        return _Match(known, operands[0], bias, str(var.ty.dtype), var, attrs, residual)
 
     def _absorb_bias(self, graph: Graph, match: _Match, absorbed: list[Any]) -> None:
         user = _only_user(graph, match.result)
@@ -165,9 +204,42 @@ class LowerLinear:
 _FLOATS = ("float32", "float16", "bfloat16")
 
 
-def _is_packed(packed: dict[tuple[str, str, bool], Any], source: str) -> bool:
+def weight_behind(graph: Graph, var: Any, weights: set[Any]) -> _Weight | None:
+    """Trace `var` to a two-dimensional parameter through permute_dims and astype."""
+    swaps, dtype = 0, str(var.ty.dtype)
+    while True:
+        var = graph.source(var)
+        if var in weights:
+            break
+        value = graph.definition(var)
+        if ir.is_op(value, "relax.permute_dims") and len(value.args[0].ty.shape) == 2:
+            swaps, var = swaps + 1, value.args[0]
+        elif ir.is_op(value, "relax.astype"):
+            if str(value.args[0].ty.dtype) not in _FLOATS:
+                return None
+            var = value.args[0]
+        else:
+            return None
+    if len(var.ty.shape) != 2 or dtype not in _FLOATS:
+        return None
+    return _Weight(var, transposed=swaps % 2 == 0, dtype=dtype)
+
+
+def _is_packed(packed: dict[tuple[tuple[str, ...], str, bool, bool], Any], sources: tuple[str, ...]) -> bool:
     """True if the source weight is packed already (in another dtype or orientation)."""
-    return any(key[0] == source for key in packed)
+    return any(key[0] == sources for key in packed)
+
+
+def _kernel_name(config: LinearConfig | QuantLinearConfig, k: int) -> str:
+    """``linear_`` first: the search for the head goes by it."""
+    parts = [
+        "linear",
+        config.layout.scheme if isinstance(config, QuantLinearConfig) else "",
+        config.activation,
+        "gated" if config.gated else "",
+        "add" if config.has_residual else "",
+    ]
+    return "_".join([*filter(None, parts), str(config.n), str(k)])
 
 
 def _rows_of_tokens(x: Any) -> bool:

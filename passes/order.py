@@ -11,10 +11,13 @@ from tvm import relax
 
 from llmc.caps import Capabilities
 from llmc.kv_plan import KVPlan
+from llmc.passes.fuse_gate_up import FuseGateUp
+from llmc.passes.fuse_qkv import FuseQKV
 from llmc.passes.lower_embedding import LowerEmbedding
 from llmc.passes.lower_experts import LowerExperts
 from llmc.passes.lower_linear import LowerLinear
 from llmc.passes.make_step_function import MakeStepFunction
+from llmc.passes.quantize_weights import QuantizeWeights
 from llmc.passes.specialize_decode import SpecializeDecode
 from llmc.passes.step_module import LoweredGraph, StepModule
 from llmc.passes.widen_logits import WidenLogits
@@ -24,11 +27,16 @@ GraphPass = tuple[str, Callable[[LoweredGraph], LoweredGraph]]
 StepPass = tuple[str, Callable[[StepModule], StepModule]]
 
 
-def graph_phase(caps: Capabilities) -> list[GraphPass]:
+def graph_phase(caps: Capabilities, quantize: QuantizeWeights | None = None) -> list[GraphPass]:
     """On the graph of one sequence, while operators are still recognisable."""
     return [
+        # before the fusions, which join weights of one scheme only
+        *([("QuantizeWeights", quantize)] if quantize else []),
         # before LowerLinear, which takes the cast of the logits into the head's kernel
         ("WidenLogits", WidenLogits()),
+        # gates before q, k, v: in parallel blocks both read one input
+        ("FuseGateUp", FuseGateUp()),
+        ("FuseQKV", FuseQKV()),
         ("LowerLinear", LowerLinear(caps)),
         ("LowerExperts", LowerExperts(caps)),
         # after LowerLinear: a tied embedding reads the head's packed weight

@@ -23,8 +23,11 @@ class PackedParam:
         source: name of the tensor in the source model.
         dtype: element type in the artifact; the source is cast to it.
         shape: shape in the artifact.
-        layout: ``rows`` (as in the source), or the text of a BlockedLayout; see schedules/layout.py.
+        layout: ``rows`` (as in the source), or the text of a BlockedLayout or QuantLayout; see schedules/*layout.py.
         transposed: the source is [in, out] (GPT-2's Conv1D) and is transposed before packing.
+        more: further sources, whose rows follow those of `source`.
+        scheme: how the weight is quantized; "" = not at all. QuantizeWeights decides, the lowering passes lay out.
+        gated: the rows are two halves (gate and up) that are packed in turns, half a block of each.
     """
 
     name: str
@@ -33,6 +36,19 @@ class PackedParam:
     shape: tuple[int, ...]
     layout: str = "rows"
     transposed: bool = False
+    more: tuple[str, ...] = ()
+    gated: bool = False
+    scheme: str = ""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Every source tensor, in the order of their rows."""
+        return (self.source, *self.more)
+
+    @property
+    def layout_text(self) -> str:
+        """What the manifest says of the layout."""
+        return f"{self.layout}, gate and up in turns" if self.gated else self.layout
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmc import host
 from llmc.artifact import LIBRARY, MANIFEST, Manifest, TargetInfo, sha256_file
 from llmc.errors import LlmcError
-from llmc.runtime import host
 from llmc.runtime.embedded import read_embedded
 
 AGAIN = "Copy the artifact again or compile the model again."

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from llmc import knobs
+from llmc import host, knobs
 from llmc.errors import LlmcError
-from llmc.runtime import host
 
 # how TVM numbers devices (DLDeviceType) that artifacts may be built for
 _DEVICES = {"cpu": 1}

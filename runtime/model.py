@@ -9,9 +9,10 @@ from typing import Any, Literal, cast, overload
 
 import numpy as np
 
+from llmc import host
 from llmc.artifact import Manifest
 from llmc.errors import LlmcError
-from llmc.runtime import host, memory
+from llmc.runtime import memory
 from llmc.runtime.chat import ChatTemplate, Message, find_chat_template, read_json
 from llmc.runtime.checks import ArtifactFiles, open_artifact
 from llmc.runtime.engine import CompiledEngine, Engine, Floats, input_names

@@ -46,6 +46,26 @@ class BlockedLayout:
         split = weight.reshape(*lead, blocks, nb, steps, kp)
         return np.ascontiguousarray(np.swapaxes(split, -3, -2))
 
+    def pack_into(self, packed: np.ndarray, row: int, weight: np.ndarray) -> None:
+        """Write rows [n, K] as rows [row, row + n) of a packed weight whose other rows stay as they are."""
+        _, steps, nb, kp = packed.shape
+        n, k = weight.shape
+        if steps * kp != k:
+            weight = np.pad(weight, ((0, 0), (0, steps * kp - k)))
+        weight = weight.reshape(n, steps, kp)
+        done = 0
+        while done < n:
+            block, lane = divmod(row + done, nb)
+            if lane == 0 and n - done >= nb:  # whole blocks at once
+                count = (n - done) // nb
+                piece = weight[done : done + count * nb].reshape(count, nb, steps, kp)
+                packed[block : block + count] = np.swapaxes(piece, 1, 2)
+                done += count * nb
+                continue
+            count = min(nb - lane, n - done)
+            packed[block, :, lane : lane + count] = np.swapaxes(weight[done : done + count], 0, 1)
+            done += count
+
     def unpack(self, packed: np.ndarray, n: int, k: int) -> np.ndarray:
         """Inverse of `pack` for a weight [..., n, k]."""
         *lead, blocks, steps, nb, kp = packed.shape

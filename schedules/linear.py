@@ -10,6 +10,7 @@ from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
+from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.gather import EmbeddingConfig, GatherConfig, embedding, gather_rows
 from llmc.schedules.layout import BlockedLayout, linear_layout
 
@@ -32,13 +33,15 @@ class LinearConfig:
         n, k: outputs and inputs.
         in_dtype, weight_dtype: of x and the weight; the same.
         out_dtype: of y; float32 or in_dtype.
-        has_bias: a bias[n] of in_dtype follows the weight.
+        has_bias: a bias[n] (gated: [2n]) of in_dtype follows the weight.
         lead: unit dimensions before T in x and y.
         layout: of the packed weight; None = linear_layout's.
         rows_tile: rows that share one pass over a weight block; 0 = what the registers allow.
         k_block: columns per pass, so that a piece of a weight block stays in the second-level cache.
         t_block: rows of one task.
         prefetch: bytes that the weight stream is asked for ahead of its use.
+        activation, gated, gate_second: see LinearAttrs in llmc/ops.py; a gated weight holds 2n rows.
+        has_residual: a residual of y's shape and in_dtype follows the bias.
     """
 
     n: int
@@ -53,6 +56,18 @@ class LinearConfig:
     k_block: int = 2048
     t_block: int = 240
     prefetch: int = 2304
+    activation: str = ""
+    gated: bool = False
+    gate_second: bool = False
+    has_residual: bool = False
+
+    def packed_shape(self, caps: Capabilities) -> tuple[int, int, int, int]:
+        """Shape of the packed weight; a gated one has gate and up in turns, half a block of each."""
+        layout = self.layout or linear_layout(self.weight_dtype, caps)
+        if not self.gated:
+            return layout.packed_shape(self.n, self.k)
+        blocks = -(-self.n // (layout.n_block // 2))
+        return (blocks, *layout.packed_shape(layout.n_block, self.k)[1:])
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -183,40 +198,46 @@ def write_rows(
     bias_base: Any = 0,
 ) -> None:
     """Add the bias and store accumulators to rows of y[., n]; columns past n are dropped."""
-    lanes, caps = micro.lanes, micro.caps
-    nb = micro.layout.n_block
-    for v in range(micro.vectors):
-        column = e.let(block * nb + v * lanes)
+    store_rows(
+        Epilogue(n, micro.layout.n_block, in_dtype, out_dtype),
+        micro,
+        acc,
+        rows,
+        block,
+        y,
+        bias,
+        None,
+        bias_base,
+    )
 
-        def vector(v: int = v, column: Any = column) -> None:
-            extra = None
-            if bias is not None:
-                extra = e.let(e.widen(e.load(bias, bias_base + column, lanes), in_dtype, lanes))
-            for r, row in enumerate(rows):
-                value = e.load(acc[r][v], 0, lanes)
-                value = value + extra if extra is not None else value
-                e.store(y, row * n + column, e.narrow(value, out_dtype, lanes, caps), lanes)
 
-        def elements(v: int = v, column: Any = column) -> None:
-            for r, row in enumerate(rows):
-                with e.loop(T.max(e.i64(0), e.i64(n) - column)) as i:
-                    value = acc[r][v][i]
-                    if bias is not None:
-                        value = value + e.widen(bias[bias_base + column + i], in_dtype, 1)
-                    e.store(y, row * n + column + i, e.narrow(value, out_dtype, 1, caps), 1)
-
-        if n % nb == 0:
-            vector()
-            continue
-        with T.If(column + lanes <= n):
-            with T.Then():
-                vector()
-            with T.Else():
-                elements()
+def store_rows(
+    epilogue: Epilogue,
+    micro: MicroKernel,
+    acc: list[list[Any]],
+    rows: list[Any],
+    block: Any,
+    y: Any,
+    bias: Any,
+    residual: Any,
+    bias_base: Any = 0,
+) -> None:
+    """Apply the epilogue to accumulators and store them to rows of y."""
+    epilogue.store(
+        lambda r, v: e.load(acc[r][v], 0, micro.lanes),
+        lambda r, v, i: acc[r][v][i],
+        rows,
+        block,
+        y,
+        micro.caps,
+        bias,
+        residual,
+        bias_base,
+    )
 
 
 def linear(cfg: LinearConfig, caps: Capabilities) -> Any:
-    """The PrimFunc (x[1 x lead, T, k], w packed, [bias[n]], y[1 x lead, T, n]) with symbolic T.
+    """The PrimFunc (x[1 x lead, T, k], w packed, [bias[n]], [residual like y], y[1 x lead, T, n]) with symbolic T.
 
     Rows are taken in tiles whose accumulators stay in registers; a task is a weight block times t_block rows, so
     one row (GEMV) streams the weight once over all threads, and many rows reuse a piece of it from the cache.
@@ -225,20 +246,24 @@ def linear(cfg: LinearConfig, caps: Capabilities) -> Any:
     if cfg.in_dtype != cfg.weight_dtype:
         raise ValueError(f"x is {cfg.in_dtype}, the weight {cfg.weight_dtype}; they must be the same")
     n, k = cfg.n, cfg.k
-    blocks, steps, nb, kp = layout.packed_shape(n, k)
+    blocks, steps, nb, kp = cfg.packed_shape(caps)
+    rows_n = 2 * n if cfg.gated else n
+    epilogue = Epilogue(n, nb, cfg.in_dtype, cfg.out_dtype, cfg.activation, cfg.gated, cfg.gate_second)
     built: list[Any] = []
     with e.kernel(built):
         t = e.dim("T")
         ones = [1] * cfg.lead
         x = e.tensor("x", [*ones, t, k], cfg.in_dtype)
         w = e.tensor("w", [blocks, steps, nb, kp], cfg.weight_dtype)
-        bias = e.tensor("bias", [n], cfg.in_dtype) if cfg.has_bias else None
+        bias = e.tensor("bias", [rows_n], cfg.in_dtype) if cfg.has_bias else None
+        residual = e.tensor("residual", [*ones, t, n], cfg.in_dtype) if cfg.has_residual else None
         y = e.tensor("y", [*ones, t, n], cfg.out_dtype)
         with e.root():
             pairs = kp == 2
             xf, x_stride = row_view(x, t * k, k, pairs)
             wf = weight_view(w, blocks * steps * nb * kp, pairs)
-            bias = e.flat(bias, n) if bias is not None else None
+            bias = e.flat(bias, rows_n) if bias is not None else None
+            residual = e.flat(residual, t * n) if residual is not None else None
             yf = e.flat(y, t * n)
             micro = MicroKernel(caps, layout, cfg.in_dtype, k, xf, wf, cfg.prefetch)
             tile = cfg.rows_tile or micro.max_rows()
@@ -251,7 +276,8 @@ def linear(cfg: LinearConfig, caps: Capabilities) -> Any:
                 block = e.let(task // row_blocks)
                 first = e.let(task % row_blocks * t_block)
                 count = e.let(T.min(e.i64(t_block), t - first))
-                partial = e.workspace(t_block * nb) if chunks > 1 else None
+                # with an activation too: its polynomial is then in the code once, not per row of the tiles
+                partial = e.workspace(t_block * nb) if chunks > 1 or cfg.activation else None
 
                 def tile_of(rows: int, start: Any, begin: Any, size: Any) -> None:
                     """`rows` rows from `start` of the task over k steps [begin, begin + size)."""
@@ -267,7 +293,7 @@ def linear(cfg: LinearConfig, caps: Capabilities) -> Any:
                     micro.accumulate(acc, rows, bases, e.let((block * steps + begin) * nb), size)
                     if partial is None:
                         out = [e.let(first + start + r) for r in range(rows)]
-                        write_rows(micro, acc, out, block, n, bias, cfg.in_dtype, yf, cfg.out_dtype)
+                        store_rows(epilogue, micro, acc, out, block, yf, bias, residual)
                         return
                     for r in range(rows):
                         for v in range(micro.vectors):
@@ -298,5 +324,5 @@ def linear(cfg: LinearConfig, caps: Capabilities) -> Any:
                             value = e.load(partial, r * nb + v * micro.lanes, micro.lanes)
                             e.store(acc[0][v], 0, value, micro.lanes)
                         row = [e.let(first + r)]
-                        write_rows(micro, acc, row, block, n, bias, cfg.in_dtype, yf, cfg.out_dtype)
+                        store_rows(epilogue, micro, acc, row, block, yf, bias, residual)
     return built[0]

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAPPED = ("passes", "schedules", "runtime", "targets")
 
 # base modules: the standard library and each other; `ir` wraps tvm for all compiler code
-BASE = ("errors", "knobs", "caps", "spec", "ops", "kv_plan", "artifact", "ir")
+BASE = ("errors", "knobs", "caps", "spec", "ops", "kv_plan", "artifact", "ir", "host")
 # what the driver is made of, beside the pipeline; each may be imported by pipeline and cli
 DRIVER = ("stages", "reproducer", "shards", "link", "writer", "packing", "inspect", "doctor")
 CAPTURE_PASSES = ("rewrite", "raise_attention", "match_attention", "resolve_mask", "relax_eval")
@@ -39,11 +39,13 @@ COMPILER = (
     "evaluate",
     "evaluate_text",
     "gate",
+    "quantized_source",
 )
 
 # module or package of llmc -> modules of llmc that it may import (itself and what lies below it always)
 ALLOWED: dict[str, set[str]] = {
     **{name: set(BASE) for name in BASE},
+    "spec": {*BASE, "quant.schemes"},
     # a capture ends with the passes that make a ModelGraph of what was exported: masks resolved, attention raised
     "frontend": {*BASE, *(f"passes.{name}" for name in CAPTURE_PASSES)},
     # the scheme table and the canonical quantized weight (numpy); the methods of llmc.quant see the source model
@@ -54,17 +56,32 @@ ALLOWED: dict[str, set[str]] = {
     "schedules": {*BASE, "quant.schemes", "quant.weight"},
     "passes": {*BASE, "schedules", "frontend.graph", "quant.schemes"},
     "targets": {*BASE, "passes", "schedules"},
-    "runtime": {"artifact", "errors", "knobs", "kv_plan"},
+    "runtime": {"artifact", "errors", "host", "knobs", "kv_plan"},
     "reproducer": set(BASE),
     "stages": {*BASE, "reproducer", "runtime.memory"},
     "shards": set(BASE),
     "link": {*BASE, "runtime.embedded"},
     "writer": {*BASE, "shards", "link"},
-    "packing": {*BASE, "frontend.graph", "passes.step_module", "schedules.layout", "quant"},
+    "packing": {
+        *BASE,
+        "frontend.graph",
+        "passes.step_module",
+        "schedules.layout",
+        "schedules.qlayout",
+        "quant",
+    },
     "inspect": {*BASE, "runtime.embedded"},
-    "doctor": {*BASE, "link", "runtime.host", "targets"},
+    "doctor": {*BASE, "link", "targets"},
     "verify": {*BASE, "frontend", "runtime", "reference", "verify_compare"},
     "verify_compare": set(BASE),
+    "quantized_source": {
+        *BASE,
+        "frontend.graph",
+        "passes.step_module",
+        "quant.weight",
+        "quant.schemes",
+        "schedules.qlayout",
+    },
     "reference": {*BASE, "frontend"},
     "evaluate": set(BASE),
     # the source model comes in lazily: evaluating an artifact alone needs the runtime only
@@ -74,7 +91,17 @@ ALLOWED: dict[str, set[str]] = {
     "lm_eval_adapter": {*BASE, "runtime", "scoring"},
     "debug_taps": {*BASE, *DRIVER, *COMPILER, "pipeline"},
     "pipeline": {*BASE, *DRIVER, *COMPILER},
-    "cli": {*BASE, *DRIVER, "evaluate", "evaluate_text", "gate", "frontend.graph", "pipeline", "runtime"},
+    "cli": {
+        *BASE,
+        *DRIVER,
+        "evaluate",
+        "evaluate_text",
+        "gate",
+        "frontend.graph",
+        "quant.choose",
+        "pipeline",
+        "runtime",
+    },
     "__main__": {"cli"},
     # the lazy attributes of the package
     "__init__": {"errors", "spec", "pipeline", "runtime"},

@@ -22,6 +22,7 @@ from tvm.script import tirx as T
 from llmc import artifact
 from llmc.artifact import LIBRARY, MANIFEST, Manifest, sha256_file
 from llmc.errors import LlmcError
+from llmc.host import architecture
 from llmc.kv_plan import KVPlan
 from llmc.runtime.embedded import SIZE_SYMBOL, SYMBOL
 from llmc.shards import ShardWriter, disk_errors
@@ -76,7 +77,7 @@ def manifest() -> Manifest:
         created=created(),
         spec={"model": 'ü "quoted" \\ ?? \n'},
         model=artifact.ModelInfo("m", "M", "m", 1, 1, 1, "float32"),
-        target=artifact.TargetInfo("cpu", "cpu", "x", "x", ()),
+        target=artifact.TargetInfo("cpu", "cpu", f"{architecture()}-unknown-linux-gnu", "x", ()),
         limits=artifact.Limits(1, 1, 1),
         kv_plan=KVPlan(16, ()),
         functions=(),

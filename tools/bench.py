@@ -284,9 +284,8 @@ def summary(rounds: list[tuple[Round, int]], prompt: int) -> dict[str, float]:
 
 def bench(options: argparse.Namespace) -> dict[str, Any]:
     """Make, compile, measure; the result as plain data."""
-    from llmc import knobs
+    from llmc import host, knobs
     from llmc.doctor import cpu_name
-    from llmc.runtime import host
 
     cache = knobs.cache_dir() / "bench"
     cache.mkdir(parents=True, exist_ok=True)

@@ -68,6 +68,22 @@ def compile(
     max_ppl_increase: Annotated[
         str | None, typer.Option(help="Fail if the perplexity on --eval grows by more, e.g. 1%.")
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw size against perplexity of --quant auto there (.png, .svg).")
+    ] = None,
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            help="Scheme of the weights, e.g. q8, q4g32, q4g64a, nf4, fp8, mxfp4; auto: see --max-ppl-increase."
+        ),
+    ] = None,
+    quant_head: Annotated[
+        str | None,
+        typer.Option(help="Of the output projection (default: q8 if --quant has 4 bits or fewer)."),
+    ] = None,
+    quant_embedding: Annotated[
+        str | None, typer.Option(help="Of an embedding that is not tied to the head (default: none).")
+    ] = None,
     spec: Annotated[
         Path | None, typer.Option(help="TOML file with the spec; options given here win.")
     ] = None,
@@ -97,6 +113,9 @@ def compile(
                 "max_batch": max_batch,
                 "max_step_tokens": max_step_tokens,
                 "verify": verify,
+                "quant": quant,
+                "quant_head": quant_head,
+                "quant_embedding": quant_embedding,
                 "revision": revision,
                 "meta_weights": meta_weights or None,
                 "calib_text": calib,
@@ -110,6 +129,7 @@ def compile(
             dump_ir=dump_ir,
             time_passes=time_passes,
             stop_after=stop_after,
+            plot=plot,
             quiet=quiet,
         )
 

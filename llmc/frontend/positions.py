@@ -78,11 +78,11 @@ def _position_form(
 
 def _decide(graph: Graph, binding: Any, positions: Any, limit: int) -> Any:
     """A comparison of ``length + c`` with a number, as the constant that it is for every length up to the limit."""
-    sides = [_by_length(graph, side, positions) for side in binding.value.args]
-    if None in sides or sum(slope for slope, _ in sides if slope) != 1:
+    sides = [side for x in binding.value.args if (side := _by_length(graph, x, positions)) is not None]
+    if len(sides) != 2 or sorted(slope for slope, _ in sides) != [0, 1]:
         return None
     compare = _COMPARISONS[op_name(binding.value)]
-    first, last = (compare(*(slope * n + offset for slope, offset in sides)) for n in (1, limit))
+    first, last = (compare(*[slope * n + offset for slope, offset in sides]) for n in (1, limit))
     if first != last:
         bound = next(offset for slope, offset in sides if not slope)
         raise LlmcError(

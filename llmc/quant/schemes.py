@@ -106,14 +106,18 @@ class QuantRules:
 
     def scheme_for(self, parameter: str) -> Scheme | None:
         """Scheme of the parameter ``model.layers.0.mlp.down_proj.weight``; None = not quantized."""
+        return parse(self.named(parameter) or self.default)
+
+    def named(self, parameter: str) -> str | None:
+        """Name of the scheme that a pattern gives to the parameter; None if no pattern matches."""
         module = parameter.removesuffix(".weight")
-        chosen = self.default
+        chosen = None
         for pattern, scheme in self.patterns:
             if fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(
                 module.rpartition(".")[2], pattern
             ):
                 chosen = scheme
-        return parse(chosen)
+        return chosen
 
     @property
     def is_empty(self) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 from llmc.caps import Capabilities
 from llmc.errors import LlmcError
+from llmc.host import architecture, features
 from llmc.targets.backend import Backend
 
 # psABI micro-architecture levels in /proc/cpuinfo's names (https://gitlab.com/x86-psABIs/x86-64-ABI)
@@ -26,6 +26,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         vector_bytes=64,
         vector_registers=32,
         has_bf16_dot=True,
+        has_lookup=True,
     ),
     "x86-64-v4": dict(
         machine="x86_64",
@@ -34,44 +35,35 @@ _PRESETS: dict[str, dict[str, Any]] = {
         features=_V4,
         vector_bytes=64,
         vector_registers=32,
+        has_lookup=True,
     ),
-    "x86-64-v3": dict(machine="x86_64", mcpu="x86-64-v3", features=_V3, vector_bytes=32, vector_registers=16),
+    "x86-64-v3": dict(
+        machine="x86_64",
+        mcpu="x86-64-v3",
+        features=_V3,
+        vector_bytes=32,
+        vector_registers=16,
+        has_lookup=True,
+    ),
     "aarch64": dict(
         machine="aarch64", mcpu="generic", mattr=("+neon",), features=(), vector_bytes=16, vector_registers=32
     ),
 }
 
 
-def host_features() -> frozenset[str]:
-    """CPU flags of this machine in /proc/cpuinfo's names; empty where that file does not exist."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        if line.startswith(("flags", "Features")):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
-
-
-def host_machine() -> str:
-    """x86_64 or aarch64 (or what else the platform calls itself)."""
-    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-
-
 def missing(caps: Capabilities) -> tuple[str, ...]:
     """What this machine lacks to run code for `caps`."""
     machine = _PRESETS[caps.preset.partition("/")[2]]["machine"]
-    if machine != host_machine():
+    if machine != architecture():
         return (f"an {machine} processor",)
-    flags = host_features()
+    flags = features() or frozenset()
     return tuple(f for f in caps.features if f not in flags)
 
 
 def detect() -> str:
     """The best preset that this machine can run."""
-    machine = host_machine()
-    flags = host_features()
+    machine = architecture()
+    flags = features() or frozenset()
     for name, preset in _PRESETS.items():
         if preset["machine"] == machine and set(preset["features"]) <= flags:
             return name
@@ -99,6 +91,7 @@ def capabilities(preset: str) -> Capabilities:
         vector_bytes=facts["vector_bytes"],
         vector_registers=facts["vector_registers"],
         has_bf16_dot=facts.get("has_bf16_dot", False),
+        has_lookup=facts.get("has_lookup", False),
         threads=os.cpu_count() or 1,
     )
 

@@ -199,7 +199,7 @@ def test_a_wrong_artifact_is_never_delivered(tmp_path: Path, monkeypatch: pytest
 
     def wrong(param, tensor):
         array = right(param, tensor)
-        return array[::-1].copy() if param.source.endswith("layers.3.mlp.up_proj.weight") else array
+        return array[::-1].copy() if param.source.endswith("layers.3.mlp.down_proj.weight") else array
 
     monkeypatch.setattr(packing, "pack_tensor", wrong)
     with pytest.raises(LlmcError) as caught:

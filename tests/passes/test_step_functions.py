@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 import tvm
 from tvm import relax
 
 from llmc.ops import AttentionAttrs
-from llmc.packing import pack_tensor
+from llmc.packing import pack_sources
 from llmc.passes import order
 from llmc.passes.plan_kv_cache import PlanKVCache
 from llmc.targets.backend import get
@@ -44,15 +45,11 @@ class Compiled:
         rng = np.random.default_rng(0)
         self.weights = {}
         params = []
+        shapes = {p.source: p.shape for p in attention_model(**model).params}
+        for name, shape in shapes.items():
+            self.weights[name] = (rng.standard_normal(shape) * shape[-1] ** -0.5).astype(np.float32)
         for param in step.params:
-            if param.source not in self.weights:
-                shape = next(p.shape for p in attention_model(**model).params if p.source == param.source)
-                self.weights[param.source] = (rng.standard_normal(shape) * shape[-1] ** -0.5).astype(
-                    np.float32
-                )
-            import torch
-
-            params.append(pack_tensor(param, torch.from_numpy(self.weights[param.source])))
+            params.append(pack_sources(param, lambda name: torch.from_numpy(self.weights[name])))
         self.params = tuple(tvm.runtime.tensor(p) for p in params)
         self.pools = []
         for group in self.plan.groups:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmc import host
 from llmc.artifact import (
     SCHEMA,
     FunctionEntry,
@@ -28,7 +29,6 @@ from llmc.artifact import (
     TensorSpec,
 )
 from llmc.kv_plan import KVGroup, KVKind, KVPlan
-from llmc.runtime import host
 from llmc.runtime.engine import StepInputs, input_names
 from llmc.runtime.library import tvm_version
 from llmc.runtime.model import Model

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmc import host
 from llmc.artifact import LIBRARY, MANIFEST, Limits, Manifest
 from llmc.errors import LlmcError
-from llmc.runtime import host
 from llmc.runtime.checks import open_artifact
 from llmc.runtime.embedded import read_embedded
 from llmc.runtime.library import tvm_version

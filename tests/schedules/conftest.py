@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from llmc.caps import Capabilities
-from llmc.targets.cpu.backend import _PRESETS, capabilities, detect, host_features, tvm_target
+from llmc.host import architecture, features
+from llmc.targets.cpu.backend import _PRESETS, capabilities, detect, tvm_target
 
 _RUNNABLE = {
     name
     for name, preset in _PRESETS.items()
-    if host_features() and preset["machine"] == "x86_64" and set(preset["features"]) <= host_features()
+    if set(preset["features"]) <= (features() or frozenset()) and preset["machine"] == architecture()
 }
 # the best preset of this machine, and AVX2, whose code takes the paths without a bf16 dot product
 PRESETS = sorted({detect(), "x86-64-v3"} & _RUNNABLE) or [detect()]

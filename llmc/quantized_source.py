@@ -1,0 +1,107 @@
+"""The source model with the weights that an artifact really holds: what its kernels are checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmc.artifact import ParamEntry
+from llmc.frontend.graph import ParamInfo, SourceModel, WeightSource
+from llmc.passes.step_module import PackedParam
+from llmc.quant.weight import QuantizedWeight
+from llmc.schedules.qlayout import QuantLayout, turns
+
+if TYPE_CHECKING:
+    import torch
+
+
+def quantized_source(
+    source: SourceModel, params: Sequence[PackedParam], entries: Sequence[ParamEntry], folder: Path
+) -> SourceModel:
+    """`source` with every quantized weight replaced by what the artifact in `folder` stores, in float32.
+
+    Returns:
+        `source` itself if nothing is quantized.
+    """
+    if source.weights is None or not any(QuantLayout.is_layout(p.layout) for p in params):
+        return source
+    return replace(source, weights=ArtifactWeights(source.weights, params, entries, folder))
+
+
+class ArtifactWeights:
+    """A WeightSource: quantized weights from an artifact's shards, the others from the source model.
+
+    Weights are read back, not quantized again: that is quick whatever method made them.
+    """
+
+    def __init__(
+        self,
+        base: WeightSource,
+        params: Sequence[PackedParam],
+        entries: Sequence[ParamEntry],
+        folder: Path,
+    ) -> None:
+        self._base, self._folder = base, folder
+        by_name = {entry.name: entry for entry in entries}
+        self._where: dict[str, tuple[PackedParam, ParamEntry, int]] = {}
+        for param in params:
+            if not QuantLayout.is_layout(param.layout):
+                continue
+            row = 0
+            for name in param.sources:
+                self._where[name] = (param, by_name[param.name], row)
+                shape = base.info(name).shape
+                row += shape[-1] if param.transposed else shape[-2]
+
+    def names(self) -> tuple[str, ...]:
+        return self._base.names()
+
+    def info(self, name: str) -> ParamInfo:
+        info = self._base.info(name)
+        return ParamInfo(info.name, info.shape, "float32") if name in self._where else info
+
+    def load(self, name: str) -> torch.Tensor:
+        if name not in self._where:
+            return self._base.load(name)
+        import torch
+
+        param, entry, row = self._where[name]
+        shape = self._base.info(name).shape
+        rows = shape[-1] if param.transposed else shape[-2]
+        layout = QuantLayout.parse(param.layout)
+        stored = np.memmap(self._folder / entry.shard, np.uint8, "r", entry.offset, entry.shape)
+        weight = layout.unpack(np.asarray(stored))
+        if param.gated:
+            total = sum(self._base.info(n).shape[-2] for n in param.sources)
+            weight = _rows(weight, _inverse(turns(total, layout.n_block), total))
+        if len(param.sources) > 1:
+            weight = _rows(weight, np.arange(row, row + rows))
+        values = weight.dequantize()
+        return torch.from_numpy(
+            np.ascontiguousarray(np.swapaxes(values, -1, -2) if param.transposed else values)
+        )
+
+    def iterate(self, order: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in order:
+            yield name, self.load(name)
+
+
+def _rows(weight: QuantizedWeight, index: np.ndarray) -> QuantizedWeight:
+    return QuantizedWeight(
+        weight.scheme,
+        weight.codes[..., index, :],
+        weight.scales[..., index, :],
+        None if weight.zeros is None else weight.zeros[..., index, :],
+    )
+
+
+def _inverse(order: np.ndarray, rows: int) -> np.ndarray:
+    """Where each of `rows` rows went; `order` says which row is where, -1 for none."""
+    out = np.empty(rows, np.int64)
+    there = np.flatnonzero(order >= 0)
+    out[order[there]] = there
+    return out

@@ -1,0 +1,141 @@
+"""Small tables held in registers: a vector of codes becomes a vector of values by one permutation.
+
+As LLVM text, because TIR has neither constant vectors nor permutations by a variable. Where a processor has no such
+permutation the same function reads a constant array, lane by lane.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm.tirx.script import builder as T
+
+from llmc.caps import Capabilities
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A table of float32 values; its length is a power of two of at most 64.
+
+    Attributes:
+        name: part of the function's names; the same name must always stand for the same values.
+        values: the table.
+    """
+
+    name: str
+    values: tuple[float, ...]
+
+    def text(self, caps: Capabilities) -> str:
+        """LLVM functions for `floats` (scalar and vector) and, where the machine has bf16 dot products, `pairs`."""
+        lanes = caps.lanes_f32
+        parts = [self._array(), self._by_lane(1)]
+        permutes = caps.has_lookup and len(self.values) <= 16
+        if permutes and lanes == 16:
+            parts.append(self._floats16())
+        elif permutes and lanes == 8:
+            parts.append(self._floats8())
+        else:
+            parts.append(self._by_lane(lanes))
+        if caps.has_bf16_dot:
+            parts.append(self._pairs())
+        return "\n".join(parts)
+
+    def floats(self, codes: Any, lanes: int) -> Any:
+        """float32 lanes of int32 codes; bits above those of a code are ignored."""
+        dtype = "float32" if lanes == 1 else f"float32x{lanes}"
+        return T.call_pure_extern(dtype, f"llmc_table_{self.name}_{lanes}", codes)
+
+    def pairs(self, codes: Any) -> Any:
+        """16 lanes of bf16 pairs; each half word of `codes` holds a code in its lower bits, others are ignored."""
+        return T.call_pure_extern("int32x16", f"llmc_pairs_{self.name}", codes)
+
+    def _array(self) -> str:
+        size = len(self.values)
+        return (
+            f"@llmc_table_{self.name} = linkonce_odr unnamed_addr constant [{size} x float] "
+            f"[{_floats(self.values)}]"
+        )
+
+    def _by_lane(self, lanes: int) -> str:
+        size, name = len(self.values), self.name
+        if lanes == 1:
+            return f"""
+define linkonce_odr float @llmc_table_{name}_1(i32 %c) alwaysinline {{
+  %i = and i32 %c, {size - 1}
+  %p = getelementptr [{size} x float], ptr @llmc_table_{name}, i32 0, i32 %i
+  %v = load float, ptr %p
+  ret float %v
+}}"""
+        lines = [f"define linkonce_odr <{lanes} x float> @llmc_table_{name}_{lanes}(<{lanes} x i32> %c) {{"]
+        before = "poison"
+        for i in range(lanes):
+            lines += [
+                f"  %c{i} = extractelement <{lanes} x i32> %c, i32 {i}",
+                f"  %v{i} = call float @llmc_table_{name}_1(i32 %c{i})",
+                f"  %r{i} = insertelement <{lanes} x float> {before}, float %v{i}, i32 {i}",
+            ]
+            before = f"%r{i}"
+        return "\n".join([*lines, f"  ret <{lanes} x float> {before}", "}"])
+
+    def _floats16(self) -> str:
+        table = _floats(_repeated(self.values, 16))
+        return f"""
+declare <16 x float> @llvm.x86.avx512.permvar.sf.512(<16 x float>, <16 x i32>)
+define linkonce_odr <16 x float> @llmc_table_{self.name}_16(<16 x i32> %c) alwaysinline {{
+  %r = call <16 x float> @llvm.x86.avx512.permvar.sf.512(<16 x float> <{table}>, <16 x i32> %c)
+  ret <16 x float> %r
+}}"""
+
+    def _floats8(self) -> str:
+        values = _repeated(self.values, 16)
+        bit = ", ".join(["i32 8"] * 8)
+        return f"""
+declare <8 x float> @llvm.x86.avx2.permps(<8 x float>, <8 x i32>)
+define linkonce_odr <8 x float> @llmc_table_{self.name}_8(<8 x i32> %c) alwaysinline {{
+  %low = call <8 x float> @llvm.x86.avx2.permps(<8 x float> <{_floats(values[:8])}>, <8 x i32> %c)
+  %high = call <8 x float> @llvm.x86.avx2.permps(<8 x float> <{_floats(values[8:])}>, <8 x i32> %c)
+  %bit = and <8 x i32> %c, <{bit}>
+  %is_low = icmp eq <8 x i32> %bit, zeroinitializer
+  %r = select <8 x i1> %is_low, <8 x float> %low, <8 x float> %high
+  ret <8 x float> %r
+}}"""
+
+    def _pairs(self) -> str:
+        """Values are cut to bf16: the caller uses it only where they are exact in it."""
+        words = [struct.unpack("<I", struct.pack("<f", v))[0] >> 16 for v in self.values]
+        size = 64 if len(words) == 64 else 32
+        halves = [_halves(part) for part in np.split(np.resize(words, size), size // 32)]
+        declare = "declare <32 x i16> @llvm.x86.avx512"
+        if size == 32:
+            function, operands = "permvar.hi.512", f"<32 x i16> <{halves[0]}>, <32 x i16> %i"
+            declare += ".permvar.hi.512(<32 x i16>, <32 x i16>)"
+        else:
+            function = "vpermi2var.hi.512"
+            operands = f"<32 x i16> <{halves[0]}>, <32 x i16> %i, <32 x i16> <{halves[1]}>"
+            declare += ".vpermi2var.hi.512(<32 x i16>, <32 x i16>, <32 x i16>)"
+        return f"""
+{declare}
+define linkonce_odr <16 x i32> @llmc_pairs_{self.name}(<16 x i32> %c) alwaysinline {{
+  %i = bitcast <16 x i32> %c to <32 x i16>
+  %r = call <32 x i16> @llvm.x86.avx512.{function}({operands})
+  %s = bitcast <32 x i16> %r to <16 x i32>
+  ret <16 x i32> %s
+}}"""
+
+
+def _repeated(values: Sequence[float], size: int) -> tuple[float, ...]:
+    return tuple(float(v) for v in np.resize(values, size))
+
+
+def _floats(values: Sequence[float]) -> str:
+    """LLVM writes a float constant as the bits of the double that equals it."""
+    bits = [struct.unpack("<Q", struct.pack("<d", float(np.float32(v))))[0] for v in values]
+    return ", ".join(f"float 0x{b:016X}" for b in bits)
+
+
+def _halves(words: Sequence[int]) -> str:
+    return ", ".join(f"i16 {int(np.int16(np.uint16(w)))}" for w in words)

@@ -1,0 +1,84 @@
+"""Token embeddings from a quantized table: the packed weight of a tied head, or a table of its own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from llmc.caps import Capabilities
+from llmc.schedules import emit as e
+from llmc.schedules.qcodes import QuantCodes
+from llmc.schedules.qlayout import UNIT, QuantLayout
+
+_SERIAL_ROWS = 4  # a parallel launch costs more than unpacking this many rows
+
+
+@dataclass(frozen=True)
+class QuantEmbeddingConfig:
+    """out[T, k] = dequantize(table)[ids[T], :].
+
+    Attributes:
+        layout: of the table; rows are its n.
+        dtype: of the result.
+        ids_dtype: int32 or int64.
+        lead: unit dimensions before T in ids and result.
+    """
+
+    layout: QuantLayout
+    dtype: str
+    ids_dtype: str = "int32"
+    lead: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> QuantEmbeddingConfig:
+        return QuantEmbeddingConfig(**{**values, "layout": QuantLayout(**values["layout"])})
+
+
+def quant_embedding(cfg: QuantEmbeddingConfig, caps: Capabilities) -> Any:
+    """The PrimFunc (ids[1 x lead, T], table, out[1 x lead, T, k]); ids must lie in [0, rows)."""
+    layout = cfg.layout
+    built: list[Any] = []
+    with e.kernel(built):
+        t = e.dim("T")
+        ones = [1] * cfg.lead
+        ids = e.tensor("ids", [*ones, t], cfg.ids_dtype)
+        table = e.tensor("table", list(layout.packed_shape), "uint8")
+        out = e.tensor("out", [*ones, t, layout.k], cfg.dtype)
+        with e.root():
+            idf, to = e.flat(ids, t), e.flat(out, t * layout.k)
+            blocks, block_bytes = layout.packed_shape
+            codes = QuantCodes(caps, layout, table, blocks * block_bytes)
+
+            def row(r: Any) -> None:
+                index = e.let(e.i64(idf[r]))
+                lane = e.let(index % layout.n_block)
+                _row(codes, e.let(index // layout.n_block * block_bytes), lane, to, r, cfg.dtype, caps)
+
+            with T.If(t <= _SERIAL_ROWS):
+                with T.Then(), e.loop(t) as r:
+                    row(r)
+                with T.Else(), T.parallel(t, annotations=codes.import_text()) as r:
+                    row(r)
+    return built[0]
+
+
+def _row(codes: QuantCodes, base: Any, lane: Any, out: Any, r: Any, dtype: str, caps: Capabilities) -> None:
+    """One lane of the block at `base` into row r."""
+    layout = codes.layout
+    units = layout.group // UNIT
+    asymmetric = not layout.of.symmetric
+    with e.loop(layout.groups) as g:
+        group = e.let(base + g * layout.group_bytes)
+        tail = e.let(group + units * layout.unit_bytes)
+        scale = e.let(codes.scale(tail, lane, 1))
+        zero = e.let(codes.zero(tail, lane, 1)) if asymmetric else None
+        first = e.let(g * layout.group)
+        with e.loop(T.min(e.i64(layout.group), layout.k - first)) as j:
+            value = codes.value(group + j // UNIT * layout.unit_bytes, e.let(j % UNIT), lane)
+            value = value - zero if zero is not None else value
+            e.store(out, r * layout.k + first + j, e.narrow(value * scale, dtype, 1, caps), 1)
