@@ -108,7 +108,7 @@ define linkonce_odr <8 x float> @llmc_table_{self.name}_8(<8 x i32> %c) alwaysin
         """Values are cut to bf16: the caller uses it only where they are exact in it."""
         words = [struct.unpack("<I", struct.pack("<f", v))[0] >> 16 for v in self.values]
         size = 64 if len(words) == 64 else 32
-        halves = [_halves(part) for part in np.split(np.resize(words, size), size // 32)]
+        halves = [_halves(part.tolist()) for part in np.split(np.resize(words, size), size // 32)]
         declare = "declare <32 x i16> @llvm.x86.avx512"
         if size == 32:
             function, operands = "permvar.hi.512", f"<32 x i16> <{halves[0]}>, <32 x i16> %i"
