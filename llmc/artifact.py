@@ -145,7 +145,7 @@ class QualityReport:
     source model itself when run in the artifact's dtype. `relative_error` is the root mean square of the
     difference over that of the reference logits (mean-centred per row). The source model of a quantized artifact
     is taken with the quantized weights; the figures `quant_*` are against the unquantized one, and have no bound.
-    `text` is the evaluation on a text, if one was asked for.
+    `text` is the evaluation on a text (against the unquantized model), if one was asked for.
     """
 
     mode: str  # off, sample, full

@@ -27,6 +27,30 @@ class Tokenizes(Protocol):
         """Token ids of a text."""
 
 
+class FolderTokenizer:
+    """The tokenizer of a checkpoint's folder, before there is an artifact.
+
+    Raises:
+        LlmcError: the folder has no tokenizer.json, or it is not readable.
+    """
+
+    def __init__(self, folder: str | None, name: str) -> None:
+        from llmc.runtime.tokenizer import Tokenizer
+
+        path = Path(folder or "") / "tokenizer.json"
+        if folder is None or not path.is_file():
+            raise LlmcError(
+                "no-tokenizer",
+                f"{name} has no tokenizer.json, so nothing can be measured on a text.",
+                hint="Put the tokenizer's files beside the checkpoint.",
+            )
+        self._tokenizer = Tokenizer(path)
+
+    def tokenize(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        return self._tokenizer.encode(text, special_tokens=special_tokens)
+
+
 def read_tokens(path: Path, tokenizer: Tokenizes, most: int | None = None) -> list[int]:
     """Token ids of a UTF-8 text file, without what the tokenizer puts around it.
 
@@ -118,20 +142,39 @@ def text_windows(
             f"The artifact of {model.manifest.model.source} has no tokenizer.json, so it cannot be evaluated on a text.",
             hint="Put the tokenizer's files beside the checkpoint and compile again.",
         )
-    limit = model.manifest.limits.max_seq_len
+    return cut_text(
+        model,
+        path,
+        model.manifest.limits.max_seq_len,
+        window=window,
+        stride=stride,
+        max_tokens=max_tokens,
+    )
+
+
+def cut_text(
+    tokenizer: Tokenizes,
+    path: Path,
+    limit: int,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = MAX_TOKENS,
+) -> list[Window]:
+    """text_windows for any tokenizer; `limit` is the longest sequence."""
     if window is not None and window > limit:
         raise LlmcError(
             "window",
             f"A window may have at most {limit} tokens (the artifact's max_seq_len), found {window}.",
             hint=f"Use --window {limit} or less.",
         )
-    ids = read_tokens(path, model, max_tokens)
+    ids = read_tokens(path, tokenizer, max_tokens)
     return cut(
         ids,
         window=min(WINDOW, limit) if window is None else window,
         stride=stride,
         max_tokens=max_tokens,
-        prefix=prefix_of(model),
+        prefix=prefix_of(tokenizer),
     )
 
 

@@ -22,7 +22,8 @@ from llmc.artifact import (
 from llmc.caps import Capabilities
 from llmc.errors import LlmcError
 from llmc.evaluate_text import check_text
-from llmc.spec import CompileSpec, Verify
+from llmc.quant.schemes import NONE
+from llmc.spec import AUTO, CompileSpec, Verify
 from llmc.stages import STAGES, ProgressReporter, StageRunner, run_passes
 from llmc.targets.backend import get
 from llmc.writer import ArtifactWriter, PackedTensor, check_output, created
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from llmc.frontend.graph import ModelGraph, SourceModel
     from llmc.passes.step_module import StepModule
+    from llmc.quant.choose import QuantSearch
 
 NO_CHECK = QualityReport(mode=Verify.OFF.value, note="not checked against the source model")
 
@@ -44,11 +46,13 @@ class CompileResult:
         output: the artifact's folder; None if the compile stopped before writing it.
         manifest: as written.
         runner: timings of the stages.
+        search: what ``quant = auto`` found.
     """
 
     output: Path | None
     manifest: Manifest | None
     runner: StageRunner
+    search: QuantSearch | None = None
 
 
 def compile_model(
@@ -81,9 +85,10 @@ def compile_model(
         backend.require_host(caps)
     for text in filter(None, (spec.calib_text, spec.eval_text)):
         check_text(Path(text))
+    left_out = {"search": spec.quant != AUTO, "evaluate": not spec.eval_text}
     runner = StageRunner(
         spec,
-        stages=STAGES if spec.eval_text else tuple(s for s in STAGES if s != "evaluate"),
+        stages=tuple(stage for stage in STAGES if not left_out.get(stage)),
         dump_ir=Path(dump_ir) if dump_ir else None,
         time_passes=time_passes,
         stop_after=stop_after,
@@ -91,8 +96,12 @@ def compile_model(
     )
     manifest: Manifest | None = None
     done: Path | None = None
+    search: QuantSearch | None = None
     with runner, ArtifactWriter(output) as writer:
         target = backend.tvm_target(caps)
+        if spec.quant == AUTO:
+            search = runner.run("search", _search, model, spec, runner)
+            spec = spec.with_(quant=NONE, quant_rules=search.rules())
         source, graph = runner.run("capture", _capture, model, spec)
         step = runner.run("lower", _lower, graph, spec, source, caps, target, runner)
         del graph
@@ -106,7 +115,7 @@ def compile_model(
         manifest = writer.finish(executable, dataclasses.replace(manifest, quality=quality, files={}))
         writer.commit()
         done = output
-    return CompileResult(done, manifest if done else None, runner)
+    return CompileResult(done, manifest if done else None, runner, search)
 
 
 def run_taps(source: SourceModel, spec: CompileSpec, token_ids: Sequence[int]) -> Mapping[str, np.ndarray]:
@@ -132,17 +141,48 @@ def _spec_of(model: Any, spec: CompileSpec | None, fields: Mapping[str, Any]) ->
     return spec.with_(model=name, **fields) if fields or spec.model != name else spec
 
 
-def _capture(model: Any, spec: CompileSpec, *, taps: bool = False) -> tuple[SourceModel, ModelGraph]:
-    """Open the model (structure only) and bring it into Relax."""
-    from llmc.frontend.capture import capture
+def _open(model: Any, spec: CompileSpec) -> SourceModel:
+    """Open the model: its structure only; weights are read when they are needed."""
     from llmc.frontend.checkpoint import open_model
 
-    source = open_model(
+    return open_model(
         model if not isinstance(model, Path) else str(model),
         dtype=spec.dtype,
         revision=spec.revision,
         meta_weights=spec.meta_weights,
     )
+
+
+def _search(model: Any, spec: CompileSpec, runner: StageRunner) -> QuantSearch:
+    """Choose a scheme for each weight by measuring with torch."""
+    from llmc.evaluate_text import FolderTokenizer, cut_text
+    from llmc.quant.choose import choose
+
+    assert spec.eval_text is not None and spec.max_ppl_increase is not None
+    source = _open(model, spec)
+    tokenizer = FolderTokenizer(source.folder, source.name)
+    limit = _limits(spec, source).max_seq_len
+    windows = cut_text(tokenizer, Path(spec.eval_text), limit, max_tokens=spec.eval_tokens)
+    probe = None
+    if spec.calib_text:
+        probe = cut_text(tokenizer, Path(spec.calib_text), limit, max_tokens=len(windows[0].ids))[0]
+    return choose(
+        source,
+        windows,
+        max_increase_percent=spec.max_ppl_increase,
+        fixed=spec.rules(),
+        probe=probe,
+        dtype=spec.dtype.value if spec.dtype else None,
+        uniform=True,
+        progress=runner.progress.advance,
+    )
+
+
+def _capture(model: Any, spec: CompileSpec, *, taps: bool = False) -> tuple[SourceModel, ModelGraph]:
+    """Open the model and bring it into Relax."""
+    from llmc.frontend.capture import capture
+
+    source = _open(model, spec)
     return source, capture(source, taps=taps, max_seq_len=spec.max_seq_len)
 
 

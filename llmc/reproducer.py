@@ -48,13 +48,15 @@ def toml_text(values: dict[str, Any]) -> str:
 
 
 def toml_value(value: object) -> str:
-    """One TOML value: strings, booleans, numbers and lists of them."""
+    """One TOML value: strings, booleans, numbers, lists and tables of them."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, float)):
         return repr(value)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(k))} = {toml_value(v)}" for k, v in value.items()) + "}"
     # JSON's string escapes are a subset of TOML's basic strings
     return json.dumps(str(value))
 

@@ -12,6 +12,8 @@ from typing import Any
 from llmc.errors import LlmcError
 from llmc.quant.schemes import NONE, QuantRules, parse
 
+AUTO = "auto"
+
 
 class DType(str, Enum):
     """Element type of weights, activations or cache pages."""
@@ -57,7 +59,8 @@ class CompileSpec:
         max_step_tokens: most tokens in one step; longer prompts are prefilled in chunks of this size.
         verify: how much to check against the source model at the end.
         revision: hub revision.
-        quant: scheme of the weights (llmc/quant/schemes.py); ``none`` = they stay in dtype.
+        quant: scheme of the weights (llmc/quant/schemes.py); ``none`` = they stay in dtype; ``auto`` = searched for each
+            weight, the smallest artifact within max_ppl_increase.
         quant_rules: pattern -> scheme for single weights; see QuantRules. The last pattern that matches wins.
         quant_head: scheme of the output projection (and of a tied embedding); None = q8 if quant has 4 bits or fewer, else
             as quant.
@@ -81,15 +84,15 @@ class CompileSpec:
     verify: Verify = Verify.SAMPLE
     revision: str | None = None
     meta_weights: bool = False
-    quant: str = NONE
-    quant_rules: tuple[tuple[str, str], ...] = ()
-    quant_head: str | None = None
-    quant_embedding: str | None = None
     calib_text: str | None = None
     eval_text: str | None = None
     eval_tokens: int = 8192
     max_kl: float | None = None
     max_ppl_increase: float | None = None
+    quant: str = NONE
+    quant_rules: tuple[tuple[str, str], ...] = ()
+    quant_head: str | None = None
+    quant_embedding: str | None = None
 
     def __post_init__(self) -> None:
         for name in filter(None, (self.quant_head, self.quant_embedding)):
@@ -124,6 +127,13 @@ class CompileSpec:
                     f"{name} is a bound on figures that are measured on a text, and none is given.",
                     hint="Add --eval FILE.",
                 )
+        if self.quant == AUTO and (self.max_ppl_increase is None or self.quant_head or self.quant_embedding):
+            raise LlmcError(
+                "quant-auto",
+                "quant = auto searches the schemes within a bound: it needs max_ppl_increase, and takes no quant_head or "
+                "quant_embedding.",
+                hint="Add --eval FILE --max-ppl-increase 1%; fix single weights by quant_rules.",
+            )
         if self.eval_text is not None and self.meta_weights:
             raise LlmcError(
                 "eval-without-weights",
@@ -132,14 +142,14 @@ class CompileSpec:
             )
 
     def rules(self) -> QuantRules:
-        """Which weight gets which scheme; LlmcError if a scheme is unknown."""
-        return QuantRules(self.quant, self.quant_rules)
+        """Which weight gets which scheme (before the search of ``auto``: the rules); LlmcError if a scheme is unknown."""
+        return QuantRules(NONE if self.quant == AUTO else self.quant, self.quant_rules)
 
     def head_scheme(self) -> str | None:
         """Scheme of the output projection: errors of the logits are seen directly, and it is read once per token."""
         if self.quant_head is not None:
             return self.quant_head
-        scheme = parse(self.quant)
+        scheme = parse(self.rules().default)
         return "q8" if scheme is not None and scheme.bits <= 4 else None
 
     def to_json(self) -> dict[str, Any]:
@@ -166,11 +176,11 @@ class CompileSpec:
         for key in ("dtype", "kv_dtype"):
             if out.get(key) is not None:
                 out[key] = DType.parse(out[key])
-        if "quant_rules" in out:
-            out["quant_rules"] = _rules(out["quant_rules"])
         for key in ("max_kl", "max_ppl_increase"):
             if out.get(key) is not None:
                 out[key] = _number(key, out[key], percent=key == "max_ppl_increase")
+        if "quant_rules" in out:
+            out["quant_rules"] = _rules(out["quant_rules"])
         if "verify" in out:
             try:
                 out["verify"] = Verify(out["verify"])
@@ -204,6 +214,16 @@ class CompileSpec:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _number(key: str, value: Any, *, percent: bool) -> float:
+    """A number, also as text; with a percent sign where that is its unit."""
+    text = str(value).strip().removesuffix("%" if percent else "")
+    try:
+        return float(text)
+    except ValueError:
+        example = "1 or 1%" if percent else "0.01"
+        raise LlmcError("bound", f"{key} must be a number, e.g. {example}; found {value!r}.") from None
+
+
 def _rules(value: Any) -> tuple[tuple[str, str], ...]:
     """Patterns in order, from a mapping (TOML, JSON) or pairs."""
     pairs = list(value.items()) if isinstance(value, dict) else list(value)
@@ -214,13 +234,3 @@ def _rules(value: Any) -> tuple[tuple[str, str], ...]:
             hint='In TOML: [quant_rules] then "*.down_proj" = "q6g64".',
         )
     return tuple((str(pattern), str(scheme)) for pattern, scheme in pairs)
-
-
-def _number(key: str, value: Any, *, percent: bool) -> float:
-    """A number, also as text; with a percent sign where that is its unit."""
-    text = str(value).strip().removesuffix("%" if percent else "")
-    try:
-        return float(text)
-    except ValueError:
-        example = "1 or 1%" if percent else "0.01"
-        raise LlmcError("bound", f"{key} must be a number, e.g. {example}; found {value!r}.") from None

@@ -36,10 +36,10 @@ COMPILER = (
     "verify_compare",
     "reference",
     "debug_taps",
-    "quantized_source",
     "evaluate",
     "evaluate_text",
     "gate",
+    "quantized_source",
 )
 
 # module or package of llmc -> modules of llmc that it may import (itself and what lies below it always)
@@ -99,7 +99,17 @@ ALLOWED: dict[str, set[str]] = {
     "lm_eval_adapter": {*BASE, "runtime", "scoring"},
     "debug_taps": {*BASE, *DRIVER, *COMPILER, "pipeline"},
     "pipeline": {*BASE, *DRIVER, *COMPILER},
-    "cli": {*BASE, *DRIVER, "evaluate", "evaluate_text", "gate", "frontend.graph", "pipeline", "runtime"},
+    "cli": {
+        *BASE,
+        *DRIVER,
+        "evaluate",
+        "evaluate_text",
+        "gate",
+        "frontend.graph",
+        "quant.choose",
+        "pipeline",
+        "runtime",
+    },
     "__main__": {"cli"},
     # the lazy attributes of the package
     "__init__": {"errors", "spec", "pipeline", "runtime"},

@@ -100,3 +100,12 @@ def test_a_missing_text_is_refused_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(LlmcError, match=r"text .*none\.txt cannot be read"):
         compile_model("nothing", tmp_path / "out", eval_text=str(tmp_path / "none.txt"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_needs_a_bound_and_takes_no_other_scheme() -> None:
+    bound = {"model": "m", "quant": "auto", "eval_text": "t", "max_ppl_increase": 1}
+    assert CompileSpec.from_json(bound).rules().is_empty
+    for change in ({"max_ppl_increase": None}, {"quant_head": "q8"}, {"quant_embedding": "q8"}):
+        with pytest.raises(LlmcError) as caught:
+            CompileSpec.from_json({**bound, **change})
+        assert caught.value.ref == "quant-auto"

@@ -55,16 +55,6 @@ def compile(
     verify: Annotated[
         str | None, typer.Option(help="off, sample or full: how much to check against the source model.")
     ] = None,
-    quant: Annotated[
-        str | None, typer.Option(help="Scheme of the weights, e.g. q8, q4g32, q4g64a, nf4, fp8, mxfp4.")
-    ] = None,
-    quant_head: Annotated[
-        str | None,
-        typer.Option(help="Of the output projection (default: q8 if --quant has 4 bits or fewer)."),
-    ] = None,
-    quant_embedding: Annotated[
-        str | None, typer.Option(help="Of an embedding that is not tied to the head (default: none).")
-    ] = None,
     calib: Annotated[
         str | None, typer.Option(help="UTF-8 text for methods that look at activations.")
     ] = None,
@@ -77,6 +67,22 @@ def compile(
     ] = None,
     max_ppl_increase: Annotated[
         str | None, typer.Option(help="Fail if the perplexity on --eval grows by more, e.g. 1%.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw size against perplexity of --quant auto there (.png, .svg).")
+    ] = None,
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            help="Scheme of the weights, e.g. q8, q4g32, q4g64a, nf4, fp8, mxfp4; auto: see --max-ppl-increase."
+        ),
+    ] = None,
+    quant_head: Annotated[
+        str | None,
+        typer.Option(help="Of the output projection (default: q8 if --quant has 4 bits or fewer)."),
+    ] = None,
+    quant_embedding: Annotated[
+        str | None, typer.Option(help="Of an embedding that is not tied to the head (default: none).")
     ] = None,
     spec: Annotated[
         Path | None, typer.Option(help="TOML file with the spec; options given here win.")
@@ -123,6 +129,7 @@ def compile(
             dump_ir=dump_ir,
             time_passes=time_passes,
             stop_after=stop_after,
+            plot=plot,
             quiet=quiet,
         )
 

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,9 +15,12 @@ from llmc.artifact import MANIFEST, Manifest, QualityReport, TextQuality
 from llmc.cli.format import grid, human_bytes, human_count
 from llmc.cli.progress import reporter
 from llmc.errors import LlmcError
-from llmc.spec import CompileSpec
+from llmc.spec import AUTO, CompileSpec
 from llmc.stages import STAGES, Timing
 from llmc.writer import check_output
+
+if TYPE_CHECKING:
+    from llmc.quant.choose import QuantSearch
 
 
 def run_compile(
@@ -29,6 +32,7 @@ def run_compile(
     time_passes: bool,
     stop_after: str | None,
     quiet: bool,
+    plot: Path | None = None,
 ) -> None:
     """Compile with the options that are not None over those of `spec_file`.
 
@@ -43,6 +47,10 @@ def run_compile(
             f"There is no stage {stop_after!r}; the stages are {', '.join(STAGES)}.",
             hint="Give --stop-after one of them.",
         )
+    if plot is not None and spec.quant != AUTO:
+        raise LlmcError(
+            "plot-without-search", "--plot draws the search of --quant auto, which was not asked for."
+        )
     if output is None and stop_after is None:
         raise LlmcError("no-output", "llmc compile needs an output folder.", hint="Add -o DIR.")
     if output is not None:
@@ -55,7 +63,7 @@ def run_compile(
     from llmc.pipeline import compile_model
 
     with tempfile.TemporaryDirectory(prefix="llmc-") if output is None else nullcontext("") as nowhere:
-        compile_model(
+        result = compile_model(
             spec.model,
             output or Path(nowhere) / "stopped",
             spec=spec,
@@ -64,12 +72,26 @@ def run_compile(
             stop_after=stop_after,
             progress=show,
         )
+    if result is not None and result.search is not None:
+        show_search(result.search, console, plot, quiet=quiet)
     if quiet:
         return
     if stop_after is not None:
         console.print(f"stopped after stage {stop_after}; no artifact was written")
     elif output is not None:
         console.print(summary_table(output, show.finished))
+
+
+def show_search(found: QuantSearch, console: Console, plot: Path | None, *, quiet: bool) -> None:
+    """What the search of ``--quant auto`` measured and chose."""
+    from llmc.cli.quant_auto import choice_table, measured_table, write_plot
+
+    said = write_plot(found, plot) if plot is not None else ""
+    if not quiet:
+        console.print(measured_table(found))
+        console.print(choice_table(found))
+        if said:
+            console.print(said)
 
 
 def _spec_from_options(given: dict[str, Any]) -> CompileSpec:
@@ -85,12 +107,12 @@ def spec_table(spec: CompileSpec, output: Path | None) -> Table:
         "kv_dtype": "same as dtype",
         "max_seq_len": "the model's",
         "revision": "default",
-        "quant_head": "q8 if quant has 4 bits or fewer, else as quant",
-        "quant_embedding": "not quantized",
         "calib_text": "none",
         "eval_text": "none",
         "max_kl": "no bound",
         "max_ppl_increase": "no bound",
+        "quant_head": "q8 if quant has 4 bits or fewer, else as quant",
+        "quant_embedding": "not quantized",
     }
     table = grid(f"spec {spec.hash()}")
     for key, value in spec.to_json().items():

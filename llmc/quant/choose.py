@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from llmc.evaluate import Window
 from llmc.frontend.graph import SourceModel
 from llmc.quant.auto import Candidate, Choice, plan_descent, search
-from llmc.quant.schemes import NONE
+from llmc.quant.schemes import NONE, QuantRules
 from llmc.quant.sensitivity import Progress, Sensitivity
 
-AUTO = "auto"
 # what each weight may become; "none" = it stays in the model's dtype
 CANDIDATES = (NONE, "q8", "q6g64", "q4g32", "q4g64", "q3g64")
 # the scheme in which weights are measured: coarse enough to show, fine enough for the error to act as small ones do
@@ -65,6 +64,7 @@ def choose(
     windows: Sequence[Window],
     *,
     max_increase_percent: float,
+    fixed: QuantRules | None = None,
     probe: Window | None = None,
     dtype: str | None = None,
     uniform: bool = False,
@@ -75,6 +75,7 @@ def choose(
 
     Args:
         source: the opened model with its weights; run by torch in float32 with dequantized weights.
+        fixed: weights that its patterns name keep the scheme given there.
         probe: text for measuring single weights; default: the first window.
         dtype: of weights that stay as they are.
         uniform: also measure all weights in each scheme, to compare.
@@ -93,9 +94,15 @@ def choose(
         return oracle.loss(assignment)
 
     oracle = Sensitivity(source, windows, probe=probe, dtype=dtype, progress=tell)
-    candidates = oracle.candidates(CANDIDATES, PROBE)
+    named = {name: scheme for name in oracle.weights if fixed and (scheme := fixed.named(name))}
+    schemes = tuple(dict.fromkeys((*CANDIDATES, *named.values())))
+    candidates = oracle.candidates(schemes, PROBE)
+    allowed = {
+        name: [c for c in row if c.scheme in ((named[name],) if name in named else CANDIDATES)]
+        for name, row in candidates.items()
+    }
     budget = SHARE * math.log1p(max_increase_percent / 100)
-    choice = search(plan_descent(candidates), budget, lambda a: loss(dict(a)), most=most)
+    choice = search(plan_descent(allowed), budget, lambda a: loss(dict(a)), most=most)
     points = []
     for scheme in CANDIDATES[1:] if uniform else ():
         size = sum(c.nbytes for row in candidates.values() for c in row if c.scheme == scheme)
