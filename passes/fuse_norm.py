@@ -193,4 +193,6 @@ def _is_row_wise(x: Any, result: Any) -> bool:
         int(d) == int(e) if ir.is_constant(d) and ir.is_constant(e) else d.same_as(e)
         for d, e in zip(a, b, strict=True)
     )
-    return same and ir.is_constant(a[-1]) and len(unknown) <= 1 and all(isinstance(d, tirx.Var) for d in unknown)
+    return (
+        same and ir.is_constant(a[-1]) and len(unknown) <= 1 and all(isinstance(d, tirx.Var) for d in unknown)
+    )

@@ -45,7 +45,9 @@ class FuseRoPE:
                 source = graph.source(var)
                 if source not in made:  # layers that share a cache must see one variable
                     assert found is not None
-                    call = ir.opaque_call(HEADS, [found.base, *found.tensors], found.attrs.to_json(), source.ty)
+                    call = ir.opaque_call(
+                        HEADS, [found.base, *found.tensors], found.attrs.to_json(), source.ty
+                    )
                     made[source] = build.emit(call, "heads")
                 new.append(made[source])
             operands = [*new, *match[0][3:]]

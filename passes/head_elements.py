@@ -78,13 +78,17 @@ class Elements:
             if a is None or b is None or a.shape != b.shape:
                 return None
             sign = 1 if name == "relax.add" else -1
-            flat = [x + tuple((sign * s, *rest) for s, *rest in y) for x, y in zip(a.flat, b.flat, strict=True)]
+            flat = [
+                x + tuple((sign * s, *rest) for s, *rest in y) for x, y in zip(a.flat, b.flat, strict=True)
+            ]
             return _array(flat, a.shape)
         if name == "relax.multiply":
             return self._product(var, value.args, trailing)
         return None
 
-    def _cut(self, source: Any, trailing: int, axis: int, begin: int, end: int, step: int) -> np.ndarray | None:
+    def _cut(
+        self, source: Any, trailing: int, axis: int, begin: int, end: int, step: int
+    ) -> np.ndarray | None:
         axis -= len(ir.dims(source)) - trailing
         if axis < 0:
             return None
@@ -119,7 +123,8 @@ class Elements:
             if len(factors) != len(terms):
                 return None
             flat = [
-                tuple((s, v, i, f[0], f[1]) for s, v, i, _, _ in e) for e, f in zip(terms, factors, strict=True)
+                tuple((s, v, i, f[0], f[1]) for s, v, i, _, _ in e)
+                for e, f in zip(terms, factors, strict=True)
             ]
             return _array(flat, terms.shape)
         return None

@@ -49,7 +49,9 @@ class LowerNorm:
                 weight_dtype=str(vectors[0].ty.dtype) if vectors else "float32",
                 attrs=attrs,
             )
-            name = f"{'add_' if attrs.adds else ''}{'layer' if attrs.center else 'rms'}_norm_{config.shape[-1]}"
+            name = (
+                f"{'add_' if attrs.adds else ''}{'layer' if attrs.center else 'rms'}_norm_{config.shape[-1]}"
+            )
             gvar = kernels.get(config, name, partial(norm, config, self.caps))
             call: Any = relax.call_tir(gvar, operands, types if attrs.adds else types[0])
             build.bind(binding.var, call)

@@ -227,7 +227,9 @@ class MakeStepFunction:
             [q_type, pools[0].ty, pools[1].ty],
         )
         three = build.emit(call, "rotated")
-        q, *after = [build.emit(relax.TupleGetItem(three, j), n) for j, n in enumerate(("q", "k_pool", "v_pool"))]
+        q, *after = [
+            build.emit(relax.TupleGetItem(three, j), n) for j, n in enumerate(("q", "k_pool", "v_pool"))
+        ]
         return q, after
 
     def _gather(self, x: Any, rows: Any, row_count: Any) -> Any:

@@ -36,7 +36,9 @@ class NormConfig:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> NormConfig:
-        return NormConfig(**{**values, "shape": tuple(values["shape"]), "attrs": NormAttrs(**values["attrs"])})
+        return NormConfig(
+            **{**values, "shape": tuple(values["shape"]), "attrs": NormAttrs(**values["attrs"])}
+        )
 
 
 def norm(cfg: NormConfig, caps: Capabilities) -> Any:

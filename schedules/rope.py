@@ -70,7 +70,9 @@ class RopeOperands:
         size = lambda shape: _product([self.t if d < 0 else d for d in shape])  # noqa: E731
         pairs = zip(self._sources, self.cfg.sources, strict=True)
         self.sources = [e.flat(b, size(s.shape)) for b, s in pairs]
-        self.tensors = [e.flat(b, size(shape)) for b, shape in zip(self._tensors, self.cfg.tensors, strict=True)]
+        self.tensors = [
+            e.flat(b, size(shape)) for b, shape in zip(self._tensors, self.cfg.tensors, strict=True)
+        ]
 
     def rotate(self, which: int, token: Any, head: Any, store: Callable[[Any, Any, int], None]) -> None:
         """Compute a head of a token: store(first element, float32 values, lanes).
@@ -142,7 +144,9 @@ def append_token(
 def append_all(ops: RopeOperands, slots: Any, k_pool: Any, v_pool: Any, layer: Any) -> None:
     """append_token for every token and cached head."""
     hk = ops.cfg.attention.kv_heads
-    each_token(ops.t, hk, ops.caps, lambda token, head: append_token(ops, slots, k_pool, v_pool, layer, token, head))
+    each_token(
+        ops.t, hk, ops.caps, lambda token, head: append_token(ops, slots, k_pool, v_pool, layer, token, head)
+    )
 
 
 def each_token(t: Any, heads: int, caps: Capabilities, body: Callable[[Any, Any], None]) -> None:
