@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from llmc.errors import LlmcError
+from llmc.frontend.import_base import module_path
 
 _RECURRENT = frozenset(
     ("linear_attention", "conv", "mamba", "mamba2", "recurrent", "hybrid", "hybrid_sliding", "moe_mamba")
@@ -76,11 +77,14 @@ def check_range(program: Any, limit: int) -> None:
         lower, upper = int(allowed.lower), allowed.upper
         if lower > 2 or (upper.is_number and upper < min(limit, 2**30)):
             line = next((line for test, line in _program_guards(program) if _ends(test, lower, upper)), "")
+            line = line or _blocks(program)
             raise LlmcError(
                 "length-dependent",
                 f"The model computes differently for lengths outside of {lower} to {upper}{_place(line)}, and is made for "
                 f"up to {limit}.",
-                hint="Such a model cannot be compiled for every length at once.",
+                hint=f"Compile it for at most {upper} tokens (--max-seq-len {upper})."
+                if lower <= 2
+                else "Such a model cannot be compiled for every length at once.",
                 context={"line": line},
             )
 
@@ -90,6 +94,17 @@ def _ends(condition: Any, lower: int, upper: Any) -> bool:
     lengths = [lower - 1, int(upper) + 1] if upper.is_number else [lower - 1]
     values = (condition.subs(dict.fromkeys(condition.free_symbols, n)) for n in lengths)
     return any(value == False for value in values)  # noqa: E712  (sympy's false)
+
+
+def _blocks(program: Any) -> str:
+    """The first module that divides the length by something, and so works on blocks of the sequence."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        for size in (value, *getattr(value, "shape", ())):
+            if isinstance(size, torch.SymInt) and ("//" in str(size) or "Mod" in str(size)):
+                path = module_path(node, "model")
+                return f"{path or 'the model'} works on blocks of the sequence, in {node.target}"
+    return ""
 
 
 def _recurrent_error(model: torch.nn.Module, what: str, facts: Mapping[str, object]) -> LlmcError:
@@ -128,7 +143,7 @@ def _guard_lines(env: Any) -> list[tuple[Any, str]]:
     found = []
     for guard in env.guards:
         frame: Any = getattr(guard.sloc, "framework_loc", None)
-        if hasattr(frame, "filename"):
+        if hasattr(frame, "filename") and not _in_torch(frame.filename):
             found.append((guard.expr, f"{Path(frame.filename).name}:{frame.lineno}, {frame.name}"))
     return found
 
@@ -140,11 +155,14 @@ def _forward_line(model: torch.nn.Module, error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
-        is_torch = Path(torch.__file__).parent in Path(code.co_filename).parents
-        if id(trace.tb_frame.f_locals.get("self")) in modules and not is_torch:
+        if id(trace.tb_frame.f_locals.get("self")) in modules and not _in_torch(code.co_filename):
             found = f"{Path(code.co_filename).name}:{trace.tb_lineno}, {code.co_name}"
         trace = trace.tb_next
     return found
+
+
+def _in_torch(filename: str) -> bool:
+    return Path(torch.__file__).parent in Path(filename).parents
 
 
 def _failing_module(model: torch.nn.Module, error: BaseException) -> str:
