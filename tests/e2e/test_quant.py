@@ -16,7 +16,7 @@ from llmc.pipeline import compile_model
 from llmc.quantized_source import ArtifactWeights
 from llmc.spec import CompileSpec
 from tests.frontend.tiny import save, tiny_model
-from tools.perplexity import perplexity
+from tools.perplexity import cut, score
 
 pytestmark = pytest.mark.e2e
 
@@ -32,8 +32,7 @@ def compiled(model: Path, output: Path, **fields) -> Manifest:
 def demo_perplexity(folder: Path) -> float:
     model = llmc.load(folder)
     ids = model.tokenize((DEMO / "heldout.txt").read_text(encoding="utf-8"), special_tokens=False)
-    pieces = [ids[i : i + 512] for i in range(0, 8 * 512, 512)]
-    return perplexity(model.logits, pieces)
+    return score(str(folder), model.logits, cut(ids, 512, 8)).perplexity
 
 
 @pytest.fixture(scope="module")
