@@ -81,7 +81,9 @@ def write_plot(found: QuantSearch, path: Path) -> str:
             axes.annotate(scheme, (nbytes / mega, percent(loss)), xytext=(4, 4), textcoords="offset points")
     axes.set_xlabel("quantized weights, MiB")
     axes.set_ylabel("perplexity increase, %")
+    # zero and noise below it have a place on this scale, which is linear up to a tenth of a percent
     axes.set_yscale("symlog", linthresh=0.1)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.legend()
     axes.grid(alpha=0.3)
     try:
