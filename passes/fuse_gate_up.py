@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tvm import relax
+
 from llmc import ir
 from llmc.ops import ACTIVATIONS, LINEAR, LinearAttrs
 from llmc.passes.fuse_qkv import Projection, concatenated, projection
 from llmc.passes.rewrite import Builder, Graph, update_function
 from llmc.passes.step_module import LoweredGraph
-from tvm import relax
 
 _NAME_OF = {op: name for name, op in ACTIVATIONS.items()}
 

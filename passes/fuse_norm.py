@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import relax, tirx
+from tvm import tirx
 
 from llmc import ir
 from llmc.ops import NORM, NormAttrs

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from llmc.schedules.norm import NormConfig, norm
 from tvm import relax
 
 from llmc import ir
@@ -13,6 +12,7 @@ from llmc.caps import Capabilities
 from llmc.ops import NORM, NormAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph
+from llmc.schedules.norm import NormConfig, norm
 
 
 class LowerNorm:

@@ -22,8 +22,8 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig
-from llmc.schedules.rope import RopeOperands, rotate_query
 from llmc.schedules.attention_pages import PageReader, in_groups
+from llmc.schedules.rope import RopeOperands, rotate_query
 from llmc.schedules.vmath import exp_nonpositive, tanh
 
 _LOWEST = -1e30  # finite, so that the difference of two of them is 0 and not NaN
