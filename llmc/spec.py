@@ -155,7 +155,8 @@ class CompileSpec:
     def to_json(self) -> dict[str, Any]:
         """Plain values, fit for JSON and TOML."""
         plain = {k: (v.value if isinstance(v, Enum) else v) for k, v in asdict(self).items()}
-        return {**plain, "quant_rules": dict(self.quant_rules)}
+        # pairs, not a table: the order of rules matters, and JSON's keys are sorted
+        return {**plain, "quant_rules": [list(rule) for rule in self.quant_rules]}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> CompileSpec:
