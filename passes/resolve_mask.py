@@ -224,6 +224,9 @@ class MaskResolver:
             try:
                 value = evaluator.value(term.value)
             except NotEvaluable as error:
+                if error.what.startswith("the input"):
+                    what = f"computed from weights or tokens ({error.what}), not from positions alone"
+                    raise MaskError(f"a mask or bias that is {what}") from None
                 raise MaskError(f"a mask or bias that depends on {error.what}") from None
             if term.fill is None:
                 value = value.astype("float64" if value.size < 2**16 else "float32") * term.factor

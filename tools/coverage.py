@@ -2,6 +2,7 @@
 
     python tools/coverage.py                      # every model type; compile and compare with eager
     python tools/coverage.py --graph-only         # capture alone, evaluated with numpy: quick, no code generation
+    python tools/coverage.py --graph-only --markdown docs/coverage.md
     python tools/coverage.py --only llama,bloom --json out.json --jobs 2 --limit 120
 
 Every type is a tiny random model (tools/tiny_configs.py) whose logits have to match transformers' eager float32 at lengths
@@ -252,6 +253,55 @@ def show(results: list[Result]) -> None:
     )
 
 
+def markdown(results: list[Result], command: str) -> str:
+    """The results as a document: what was run, counts, the matching types, and every other type's sentence."""
+    from importlib.metadata import version
+
+    packages = ("transformers", "torch", "apache-tvm")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    totals = Counter(r.outcome for r in results)
+    matching = sorted(r.model_type for r in results if r.outcome == "matches")
+    worst = max(
+        (r.error / max(1.0, r.scale) for r in results if r.error is not None and r.scale), default=0.0
+    )
+    lines = [
+        "# Coverage of transformers' decoder-only architectures",
+        "",
+        f"Result of `{command}` with {versions}, Python {sys.version_info.major}.{sys.version_info.minor}.",
+        "Each type is a tiny random model whose logits are compared with transformers' eager float32 at lengths "
+        f"{', '.join(map(str, LENGTHS))}."
+        + (
+            " This run evaluates the captured graph with numpy; without `--graph-only` every model is compiled and checked "
+            "through the paged cache."
+            if "--graph-only" in command
+            else " Every model is compiled; prefill and paged decode are compared."
+        ),
+        "",
+        "| outcome | model types |",
+        "|---|---|",
+        *(f"| {name} | {count} |" for name, count in totals.most_common()),
+        f"| all | {len(results)} |",
+        "",
+        f"Largest error of those that match, relative to the largest logit (at least 1): {worst:.1e}; the limit is "
+        f"{TOLERANCE:.0e}.",
+        "",
+        "## Matches",
+        "",
+        ", ".join(f"`{name}`" for name in matching),
+        "",
+        "## Others",
+        "",
+        "| model type | outcome | what a user is told |",
+        "|---|---|---|",
+    ]
+    for r in sorted(results, key=lambda r: (r.outcome, r.model_type)):
+        if r.outcome != "matches":
+            lines.append(
+                f"| `{r.model_type}` | {r.outcome} | {' '.join(r.detail.split()).replace('|', '/')} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="model types, separated by commas")
@@ -261,6 +311,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--limit", type=float, default=180.0, help="seconds per model type (default 180)")
     parser.add_argument("--json", metavar="FILE", help="also write the results there")
+    parser.add_argument("--markdown", metavar="FILE", help="also write a document there (docs/coverage.md)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -280,6 +331,9 @@ def main() -> int:
     show(results)
     if options.json:
         Path(options.json).write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+    if options.markdown:
+        kept = ["--graph-only"] if options.graph_only else []
+        Path(options.markdown).write_text(markdown(results, " ".join(["python tools/coverage.py", *kept])))
     return 0 if all(r.outcome not in ("differs", "error") for r in results) else 1
 
 

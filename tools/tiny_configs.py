@@ -76,7 +76,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba2": {
         "hybrid_layer_ids": [1],
         "layers_block_type": ["linear_attention", "hybrid"],
+        "layer_types": None,
         "num_hidden_layers": 2,
+    },
+    "recurrent_gemma": {"layer_types": None, "num_hidden_layers": 3},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
     },
     "zaya": {"num_experts_per_tok": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"]},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from llmc.frontend.interfaces import routed_through_llmc
 from llmc.frontend.positions import use_positions
 from llmc.frontend.rope import original_frequencies
 from llmc.frontend.tokens import TokenCheck
+from llmc.frontend.trace_errors import check_range, refuse_recurrent, trace_error
 from llmc.ir import tensor_type
 from llmc.passes.raise_attention import RaiseAttention
 from llmc.passes.rewrite import Builder
@@ -28,9 +30,6 @@ from llmc.passes.rewrite import Builder
 _TRACED_LENGTH = 24
 _LARGE = 2**16  # a buffer of more entries is a weight, not a table to keep in the graph
 NO_LIMIT = 2**31 - 1
-_RECURRENT = frozenset(
-    ("linear_attention", "conv", "mamba", "mamba2", "recurrent", "hybrid", "hybrid_sliding", "moe_mamba")
-)
 _LIMIT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 
 
@@ -88,7 +87,7 @@ def capture(
     model = source if isinstance(source, torch.nn.Module) else source.module
     limit = length_limit(model) if isinstance(source, torch.nn.Module) else source.max_seq_len
     limit = min(limit, max_seq_len or NO_LIMIT)
-    _refuse_recurrent(model)
+    refuse_recurrent(model, decoder_layers(model))
     tapped = decoder_layers(model) if taps else {}
     wrapper = _OneSequence(model, tapped).eval()
     ids = torch.zeros(1, _TRACED_LENGTH, dtype=torch.long)
@@ -97,13 +96,14 @@ def capture(
     with original_frequencies(model, limit):
         with torch.no_grad(), routed_through_llmc(model), without_weights(model):
             try:
-                program = torch.export.export(
-                    wrapper, (ids, positions), dynamic_shapes=(dynamic, dynamic), strict=False
-                )
+                with redirect_stderr(StringIO()):  # torch prints the whole graph when it fails
+                    program = torch.export.export(
+                        wrapper, (ids, positions), dynamic_shapes=(dynamic, dynamic), strict=False
+                    )
             except LlmcError:
                 raise
             except Exception as error:
-                raise _trace_error(model, error) from error
+                raise trace_error(model, error) from error
             program = _functional(program)
         buffers, weights = {}, []
         for name, buffer in model.named_buffers(remove_duplicate=False):
@@ -111,6 +111,7 @@ def capture(
                 weights.append(f"model.{name}")
             else:
                 buffers[f"model.{name}"] = buffer
+    check_range(program, limit)
     imported = Importer(
         program,
         buffers,
@@ -119,7 +120,6 @@ def capture(
         tied=tied_names(model),
         limit=limit,
     ).run()
-    _check_range(program, limit)
     return _finish(imported, tuple(tapped), limit)
 
 
@@ -152,8 +152,8 @@ def capture_exported(program: torch.export.ExportedProgram, *, limit: int = NO_L
     persistent = {n for n, b in program.named_buffers() if n not in signature.non_persistent_buffers}
     weights = frozenset(n for n, b in program.named_buffers() if n in persistent and b.numel() > _LARGE)
     buffers = {n: b for n, b in program.named_buffers() if n not in weights}
+    check_range(program, limit)
     imported = Importer(program, buffers, parameter_buffers=weights, limit=limit).run()
-    _check_range(program, limit)
     return _finish(imported, (), limit)
 
 
@@ -169,18 +169,6 @@ def _is_large_weight(model: torch.nn.Module, name: str, buffer: torch.Tensor) ->
     path, _, leaf = name.rpartition(".")
     persistent = leaf not in model.get_submodule(path)._non_persistent_buffers_set
     return persistent and buffer.is_floating_point() and buffer.numel() > _LARGE
-
-
-def _check_range(program: Any, limit: int) -> None:
-    """The traced branches have to be those of every length from 1 (2 for torch) to the limit."""
-    for allowed in program.range_constraints.values():
-        lower, upper = int(allowed.lower), allowed.upper
-        if lower > 2 or (upper.is_number and upper < min(limit, 2**30)):
-            raise LlmcError(
-                "length-dependent",
-                f"The model computes differently for lengths outside of {lower} to {upper}, and is made for up to {limit}.",
-                hint="Such a model cannot be compiled for every length at once.",
-            )
 
 
 @contextmanager
@@ -285,51 +273,3 @@ def _where(imported: Imported) -> Any:
         return path or op or str(var)
 
     return where
-
-
-def _trace_error(model: torch.nn.Module, error: Exception) -> LlmcError:
-    """What to tell about a model that torch.export cannot trace for every length."""
-    text = str(error).strip().splitlines()
-    facts = {"error": str(error)}
-    if getattr(model, "_is_stateful", False):  # transformers' mark of classes with a state besides attention
-        return _recurrent_error(model, "recurrent layers", facts)
-    where = _failing_module(model, error)
-    return LlmcError(
-        "trace-failed",
-        f"torch.export cannot trace {where or type(model).__name__} for every length: {type(error).__name__}: "
-        f"{text[0] if text else ''}",
-        context=facts,
-    )
-
-
-def _refuse_recurrent(model: torch.nn.Module) -> None:
-    """Refuse by the config before minutes are spent on tracing a scan step by step."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for name in ("layer_types", "layers_block_type"):
-        kinds = getattr(config, name, None)
-        found = sorted({k for k in kinds if k in _RECURRENT}) if isinstance(kinds, list | tuple) else []
-        if found:
-            raise _recurrent_error(model, f"layers of the kind {', '.join(found)}", {})
-
-
-def _recurrent_error(model: torch.nn.Module, what: str, facts: Mapping[str, object]) -> LlmcError:
-    return LlmcError(
-        "token-mixing-not-captured",
-        f"{type(model).__name__} has {what}, which carry a state from token to token; "
-        "only attention is supported yet.",
-        context=facts,
-    )
-
-
-def _failing_module(model: torch.nn.Module, error: BaseException) -> str:
-    """Path and class of the innermost module whose forward was running when the error was raised."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    found = ""
-    trace = error.__traceback__
-    while trace is not None:
-        owner = trace.tb_frame.f_locals.get("self")
-        if id(owner) in paths:
-            found = f"{paths[id(owner)] or 'the model'} ({type(owner).__name__})"
-        trace = trace.tb_next
-    return found

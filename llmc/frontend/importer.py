@@ -127,6 +127,12 @@ class Importer:
             return tirx.floordiv(a, b) if type(expr).__name__ == "FloorDiv" else tirx.floormod(a, b)
         if type(expr).__name__ in ("Max", "Min"):  # torch has its own
             return self._extreme(expr)
+        if any(str(symbol).startswith("u") for symbol in expr.free_symbols):
+            raise self.error(
+                "a size or number that depends on the values of a tensor (how many tokens each expert gets, for example), "
+                "while a graph has to hold for all values",
+                "data-dependent",
+            )
         raise self.error(f"a size {expr} that llmc cannot express in the sequence length")
 
     def _extreme(self, expr: Any) -> Any:
@@ -271,6 +277,9 @@ class Importer:
         want = self.dtype(value.dtype)
         if dtype_of(got) != want:
             raise self.error(f"imported as {got.ty.dtype} where torch has {want}", "importer-bug")
+        if got.ty.shape is None and got.ty.ndim == value.dim():
+            # lengths that Relax cannot prove equal (T and T - min(T, 1) + 1, say); torch has
+            got = self.env[node] = self.emit(relax.op.reshape(got, relax.ShapeExpr(self.shape(value))))
         if got.ty.shape is None or len(got.ty.shape) != value.dim():
             raise self.error(
                 f"imported with shape {got.ty.shape} where torch has {value.shape}", "importer-bug"

@@ -16,6 +16,7 @@ from llmc.frontend import torch_ops  # noqa: F401  (defines torch.ops.llmc)
 from llmc.frontend.masks import MaskKind, classify_mask
 
 NAME = "llmc"
+_paths: dict[int, str] = {}  # of the modules of the model that is being traced, for messages
 
 # tensors that attention functions get for other back ends and that do not change what is computed
 _IGNORED_TENSORS = frozenset({"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"})
@@ -63,7 +64,10 @@ def attention(
         if isinstance(extra, torch.Tensor) and name not in _IGNORED_TENSORS:
             raise LlmcError(
                 "attention-argument-unknown",
-                f"{type(module).__name__} passes the tensor {name!r} to its attention, whose meaning llmc does not know.",
+                f"{_paths.get(id(module)) or 'The model'} ({type(module).__name__}) passes the tensor {name!r} to its "
+                "attention, and llmc knows no attention that takes one.",
+                hint="Sparse attention over chosen tokens is not supported yet." if name == "indices" else "",
+                context={"module": _paths.get(id(module), "")},
             )
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", False))
@@ -133,12 +137,14 @@ def routed_through_llmc(model: torch.nn.Module) -> Iterator[None]:
         if hasattr(c, name)
     ]
     find_packed = masking_utils.find_packed_sequence_indices
+    _paths.update((id(module), path) for path, module in model.named_modules())
     try:
         for config, name, _ in saved:
             setattr(config, name, NAME)
         masking_utils.find_packed_sequence_indices = lambda position_ids: None
         yield
     finally:
+        _paths.clear()
         masking_utils.find_packed_sequence_indices = find_packed
         for config, name, value in saved:
             setattr(config, name, value)

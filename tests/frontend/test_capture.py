@@ -285,3 +285,35 @@ def test_frequencies_that_grow_with_the_length() -> None:
     with pytest.raises(LlmcError, match=r"rotary_emb .*--max-seq-len 64") as refused:
         capture(model)
     assert refused.value.ref == "length-dependent"
+
+
+class Branching(Plain):
+    """Plain with a decision that capture has to refuse and name."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.how == "constant":
+            list(range(input_ids.shape[1]))
+        if self.how == "values":
+            for _ in (input_ids[0] > 3).nonzero():
+                pass
+        logits = super().forward(input_ids)
+        return logits * 2 if self.how == "branch" and input_ids.shape[1] > 40 else logits
+
+
+@pytest.mark.parametrize(
+    ("how", "ref", "says"),
+    [
+        ("constant", "length-dependent", r"Branching uses the length .*\(test_capture.py:\d+, forward\)"),
+        ("branch", "length-dependent", r"lengths outside of 2 to 40 \(test_capture.py:\d+, forward\)"),
+        ("values", "data-dependent", r"Branching.* values of a tensor .*\(test_capture.py:\d+, forward\)"),
+    ],
+)
+def test_refusals_name_the_line(how: str, ref: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(LlmcError, match=says) as refused:
+        capture(Branching(how).eval())
+    assert refused.value.ref == ref
+    assert capsys.readouterr() == ("", "")
