@@ -19,7 +19,7 @@ class Capabilities:
         vector_bytes: width of a vector register.
         vector_registers: how many there are.
         has_bf16_dot: 2-way bf16 dot product with float32 accumulation (vdpbf16ps).
-        has_lookup: a register can be permuted by another one (vpermps, vpermw): small tables are one instruction.
+        has_lookup: a register can be permuted by another one (vpermps, vpermw, tbl): small tables are one instruction.
         threads: worker threads that default schedules are sized for.
     """
 

@@ -21,9 +21,9 @@ def run(source: SourceModel, spec: CompileSpec, token_ids: Sequence[int]) -> Map
 
     from llmc.frontend.capture import capture
     from llmc.packing import packed_tensors
-    from llmc.passes.quantize_weights import QuantizeWeights
     from llmc.passes import order
     from llmc.passes.plan_kv_cache import PlanKVCache
+    from llmc.passes.quantize_weights import QuantizeWeights
     from llmc.passes.step_module import LoweredGraph
     from llmc.targets.backend import get
     from llmc.targets.codegen import build_executable

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import tvm
 from tvm import relax, tirx
-from tvm.ir import Op, StringImm
+from tvm.ir import GenericConst, Op, StringImm
 
 # tvm has no type information; these names say what is meant
 Expr: TypeAlias = Any
@@ -100,3 +100,16 @@ def slice_of(value: Any) -> tuple[int, int, int, int] | None:
     if begin < 0 or end < 0 or not is_constant(shape[axis]):
         return None
     return axis, begin, min(end, int(shape[axis])), step
+
+
+def is_tensor_constant(value: Any) -> bool:
+    """True if `value` is a constant tensor."""
+    return isinstance(value, GenericConst)
+
+
+def scalar_of(value: Any) -> float | None:
+    """The number that a constant tensor of one element holds, else None."""
+    if not isinstance(value, GenericConst) or not isinstance(value.ty, relax.TensorType):
+        return None
+    array = value.value.numpy()
+    return float(array.reshape(())) if array.size == 1 else None

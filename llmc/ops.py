@@ -5,6 +5,8 @@ They appear in Relax as ``R.call_pure_packed(name, tensors..., R.str(attrs.to_js
     llmc.attention(q[1,h,T,dk], k[1,hk,T,dk], v[1,hk,T,dv], sinks[h]?, alibi[h]?, attrs) -> [1,T,h,dv]
     llmc.expert_linear(x[n,d], expert_ids[n], weight[e,o,d], bias[e,o]?, attrs) -> [n,o]
     llmc.linear(x[..,T,d], weight[o,d], bias[o]?, residual[..,T,n]?, attrs) -> [..,T,n]
+    llmc.norm(x[..,k], addend like x?, weight[k]?, bias[k]?, attrs) -> like x; with addend: (sum, norm)
+    llmc.heads(x, cos[..,T,n]?, sin[..,T,m]?, attrs) -> [1,h,T,d]
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from dataclasses import asdict, dataclass
 ATTENTION = "llmc.attention"
 EXPERT_LINEAR = "llmc.expert_linear"
 LINEAR = "llmc.linear"
+NORM = "llmc.norm"
+HEADS = "llmc.heads"
 
 # what a linear kernel can apply to its sums: name -> Relax operator of one operand
 ACTIVATIONS = {
@@ -115,3 +119,94 @@ class LinearAttrs:
     @staticmethod
     def from_json(text: str) -> LinearAttrs:
         return LinearAttrs(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class NormAttrs:
+    """A norm along the last axis, computed in float32.
+
+        x = x + addend                                          if adds; rounded to x's dtype, and the first result
+        y = x / sqrt(mean(x**2) + eps)                          RMSNorm
+        y = (x - mean(x)) / sqrt(var(x) + eps)                  if center: LayerNorm
+        y = y * weight (+ bias)                                 weight + 1 if plus_one (Gemma)
+
+    Attributes:
+        eps: added to the mean square.
+        rounds_first: y is rounded to x's dtype before the weight (Llama), not only after it (Gemma).
+        has_weight, has_bias: which operands follow.
+    """
+
+    eps: float
+    center: bool = False
+    plus_one: bool = False
+    rounds_first: bool = False
+    has_weight: bool = False
+    has_bias: bool = False
+    adds: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> NormAttrs:
+        return NormAttrs(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring elements of a rotated head that are computed alike: for i < count,
+
+        out[to + i * to_step] = x[a + i * a_step] * c                                          if not pair
+        out[to + i * to_step] = x[a + ..] * cos[ca + ..] + sign * x[b + ..] * sin[cb + ..]     if pair
+
+    where cos is operand `ca_of` and sin operand `cb_of` of the two coefficient tensors, and c is 1.
+    """
+
+    to: int
+    to_step: int
+    count: int
+    a: int
+    a_step: int
+    pair: bool = False
+    ca_of: int = 0
+    ca: int = 0
+    ca_step: int = 0
+    sign: int = 1
+    b: int = 0
+    b_step: int = 0
+    cb_of: int = 0
+    cb: int = 0
+    cb_step: int = 0
+
+
+@dataclass(frozen=True)
+class HeadsAttrs:
+    """Heads of a projection, read in place and rotated (Su et al. 2021, RoPE, in any arrangement).
+
+    Element i of head n of token t, before the rotation, is element
+    ``offset + t * token_stride + n * head_stride (* T if head_major) + i`` of x in C order.
+
+    Attributes:
+        heads, dim: of the result.
+        runs: the rotation; they cover every element of a head once.
+    """
+
+    heads: int
+    dim: int
+    offset: int
+    token_stride: int
+    head_stride: int
+    head_major: bool
+    runs: tuple[Run, ...]
+
+    @property
+    def rotates(self) -> bool:
+        return any(run.pair for run in self.runs)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> HeadsAttrs:
+        values = json.loads(text)
+        return HeadsAttrs(**{**values, "runs": tuple(Run(**r) for r in values["runs"])})

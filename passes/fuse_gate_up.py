@@ -101,7 +101,7 @@ def _match(graph: Graph, binding: Any, weights: set[Any]) -> _Match | None:
 
 def _two(graph: Graph, gate: Any, up: Any, weights: set[Any]) -> tuple[Any, bool, tuple[Any, ...]] | None:
     """Gate and up as results of two projections of one input."""
-    g, u = _projection_to(graph, gate, weights), _projection_to(graph, up, weights)
+    g, u = projection_to(graph, gate, weights), projection_to(graph, up, weights)
     if g is None or u is None:
         return None
     same = graph.source(g.x) == graph.source(u.x) and (g.bias is None) == (u.bias is None)
@@ -116,7 +116,7 @@ def _halves(graph: Graph, gate: Any, up: Any, weights: set[Any]) -> tuple[Any, b
     if first is None or second is None or first[0] != second[0] or {first[1], second[1]} != {0, 1}:
         return None
     whole = first[0]
-    both = _projection_to(graph, whole, weights)
+    both = projection_to(graph, whole, weights)
     if both is None:
         return None
     readers = {binding.var for binding in graph.users(whole)}
@@ -157,7 +157,7 @@ def _half(graph: Graph, var: Any) -> tuple[Any, int, tuple[Any, ...]] | None:
     return None
 
 
-def _projection_to(graph: Graph, result: Any, weights: set[Any]) -> Projection | None:
+def projection_to(graph: Graph, result: Any, weights: set[Any]) -> Projection | None:
     """The projection whose result, bias included, is `result`."""
     value = graph.definition(result)
     candidates = [graph.source(a) for a in value.args] if ir.is_op(value, "relax.add") else [result]

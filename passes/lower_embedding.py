@@ -55,7 +55,7 @@ class LowerEmbedding:
             ids, dtype = value.args[1], str(value.ty.dtype)
             if info.scheme:
                 config = QuantEmbeddingConfig(
-                    layout=quant_layout(by_name(info.scheme), *info.shape, self.caps),
+                    layout=quant_layout(by_name(info.scheme), info.shape[0], info.shape[1], self.caps),
                     dtype=dtype,
                     ids_dtype=str(ids.ty.dtype),
                     lead=len(ids.ty.shape) - 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,12 @@ from llmc.caps import Capabilities
 from llmc.errors import LlmcError
 from llmc.ops import EXPERT_LINEAR, ExpertLinearAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
-from llmc.passes.step_module import LoweredGraph, PackedParam
+from llmc.passes.step_module import LoweredGraph
+from llmc.quant.schemes import SCHEMES
 from llmc.schedules.experts import ExpertConfig, expert_linear
-from llmc.schedules.layout import linear_layout
+from llmc.schedules.layout import BlockedLayout, linear_layout
+from llmc.schedules.qexperts import QuantExpertConfig, quant_expert_linear
+from llmc.schedules.qlayout import QuantLayout, quant_layout
 
 
 class LowerExperts:
@@ -57,31 +61,47 @@ class LowerExperts:
             experts = info.shape[0]
             n, k = (info.shape[2], info.shape[1]) if attrs.transposed else (info.shape[1], info.shape[2])
             dtype = str(x.ty.dtype)
-            layout = linear_layout(dtype, self.caps)
-            key = (weight, attrs.transposed)
-            if key not in packed_vars:
-                shape = (experts, *layout.packed_shape(n, k))
-                packed_vars[key] = relax.Var(
-                    info.name.replace(".", "_") + "_packed", ir.tensor_type(shape, dtype)
-                )
-                params.append(packed_vars[key])
-                infos.append(
-                    PackedParam(info.name, info.source, dtype, shape, layout.as_text(), attrs.transposed)
-                )
-            config = ExpertConfig(
-                experts=experts,
-                n=n,
-                k=k,
+            common: dict[str, Any] = dict(
                 in_dtype=dtype,
-                weight_dtype=dtype,
                 out_dtype=str(binding.var.ty.dtype),
                 ids_dtype=str(ids.ty.dtype),
                 has_bias=attrs.has_bias,
-                layout=layout,
             )
-            gvar = kernels.get(config, f"expert_linear_{n}_{k}", partial(expert_linear, config, self.caps))
+            layout: BlockedLayout | QuantLayout
+            if info.scheme:
+                layout = packing = quant_layout(SCHEMES[info.scheme], n, k, self.caps)
+                shape: tuple[int, ...] = (experts, *packing.packed_shape)
+                quantized = QuantExpertConfig(experts, packing, **common)
+                kernel = kernels.get(
+                    quantized,
+                    f"expert_linear_{info.scheme}_{n}_{k}",
+                    partial(quant_expert_linear, quantized, self.caps),
+                )
+            else:
+                layout = blocked = linear_layout(dtype, self.caps)
+                shape = (experts, *blocked.packed_shape(n, k))
+                config = ExpertConfig(experts=experts, n=n, k=k, weight_dtype=dtype, layout=blocked, **common)
+                kernel = kernels.get(
+                    config, f"expert_linear_{n}_{k}", partial(expert_linear, config, self.caps)
+                )
+            key = (weight, attrs.transposed)
+            if key not in packed_vars:
+                stored = "uint8" if info.scheme else dtype
+                packed_vars[key] = relax.Var(
+                    info.name.replace(".", "_") + "_packed", ir.tensor_type(shape, stored)
+                )
+                params.append(packed_vars[key])
+                infos.append(
+                    replace(
+                        info,
+                        dtype=stored,
+                        shape=shape,
+                        layout=layout.as_text(),
+                        transposed=attrs.transposed,
+                    )
+                )
             args = [x, ids, packed_vars[key], *operands[3:]]
-            build.bind(binding.var, relax.call_tir(gvar, args, binding.var.ty))
+            build.bind(binding.var, relax.call_tir(kernel, args, binding.var.ty))
         if not changed:
             return lowered
         new = build.function(params, func.body.body, func.attrs, symbol="main")

@@ -98,8 +98,7 @@ class LowerLinear:
                 )
                 params.append(packed_vars[key])
                 infos.append(packed)
-            build_kernel = quant_linear if isinstance(config, QuantLinearConfig) else linear
-            gvar = kernels.get(config, _kernel_name(config, k), partial(build_kernel, config, self.caps))
+            gvar = kernels.get(config, _kernel_name(config, k), partial(_build, config, self.caps))
             args = [match.x, packed_vars[key], *(a for a in (match.bias, match.residual) if a is not None)]
             out = ir.tensor_type([*ir.dims(match.x)[:-1], tirx.IntImm("int64", config.n)], match.out_dtype)
             build.bind(binding.var, relax.call_tir(gvar, args, out))
@@ -228,6 +227,10 @@ def weight_behind(graph: Graph, var: Any, weights: set[Any]) -> _Weight | None:
 def _is_packed(packed: dict[tuple[tuple[str, ...], str, bool, bool], Any], sources: tuple[str, ...]) -> bool:
     """True if the source weight is packed already (in another dtype or orientation)."""
     return any(key[0] == sources for key in packed)
+
+
+def _build(config: LinearConfig | QuantLinearConfig, caps: Capabilities) -> Any:
+    return quant_linear(config, caps) if isinstance(config, QuantLinearConfig) else linear(config, caps)
 
 
 def _kernel_name(config: LinearConfig | QuantLinearConfig, k: int) -> str:

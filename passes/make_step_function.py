@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tvm import relax, tirx
@@ -10,11 +11,12 @@ from llmc import ir
 from llmc.artifact import TensorSpec
 from llmc.caps import Capabilities
 from llmc.kv_plan import KVPlan
-from llmc.ops import ATTENTION, AttentionAttrs
+from llmc.ops import ATTENTION, HEADS, AttentionAttrs, HeadsAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels
 from llmc.passes.step_module import LoweredGraph, StepModule
 from llmc.schedules.attention import AttentionConfig, attention_prefill, kv_append
 from llmc.schedules.gather import GatherConfig, gather_rows
+from llmc.schedules.rope import HeadSource, RopeConfig, rope_append
 
 
 class MakeStepFunction:
@@ -40,7 +42,9 @@ class MakeStepFunction:
         module = ir.shallow_copy(lowered.module)
         self._kernels, self._build = Kernels(module), Builder()
         build = self._build
+        self._graph = graph
         self._attention_configs: dict[str, AttentionConfig] = {}
+        self._rope_configs: dict[str, RopeConfig] = {}
         tokens = func.params[0].ty.shape[0]
         dims = {name: tirx.Var(name, "int64") for name in ("B", "R")}
         inputs, specs = self._inputs(func, tokens, dims)
@@ -91,6 +95,7 @@ class MakeStepFunction:
             tuple(specs),
             TensorSpec("logits", "float32", ("R", vocab)),
             tuple(sorted(self._attention_configs.items())),
+            tuple(sorted(self._rope_configs.items())),
         )
 
     def _inputs(self, func: Any, tokens: Any, dims: dict[str, Any]) -> tuple[list[Any], list[TensorSpec]]:
@@ -156,19 +161,17 @@ class MakeStepFunction:
             has_alibi=attrs.has_alibi,
         )
         layer = relax.prim_value(tirx.IntImm("int64", index))
-        if attrs.layer not in dict(self.plan.shared) and attrs.layer not in appended:
+        heads = [ir.match_opaque(self._graph.definition(v), HEADS) for v in (q, k, v)]
+        owns = attrs.layer not in dict(self.plan.shared) and attrs.layer not in appended
+        if heads[0] and heads[1] and heads[2]:
+            config = replace(config, token_major=True)
+            sources = [h for h in heads if h is not None][: 3 if owns else 1]
+            q, current[g] = self._rotate(config, g, sources, by_name[f"slot_{g}"], current[g], layer)
             appended.add(attrs.layer)
-            gvar = self._kernels.get(
-                ("append", g, str(k.ty.dtype)), f"kv_append_{g}", lambda: kv_append(config, self.caps)
-            )
-            call = relax.op.call_tir_inplace(
-                gvar,
-                relax.Tuple([k, v, by_name[f"slot_{g}"], *current[g], layer]),
-                [3, 4],
-                [current[g][0].ty, current[g][1].ty],
-            )
-            both = build.emit(call, "pools")
-            current[g] = [build.emit(relax.TupleGetItem(both, j), f"pool_{g}") for j in range(2)]
+            owns = False
+        if owns:
+            self._append(config, g, k, v, by_name[f"slot_{g}"], current, layer)
+            appended.add(attrs.layer)
         gvar = self._kernels.get(
             config, f"attention_prefill_{g}", lambda: attention_prefill(config, self.caps)
         )
@@ -176,12 +179,68 @@ class MakeStepFunction:
         args = [q, *current[g], by_name["query_start"], by_name["context_len"], by_name[f"block_table_{g}"]]
         build.bind(out, relax.call_tir(gvar, relax.Tuple([*args, *operands[3:], layer]), out.ty))
 
+    def _append(
+        self, config: AttentionConfig, g: int, k: Any, v: Any, slot: Any, current: list[list[Any]], layer: Any
+    ) -> None:
+        """Keys and values to their pages."""
+        build = self._build
+        key = ("append", g, str(k.ty.dtype))
+        gvar = self._kernels.get(key, f"kv_append_{g}", lambda: kv_append(config, self.caps))
+        call = relax.op.call_tir_inplace(
+            gvar,
+            relax.Tuple([k, v, slot, *current[g], layer]),
+            [3, 4],
+            [current[g][0].ty, current[g][1].ty],
+        )
+        both = build.emit(call, "pools")
+        current[g] = [build.emit(relax.TupleGetItem(both, j), f"pool_{g}") for j in range(2)]
+
+    def _rotate(
+        self, attention: AttentionConfig, g: int, heads: list[Any], slot: Any, pools: list[Any], layer: Any
+    ) -> tuple[Any, list[Any]]:
+        """(q rotated, pools) from the llmc.heads of q alone, or of q, k and v, which are appended."""
+        build = self._build
+        attrs = [HeadsAttrs.from_json(text) for _, text in heads]
+        tensors = max((operands[1:] for operands, _ in heads), key=len)
+        sources = [HeadSource(_shape(ops[0]), a) for (ops, _), a in zip(heads, attrs, strict=True)]
+        config = RopeConfig(
+            attention,
+            sources[0],
+            sources[1] if len(heads) > 1 else None,
+            sources[2] if len(heads) > 1 else None,
+            tuple(_shape(t) for t in tensors),
+            str(tensors[0].ty.dtype) if tensors else "float32",
+        )
+        name = f"rope_append_{g}" if len(heads) > 1 else f"rope_{g}"
+        gvar = self._kernels.get(config, name, lambda: rope_append(config, self.caps))
+        self._rope_configs[gvar.name_hint] = config
+        tokens = next(d for d in slot.ty.shape)
+        q_type = ir.tensor_type([1, tokens, attention.heads, attention.key_dim], attention.dtype)
+        args = [*(ops[0] for ops, _ in heads), *tensors]
+        if len(heads) == 1:
+            return build.emit(relax.call_tir(gvar, relax.Tuple(args), q_type), "q"), pools
+        at = len(args) + 1
+        call = relax.op.call_tir_inplace(
+            gvar,
+            relax.Tuple([*args, slot, *pools, layer]),
+            [-1, at, at + 1],
+            [q_type, pools[0].ty, pools[1].ty],
+        )
+        three = build.emit(call, "rotated")
+        q, *after = [build.emit(relax.TupleGetItem(three, j), n) for j, n in enumerate(("q", "k_pool", "v_pool"))]
+        return q, after
+
     def _gather(self, x: Any, rows: Any, row_count: Any) -> Any:
         lead = len(x.ty.shape) - 2
         config = GatherConfig(k=int(x.ty.shape[-1]), dtype=str(x.ty.dtype), lead=lead)
         gvar = self._kernels.get(config, "gather_rows", lambda: gather_rows(config, self.caps))
         out = ir.tensor_type([*[1] * lead, row_count, x.ty.shape[-1]], str(x.ty.dtype))
         return self._build.emit(relax.call_tir(gvar, relax.Tuple([x, rows]), out), "rows")
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    """-1 = the number of tokens."""
+    return tuple(int(d) if ir.is_constant(d) else -1 for d in ir.dims(var))
 
 
 def _results(graph: Graph, func: Any) -> tuple[Any, list[Any]]:

@@ -11,11 +11,16 @@ from tvm import relax
 
 from llmc.caps import Capabilities
 from llmc.kv_plan import KVPlan
+from llmc.passes.fuse_add_norm import FuseAddNorm
 from llmc.passes.fuse_gate_up import FuseGateUp
+from llmc.passes.fuse_linear_epilogue import FuseLinearEpilogue
+from llmc.passes.fuse_norm import FuseNorm
 from llmc.passes.fuse_qkv import FuseQKV
+from llmc.passes.fuse_rope import FuseRoPE
 from llmc.passes.lower_embedding import LowerEmbedding
 from llmc.passes.lower_experts import LowerExperts
 from llmc.passes.lower_linear import LowerLinear
+from llmc.passes.lower_norm import LowerNorm
 from llmc.passes.make_step_function import MakeStepFunction
 from llmc.passes.quantize_weights import QuantizeWeights
 from llmc.passes.specialize_decode import SpecializeDecode
@@ -37,6 +42,13 @@ def graph_phase(caps: Capabilities, quantize: QuantizeWeights | None = None) -> 
         # gates before q, k, v: in parallel blocks both read one input
         ("FuseGateUp", FuseGateUp()),
         ("FuseQKV", FuseQKV()),
+        # residual additions go to a matmul where there is one, else to the norm behind them
+        ("FuseLinearEpilogue", FuseLinearEpilogue()),
+        ("FuseNorm", FuseNorm()),
+        ("FuseAddNorm", FuseAddNorm()),
+        # after FuseQKV: heads are read where its matmul wrote them
+        ("FuseRoPE", FuseRoPE()),
+        ("LowerNorm", LowerNorm(caps)),
         ("LowerLinear", LowerLinear(caps)),
         ("LowerExperts", LowerExperts(caps)),
         # after LowerLinear: a tied embedding reads the head's packed weight

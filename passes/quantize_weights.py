@@ -134,9 +134,10 @@ def _uses(graph: Graph, variables: list[Any]) -> _Uses:
             found = weight_behind(graph, value.args[1], weights)
             if found is not None:
                 linear.add(found.param)
-        elif ir.is_op(value, "relax.take") and graph.source(value.args[0]) in weights:
-            if len(value.args[0].ty.shape) == 2:
-                tables.add(graph.source(value.args[0]))
+        elif ir.is_op(value, "relax.take"):
+            table = graph.source(value.args[0])
+            if table in weights and len(table.ty.shape) == 2:
+                tables.add(table)
     return _Uses(frozenset(linear), frozenset(experts & weights), frozenset(tables), _head(graph, weights))
 
 

@@ -12,6 +12,7 @@ from llmc.kv_plan import KVPlan
 
 if TYPE_CHECKING:
     from llmc.schedules.attention import AttentionConfig
+    from llmc.schedules.rope import RopeConfig
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class StepModule:
         inputs: arguments before the two tuples, in order.
         output: the logits.
         attention: (function name, configuration) of every attention kernel in ``step``.
+        rope: likewise of the kernels that rotate queries and append to the cache.
     """
 
     module: IRModule
@@ -89,6 +91,7 @@ class StepModule:
     inputs: tuple[TensorSpec, ...]
     output: TensorSpec
     attention: tuple[tuple[str, AttentionConfig], ...] = ()
+    rope: tuple[tuple[str, RopeConfig], ...] = ()
 
     def as_text(self) -> str:
         return self.module.script()

@@ -10,6 +10,7 @@ from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.attention_tile import Operands, Tile, first_visible
+from llmc.schedules.rope import RopeConfig, RopeOperands, append_all
 from llmc.schedules.vmath import exp_nonpositive
 
 __all__ = ["AttentionConfig", "attention_decode", "attention_prefill", "kv_append", "partial_shape"]
@@ -140,11 +141,13 @@ def partial_shape(cfg: AttentionConfig) -> tuple[int, ...]:
     return (cfg.kv_heads, cfg.splits, cfg.heads // cfg.kv_heads, _partial_width(cfg))
 
 
-def attention_decode(cfg: AttentionConfig, caps: Capabilities) -> Any:
+def attention_decode(cfg: AttentionConfig, caps: Capabilities, rope: RopeConfig | None = None) -> Any:
     """The PrimFunc with attention_prefill's arguments and one more output, partial f32[B, *partial_shape(cfg)].
 
     T == B: one new token per sequence. A task is one sequence, one cached head and one piece of the context; the pieces'
     results are merged by their maxima and sums afterwards.
+
+    With `rope`, the arguments of rope_append up to the slots take the place of q: the kernel rotates, and appends first.
     """
     group = cfg.heads // cfg.kv_heads
     pages = max(1, cfg.decode_keys // cfg.page_size)
@@ -153,12 +156,15 @@ def attention_decode(cfg: AttentionConfig, caps: Capabilities) -> Any:
     built: list[Any] = []
     with e.kernel(built):
         b, w, p = (e.dim(name) for name in ("B", "W", "P"))
-        args = Operands(cfg, b, b, w, p)
+        ops = RopeOperands(rope, caps, b) if rope is not None else None
+        args = Operands(cfg, b, b, w, p, ops)
         partial = e.tensor("partial", [b, *partial_shape(cfg)], "float32")
         with e.root():
             args.view()
             width = _partial_width(cfg)
             part = e.flat(partial, b * cfg.kv_heads * cfg.splits * group * width)
+            if ops is not None and args.slots is not None:
+                append_all(ops, args.slots, args.k, args.v, args.layer)
             with e.parallel(b * cfg.kv_heads * cfg.splits, caps) as task:
                 split = e.let(task % cfg.splits)
                 kv_head = e.let(task // cfg.splits % cfg.kv_heads)

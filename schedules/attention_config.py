@@ -19,6 +19,7 @@ class AttentionConfig:
         layers: layers in the pool.
         scale, window, chunk, softcap, has_sinks, has_alibi: as in AttentionAttrs.
         sinks_dtype: of the sinks operand; "" = dtype.
+        token_major: queries are [1, T, heads, key_dim] instead of [1, heads, T, key_dim].
         splits: most pieces that decode cuts one sequence's context into.
         tile_rows: query rows (tokens x heads per cached head) of a prefill tile.
         prefill_keys, decode_keys: keys per block of the running softmax.
@@ -39,6 +40,7 @@ class AttentionConfig:
     has_sinks: bool = False
     has_alibi: bool = False
     sinks_dtype: str = ""
+    token_major: bool = False
     splits: int = 8
     tile_rows: int = 64
     prefill_keys: int = 64

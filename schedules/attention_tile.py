@@ -22,6 +22,7 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig
+from llmc.schedules.rope import RopeOperands, rotate_query
 from llmc.schedules.attention_pages import PageReader, in_groups
 from llmc.schedules.vmath import exp_nonpositive, tanh
 
@@ -31,13 +32,18 @@ _LOWEST = -1e30  # finite, so that the difference of two of them is 0 and not Na
 class Operands:
     """Flat views of an attention kernel's arguments, and the layer index."""
 
-    def __init__(self, cfg: AttentionConfig, t: Any, b: Any, w: Any, pages: Any) -> None:
+    def __init__(
+        self, cfg: AttentionConfig, t: Any, b: Any, w: Any, pages: Any, rope: RopeOperands | None = None
+    ) -> None:
         ps, hk, layers = cfg.page_size, cfg.kv_heads, cfg.layers
         self.t, self.b, self.width, self.cfg = t, b, w, cfg
         self.k_size = pages * layers * hk * cfg.key_dim * ps
         self.v_size = pages * layers * hk * ps * cfg.value_dim
-        q_shape = [1, cfg.heads, t, cfg.key_dim]
-        self._q = e.tensor("q", q_shape, cfg.dtype)
+        q_shape = [1, t, cfg.heads, cfg.key_dim] if cfg.token_major else [1, cfg.heads, t, cfg.key_dim]
+        self.rope = rope  # takes the place of q
+        self._q = e.tensor("q", q_shape, cfg.dtype) if rope is None else None
+        appends = rope is not None and rope.cfg.k is not None
+        self._slot = e.tensor("slot", [t], "int32") if appends else None
         self._k = e.tensor("k_pool", [pages, layers, hk, cfg.key_dim, ps], cfg.kv_dtype)
         self._v = e.tensor("v_pool", [pages, layers, hk, ps, cfg.value_dim], cfg.kv_dtype)
         self._start = e.tensor("query_start", [b + 1], "int32")
@@ -51,7 +57,12 @@ class Operands:
     def view(self) -> None:
         """Make the flat views; inside the root block."""
         cfg, t = self.cfg, self.t
-        self.q = e.flat(self._q, t * cfg.heads * cfg.key_dim)
+        if self.rope is None:
+            self.q = e.flat(self._q, t * cfg.heads * cfg.key_dim)
+        else:
+            self.q = None
+            self.rope.view()
+        self.slots = e.flat(self._slot, t) if self._slot is not None else None
         self.k = e.flat(self._k, self.k_size)
         self.v = e.flat(self._v, self.v_size)
         self.query_start = e.flat(self._start, self.b + 1)
@@ -115,28 +126,39 @@ class Tile(PageReader):
         cfg, args, lanes = self.cfg, self.args, self.lanes
         self.kv_head, self.used = kv_head, rows
         self._allocate()
+        source = args.q
+        if args.rope is not None:  # one token: its heads are rotated here
+            source = e.workspace(self.group * cfg.key_dim, e.storage(cfg.dtype))
+            with e.loop(self.group) as g:
+                head = e.let(kv_head * self.group + g)
+                rotate_query(args.rope, first_token, head, source, e.let(g * cfg.key_dim))
         with e.loop(self.rows_padded) as r:
             # rows behind the last are computed too (from a copy of the last one) and never stored
             row = e.let(T.min(r, rows - 1))
             token = e.let(first_token + row // self.group)
             head = e.let(kv_head * self.group + row % self.group)
-            base = e.let((head * args.t + token) * cfg.key_dim)
+            if args.rope is not None:
+                base = e.let(row % self.group * cfg.key_dim)
+            elif cfg.token_major:
+                base = e.let((token * cfg.heads + head) * cfg.key_dim)
+            else:
+                base = e.let((head * args.t + token) * cfg.key_dim)
             with e.loop(self.k_steps) as j:
-                e.store(self.query, r * self.k_steps + j, self._query_operand(base, j), 1)
+                e.store(self.query, r * self.k_steps + j, self._query_operand(source, base, j), 1)
             e.store(self.largest, r, e.f32(_LOWEST), 1)
             e.store(self.total, r * lanes, e.splat(0.0, lanes), lanes)
             with e.loop(self.value_width // lanes) as v:
                 e.store(self.out, r * self.value_width + v * lanes, e.splat(0.0, lanes), lanes)
 
-    def _query_operand(self, base: Any, j: Any) -> Any:
+    def _query_operand(self, source: Any, base: Any, j: Any) -> Any:
         if not self.dot:
-            return e.widen(self.args.q[base + j], self.cfg.dtype, 1)
-        low = tirx.Cast("int32", self.args.q[base + 2 * j])
+            return e.widen(source[base + j], self.cfg.dtype, 1)
+        low = tirx.Cast("int32", source[base + 2 * j])
         if self.cfg.key_dim % 2 == 0:
-            high = tirx.Cast("int32", self.args.q[base + 2 * j + 1])
+            high = tirx.Cast("int32", source[base + 2 * j + 1])
         else:
             at = T.min(2 * j + 1, e.i64(self.cfg.key_dim - 1))
-            high = tirx.Cast("int32", self.args.q[base + at])
+            high = tirx.Cast("int32", source[base + at])
             high = tirx.Select(2 * j + 1 < self.cfg.key_dim, high, tirx.IntImm("int32", 0))
         return T.bitwise_or(low, T.shift_left(high, tirx.IntImm("int32", 16)))
 

@@ -85,6 +85,11 @@ def scalar_arg(name: str) -> Any:
     return T.arg(name, tirx.Var(name, "int64"))
 
 
+def storage(dtype: str) -> str:
+    """The type that elements of `dtype` are kept as in views and scratch memory."""
+    return _STORAGE.get(dtype, dtype)
+
+
 def flat(buffer: Any, size: Any, dtype: str | None = None) -> Any:
     """One-dimensional view of a buffer, bf16 as uint16 bits, or as `size` elements of another `dtype`."""
     dtype = dtype or str(buffer.dtype)

@@ -69,7 +69,7 @@ def expert_linear(cfg: ExpertConfig, caps: Capabilities) -> Any:
             wf = weight_view(w, experts * blocks * steps * nb * kp, pairs)
             bf = e.flat(bias, experts * n) if bias is not None else None
             yf = e.flat(y, rows * n)
-            order, begin, active, count = _sort_rows(e.flat(ids, rows), rows, experts)
+            order, begin, active, count = sort_rows(e.flat(ids, rows), rows, experts)
             micro = MicroKernel(caps, layout, cfg.in_dtype, k, xf, wf, cfg.prefetch)
             tile = micro.max_rows()
             # neighbouring tasks share a block number, not an expert: contiguous pieces of the task range then
@@ -99,7 +99,7 @@ def expert_linear(cfg: ExpertConfig, caps: Capabilities) -> Any:
     return built[0]
 
 
-def _sort_rows(ids: Any, rows: Any, experts: int) -> tuple[Any, Any, Any, Any]:
+def sort_rows(ids: Any, rows: Any, experts: int) -> tuple[Any, Any, Any, Any]:
     """Counting sort: (rows in order of their expert, begin of each expert's rows, experts that have rows, how many)."""
     order = e.workspace(rows, "int64")
     begin = e.workspace(experts + 1, "int64")

@@ -38,6 +38,8 @@ class Lookup:
             parts.append(self._floats16())
         elif permutes and lanes == 8:
             parts.append(self._floats8())
+        elif permutes and lanes == 4:
+            parts.append(self._floats4())
         else:
             parts.append(self._by_lane(lanes))
         if caps.has_bf16_dot:
@@ -70,7 +72,9 @@ define linkonce_odr float @llmc_table_{name}_1(i32 %c) alwaysinline {{
   %v = load float, ptr %p
   ret float %v
 }}"""
-        lines = [f"define linkonce_odr <{lanes} x float> @llmc_table_{name}_{lanes}(<{lanes} x i32> %c) {{"]
+        lines = [
+            f"define linkonce_odr <{lanes} x float> @llmc_table_{name}_{lanes}(<{lanes} x i32> %c) noinline {{"
+        ]
         before = "poison"
         for i in range(lanes):
             lines += [
@@ -104,11 +108,32 @@ define linkonce_odr <8 x float> @llmc_table_{self.name}_8(<8 x i32> %c) alwaysin
   ret <8 x float> %r
 }}"""
 
+    def _floats4(self) -> str:
+        """A table of 64 bytes, permuted by bytes: element i is bytes 4i to 4i + 3."""
+        values = _repeated(self.values, 16)
+        parts = [f"bitcast (<4 x float> <{_floats(values[i : i + 4])}> to <16 x i8>)" for i in (0, 4, 8, 12)]
+        operands = ", ".join(f"<16 x i8> {p}" for p in parts)
+
+        def lanes(value: int) -> str:
+            return "<" + ", ".join([f"i32 {value}"] * 4) + ">"
+
+        return f"""
+declare <16 x i8> @llvm.aarch64.neon.tbl4.v16i8(<16 x i8>, <16 x i8>, <16 x i8>, <16 x i8>, <16 x i8>)
+define linkonce_odr <4 x float> @llmc_table_{self.name}_4(<4 x i32> %c) alwaysinline {{
+  %m = and <4 x i32> %c, {lanes(15)}
+  %b = mul <4 x i32> %m, {lanes(0x04040404)}
+  %i = add <4 x i32> %b, {lanes(0x03020100)}
+  %x = bitcast <4 x i32> %i to <16 x i8>
+  %r = call <16 x i8> @llvm.aarch64.neon.tbl4.v16i8({operands}, <16 x i8> %x)
+  %f = bitcast <16 x i8> %r to <4 x float>
+  ret <4 x float> %f
+}}"""
+
     def _pairs(self) -> str:
         """Values are cut to bf16: the caller uses it only where they are exact in it."""
         words = [struct.unpack("<I", struct.pack("<f", v))[0] >> 16 for v in self.values]
         size = 64 if len(words) == 64 else 32
-        halves = [_halves(part) for part in np.split(np.resize(words, size), size // 32)]
+        halves = [_halves(part.tolist()) for part in np.split(np.resize(words, size), size // 32)]
         declare = "declare <32 x i16> @llvm.x86.avx512"
         if size == 32:
             function, operands = "permvar.hi.512", f"<32 x i16> <{halves[0]}>, <32 x i16> %i"

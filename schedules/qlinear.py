@@ -19,7 +19,7 @@ from llmc.schedules.qcodes import PAIRS, QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
 
 # up to so many rows multiply while unpacking in registers; more go through an unpacked piece in the cache
-_FEW = 4
+FEW = 4
 _SERIAL_ROWS = 2  # a parallel launch costs more than preparing this many rows
 
 
@@ -141,11 +141,12 @@ class QuantBlocks:
         k, padded, lanes = self.layout.k, self.layout.padded_k, self.lanes
         source, target = e.let(r * k), e.let(r * padded)
 
-        def converted(value: Any, width: int) -> Any:
-            same = str(data.dtype) != "float32"
-            return value if same else e.widen(value, self.in_dtype, width)
-
         if data is not None:
+            widened = str(data.dtype) == "float32"
+
+            def converted(value: Any, width: int) -> Any:
+                return e.widen(value, self.in_dtype, width) if widened else value
+
             with e.loop(k // lanes) as j:
                 value = e.load(self.x, source + j * lanes, lanes)
                 e.store(data, target + j * lanes, converted(value, lanes), lanes)
@@ -198,7 +199,7 @@ class QuantBlocks:
                     shift = e.let(self.codes.zero(tail, v * self.lanes, self.lanes))
                 for r, row in enumerate(rows):
                     value = e.load(part[r][v], 0, self.lanes)
-                    if shift is not None:
+                    if x.sums is not None:
                         value = value - shift * e.splat(x.sums[row * self.pieces + p], self.lanes)
                     e.store(acc[r][v], 0, e.load(acc[r][v], 0, self.lanes) + value * scale, self.lanes)
         return acc
@@ -348,7 +349,7 @@ def quant_linear(cfg: QuantLinearConfig, caps: Capabilities) -> Any:
             def write(block: Any, micro: MicroKernel, acc: list[list[Any]], rows: list[Any]) -> None:
                 store_rows(epilogue, micro, acc, rows, block, yf, bf, rf)
 
-            with T.If(t <= _FEW):
+            with T.If(t <= FEW):
                 with T.Then():
                     few = work.prepare(work.few_dot)
                     micro = work.micro(few, work.codes.bytes)
@@ -359,7 +360,7 @@ def quant_linear(cfg: QuantLinearConfig, caps: Capabilities) -> Any:
                             acc = work.few(few, micro, at, e.let(block * work.block_bytes))
                             write(block, micro, acc, at)
 
-                        for_tiles(_FEW, t, rows_at)
+                        for_tiles(FEW, t, rows_at)
                 with T.Else():
                     many = work.prepare(work.many_dot)
                     row_blocks = (t + (cfg.t_block - 1)) // cfg.t_block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,8 @@ from llmc.cli.format import grid, human_bytes, human_count
 from llmc.inspect import ArtifactReport, inspect
 from llmc.kv_plan import KVKind
 
+# how a quantized weight's layout begins; see llmc/schedules/qlayout.py
+_QUANTIZED = re.compile(r"quant\((\w+),n=\d+,of=(\d+)x(\d+)\)")
 # parameters listed without --params
 _SOME = 12
 
@@ -62,8 +65,26 @@ def overview(report: ArtifactReport) -> Table:
     )
     table.add_row("quality", quality_text(m.quality))
     table.add_row("tuning", f"{len(m.tuning_records)} records" if m.tuning_records else "default schedules")
+    if bits := bits_per_weight(m):
+        table.add_row("weights", bits)
     table.add_row("created", m.created)
     return table
+
+
+def bits_per_weight(manifest: Manifest) -> str:
+    """Quantized schemes with what they store per weight; "" if there are none."""
+    held: Counter[str] = Counter()
+    stored: Counter[str] = Counter()
+    for p in manifest.params:
+        if match := _QUANTIZED.match(p.layout):
+            scheme, rows, columns = match[1], int(match[2]), int(match[3])
+            held[scheme] += (p.shape[0] if len(p.shape) == 3 else 1) * rows * columns
+            stored[scheme] += 8 * p.nbytes
+    if not held:
+        return ""
+    each = ", ".join(f"{s} {human_count(n)} at {stored[s] / n:.2f} bits" for s, n in held.most_common())
+    total = 8 * sum(p.nbytes for p in manifest.params) / manifest.model.parameters
+    return f"{total:.2f} bits per weight of the source ({each})"
 
 
 def functions_table(manifest: Manifest) -> Table:

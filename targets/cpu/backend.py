@@ -46,7 +46,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
         has_lookup=True,
     ),
     "aarch64": dict(
-        machine="aarch64", mcpu="generic", mattr=("+neon",), features=(), vector_bytes=16, vector_registers=32
+        machine="aarch64",
+        mcpu="generic",
+        mattr=("+neon",),
+        features=(),
+        vector_bytes=16,
+        vector_registers=32,
+        has_lookup=True,
     ),
 }
 

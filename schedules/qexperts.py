@@ -1,0 +1,93 @@
+"""Linear layers of a mixture of experts on quantized weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from llmc.caps import Capabilities
+from llmc.schedules import emit as e
+from llmc.schedules.experts import sort_rows
+from llmc.schedules.linear import MicroKernel, write_rows
+from llmc.schedules.qlayout import QuantLayout
+from llmc.schedules.qlinear import FEW, QuantBlocks, for_tiles
+
+_ROWS = 240  # rows of an expert that are taken together
+
+
+@dataclass(frozen=True)
+class QuantExpertConfig:
+    """y[r, n] = x[r, k] @ dequantize(weight)[ids[r], n, k].T (+ bias[ids[r], n]).
+
+    Attributes:
+        experts: of the weight [experts, n, k], each packed by `layout`, which has n and k.
+        in_dtype: of x and bias; out_dtype: float32 or in_dtype.
+        ids_dtype: int32 or int64.
+        has_bias: a bias [experts, n] follows the weight.
+        prefetch: bytes that the weight stream is asked for ahead of its use.
+    """
+
+    experts: int
+    layout: QuantLayout
+    in_dtype: str
+    out_dtype: str
+    ids_dtype: str = "int64"
+    has_bias: bool = False
+    prefetch: int = 2304
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> QuantExpertConfig:
+        return QuantExpertConfig(**{**values, "layout": QuantLayout(**values["layout"])})
+
+
+def quant_expert_linear(cfg: QuantExpertConfig, caps: Capabilities) -> Any:
+    """The PrimFunc (x[N,k], ids[N], w packed, [bias[E,n]], y[N,n]) with symbolic N; ids must lie in [0, experts).
+
+    Rows are sorted by expert; a task is one weight block of one expert that has rows.
+    """
+    layout, experts = cfg.layout, cfg.experts
+    n, k, blocks = layout.n, layout.k, layout.blocks
+    built: list[Any] = []
+    with e.kernel(built):
+        rows = e.dim("N")
+        x = e.tensor("x", [rows, k], cfg.in_dtype)
+        ids = e.tensor("ids", [rows], cfg.ids_dtype)
+        w = e.tensor("w", [experts, *layout.packed_shape], "uint8")
+        bias = e.tensor("bias", [experts, n], cfg.in_dtype) if cfg.has_bias else None
+        y = e.tensor("y", [rows, n], cfg.out_dtype)
+        with e.root():
+            bf = e.flat(bias, experts * n) if bias is not None else None
+            yf = e.flat(y, rows * n)
+            order, begin, active, count = sort_rows(e.flat(ids, rows), rows, experts)
+            work = QuantBlocks(
+                caps, layout, cfg.in_dtype, e.flat(x, rows * k), rows, w, experts, cfg.prefetch
+            )
+            few = work.prepare(work.few_dot)
+            many = few if work.few_dot == work.many_dot else work.prepare(work.many_dot)
+            direct = work.micro(few, work.codes.bytes)
+            with work.parallel(count * blocks) as task:
+                block = e.let(task // count)
+                expert = e.let(active[task % count])
+                first, end = e.let(begin[expert]), e.let(begin[expert + 1])
+                base = e.let((expert * blocks + block) * work.block_bytes)
+
+                def write(micro: MicroKernel, acc: list[list[Any]], at: list[Any]) -> None:
+                    write_rows(micro, acc, at, block, n, bf, cfg.in_dtype, yf, cfg.out_dtype, expert * n)
+
+                def rows_at(size: int, start: Any) -> None:
+                    at = [e.let(order[first + start + r]) for r in range(size)]
+                    write(direct, work.few(few, direct, at, base), at)
+
+                with T.If(end - first <= FEW):
+                    with T.Then():
+                        for_tiles(FEW, e.let(end - first), rows_at)
+                    with T.Else(), e.loop((end - first + (_ROWS - 1)) // _ROWS) as part:
+                        start = e.let(first + part * _ROWS)
+                        size = e.let(T.min(e.i64(_ROWS), end - start))
+                        work.many(many, size, _ROWS, base, lambda r: order[start + r], write)
+    return built[0]

@@ -1,0 +1,205 @@
+"""Rotating heads where they lie, and appending keys and values to their pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from llmc.caps import Capabilities
+from llmc.ops import HeadsAttrs, Run
+from llmc.schedules import emit as e
+from llmc.schedules.attention_config import AttentionConfig
+
+_SERIAL_TOKENS = 4  # so few tokens cost less than a parallel launch
+
+
+@dataclass(frozen=True)
+class HeadSource:
+    """A tensor and the heads in it. shape: -1 = the number of tokens."""
+
+    shape: tuple[int, ...]
+    attrs: HeadsAttrs
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """q, k and v of an attention block as llmc.heads (llmc/ops.py).
+
+    Attributes:
+        attention: of the block.
+        q, k, v: where the heads lie; k and v are None if the block reads the cache of another.
+        tensors: shapes of the coefficient tensors (none, one or two), -1 = the number of tokens; dtype theirs.
+        tensor_dtype: of the coefficients.
+    """
+
+    attention: AttentionConfig
+    q: HeadSource
+    k: HeadSource | None
+    v: HeadSource | None
+    tensors: tuple[tuple[int, ...], ...]
+    tensor_dtype: str
+
+    @property
+    def sources(self) -> tuple[HeadSource, ...]:
+        return tuple(s for s in (self.q, self.k, self.v) if s is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class RopeOperands:
+    """Arguments of a rotating kernel in order: q's tensor, [k's, v's], coefficients, [slot, k_pool, v_pool, layer] by the caller."""
+
+    def __init__(self, cfg: RopeConfig, caps: Capabilities, t: Any) -> None:
+        self.cfg, self.caps, self.t = cfg, caps, t
+        names = ("q_source", "k_source", "v_source")
+        self._sources = [
+            e.tensor(name, [t if d < 0 else d for d in s.shape], cfg.attention.dtype)
+            for name, s in zip(names, cfg.sources, strict=False)
+        ]
+        self._tensors = [
+            e.tensor(f"coefficients_{i}", [t if d < 0 else d for d in shape], cfg.tensor_dtype)
+            for i, shape in enumerate(cfg.tensors)
+        ]
+
+    def view(self) -> None:
+        """Make the flat views; inside the root block."""
+        size = lambda shape: _product([self.t if d < 0 else d for d in shape])  # noqa: E731
+        pairs = zip(self._sources, self.cfg.sources, strict=True)
+        self.sources = [e.flat(b, size(s.shape)) for b, s in pairs]
+        self.tensors = [e.flat(b, size(shape)) for b, shape in zip(self._tensors, self.cfg.tensors, strict=True)]
+
+    def rotate(self, which: int, token: Any, head: Any, store: Callable[[Any, Any, int], None]) -> None:
+        """Compute a head of a token: store(first element, float32 values, lanes).
+
+        Args:
+            which: 0 = q, 1 = k, 2 = v.
+        """
+        attrs = self.cfg.sources[which].attrs
+        stride = attrs.head_stride * self.t if attrs.head_major else e.i64(attrs.head_stride)
+        base = e.let(token * attrs.token_stride + head * stride + attrs.offset)
+        for run in attrs.runs:
+            steps = (run.to_step, run.a_step, run.b_step, run.ca_step, run.cb_step)
+            plain = all(s == 1 for s in (steps if run.pair else steps[:2]))
+            lanes = self.caps.lanes_f32 if plain else 1
+            whole = run.count // lanes * lanes
+            if whole:
+                with e.loop(whole // lanes) as i:
+                    at = e.let(i * lanes)
+                    store(run.to + at * run.to_step, self._value(run, which, token, base, at, lanes), lanes)
+            if whole < run.count:
+                with e.loop(whole, run.count) as i:
+                    store(run.to + i * run.to_step, self._value(run, which, token, base, i, 1), 1)
+
+    def _value(self, run: Run, which: int, token: Any, base: Any, at: Any, lanes: int) -> Any:
+        x = lambda first, step: self._read(  # noqa: E731
+            self.sources[which], base + first + at * step, lanes, self.cfg.attention.dtype
+        )
+        if not run.pair:
+            return e.let(x(run.a, run.a_step))
+
+        def coefficient(number: int, first: int, step: int) -> Any:
+            row = token * self.cfg.tensors[number][-1]
+            return self._read(self.tensors[number], row + first + at * step, lanes, self.cfg.tensor_dtype)
+
+        left = e.let(x(run.a, run.a_step) * coefficient(run.ca_of, run.ca, run.ca_step))
+        right = e.let(x(run.b, run.b_step) * coefficient(run.cb_of, run.cb, run.cb_step))
+        return e.let(left + right if run.sign > 0 else left - right)
+
+    def _read(self, buffer: Any, at: Any, lanes: int, dtype: str) -> Any:
+        return e.widen(e.load(buffer, at, lanes) if lanes > 1 else buffer[at], dtype, lanes)
+
+
+def append_token(
+    ops: RopeOperands, slots: Any, k_pool: Any, v_pool: Any, layer: Any, token: Any, head: Any
+) -> None:
+    """Write one cached head of a token: its rotated key and its value."""
+    cfg, caps = ops.cfg.attention, ops.caps
+    hk, dk, dv, ps, layers = cfg.kv_heads, cfg.key_dim, cfg.value_dim, cfg.page_size, cfg.layers
+    where = e.let(e.i64(slots[token]))
+    part = e.let((where // ps * layers + layer) * hk + head)
+    k_base, v_base = e.let(part * dk * ps + where % ps), e.let((part * ps + where % ps) * dv)
+    line = e.workspace(dk)  # keys are dim-major: the rotated head is scattered
+
+    def keep(first: Any, value: Any, lanes: int) -> None:
+        e.store(line, first, value, lanes)
+
+    def put(first: Any, value: Any, lanes: int) -> None:
+        e.store(v_pool, v_base + first, e.narrow(value, cfg.kv_dtype, lanes, caps), lanes)
+
+    ops.rotate(1, token, head, keep)
+    with e.loop(dk) as d:
+        value = line[d]
+        if cfg.dtype != "float32" and cfg.dtype != cfg.kv_dtype:  # as if the key had been stored in between
+            value = e.widen(e.let(e.narrow(e.let(value), cfg.dtype, 1, caps)), cfg.dtype, 1)
+        e.store(k_pool, k_base + d * ps, e.narrow(e.let(value), cfg.kv_dtype, 1, caps), 1)
+    ops.rotate(2, token, head, put)
+
+
+def append_all(ops: RopeOperands, slots: Any, k_pool: Any, v_pool: Any, layer: Any) -> None:
+    """append_token for every token and cached head."""
+    hk = ops.cfg.attention.kv_heads
+    each_token(ops.t, hk, ops.caps, lambda token, head: append_token(ops, slots, k_pool, v_pool, layer, token, head))
+
+
+def each_token(t: Any, heads: int, caps: Capabilities, body: Callable[[Any, Any], None]) -> None:
+    """body(token, head): over the threads when there are many tokens."""
+    with T.If(t <= _SERIAL_TOKENS):
+        # the annotation of a parallel loop brings in the conversion functions; a serial loop needs it too
+        with T.Then(), e.loop(heads * t, annotations=e.import_text(caps)) as i:
+            body(e.let(i // heads), e.let(i % heads))
+        with T.Else(), e.parallel(heads * t, caps) as i:
+            body(e.let(i // heads), e.let(i % heads))
+
+
+def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
+    """The PrimFunc (q's tensor, [k's, v's], coefficients.., [slot i32[T], k_pool, v_pool, layer], q[1,T,h,dk]).
+
+    Rotates q to its own tensor, and, with k and v, appends them to the pools in place.
+    """
+    a = cfg.attention
+    hk, dk, dv, ps = a.kv_heads, a.key_dim, a.value_dim, a.page_size
+    built: list[Any] = []
+    with e.kernel(built):
+        t, pages = e.dim("T"), e.dim("P")
+        ops = RopeOperands(cfg, caps, t)
+        if cfg.k is not None:
+            slot = e.tensor("slot", [t], "int32")
+            k_pool = e.tensor("k_pool", [pages, a.layers, hk, dk, ps], a.kv_dtype)
+            v_pool = e.tensor("v_pool", [pages, a.layers, hk, ps, dv], a.kv_dtype)
+            layer = e.scalar_arg("layer")
+        q = e.tensor("q", [1, t, a.heads, dk], a.dtype)
+        with e.root():
+            ops.view()
+            out = e.flat(q, t * a.heads * dk)
+            if cfg.k is not None:
+                slots = e.flat(slot, t)
+                kp = e.flat(k_pool, pages * a.layers * hk * dk * ps)
+                vp = e.flat(v_pool, pages * a.layers * hk * ps * dv)
+                append_all(ops, slots, kp, vp, layer)
+
+            def query(token: Any, head: Any) -> None:
+                base = e.let((token * a.heads + head) * dk)
+                rotate_query(ops, token, head, out, base)
+
+            each_token(t, a.heads, caps, query)
+    return built[0]
+
+
+def rotate_query(ops: RopeOperands, token: Any, head: Any, out: Any, base: Any) -> None:
+    """Write a rotated head of q to out[base:], in q's dtype."""
+
+    def store(first: Any, value: Any, lanes: int) -> None:
+        e.store(out, base + first, e.narrow(value, ops.cfg.attention.dtype, lanes, ops.caps), lanes)
+
+    ops.rotate(0, token, head, store)
+
+
+def _product(values: list[Any]) -> Any:
+    out: Any = e.i64(1)
+    for v in values:
+        out = out * v
+    return out

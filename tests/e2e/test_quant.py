@@ -1,0 +1,197 @@
+"""Quantized artifacts of the demo model and of a mixture of experts: each is checked against its own stored weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import llmc
+from llmc.artifact import Manifest
+from llmc.errors import LlmcError
+from llmc.packing import packed_tensors
+from llmc.pipeline import compile_model
+from llmc.quantized_source import ArtifactWeights
+from llmc.spec import CompileSpec
+from tests.frontend.tiny import save, tiny_model
+from tools.perplexity import cut, score
+
+pytestmark = pytest.mark.e2e
+
+DEMO = Path(__file__).resolve().parent.parent.parent / "examples" / "models" / "stdlib-llama"
+
+
+def compiled(model: Path, output: Path, **fields) -> Manifest:
+    manifest = compile_model(model, output, **fields).manifest
+    assert manifest is not None
+    return manifest
+
+
+def demo_perplexity(folder: Path) -> float:
+    model = llmc.load(folder)
+    ids = model.tokenize((DEMO / "heldout.txt").read_text(encoding="utf-8"), special_tokens=False)
+    return score(str(folder), model.logits, cut(ids, 512, 8)).perplexity
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> float:
+    folder = tmp_path_factory.mktemp("plain") / "artifact"
+    compiled(DEMO, folder)
+    return demo_perplexity(folder)
+
+
+def test_q8_keeps_the_perplexity(tmp_path: Path, plain: float) -> None:
+    """The issue's bound: +0.1 % or less."""
+    manifest = compiled(DEMO, tmp_path / "a", quant="q8")
+    assert all(p.layout.startswith("quant(q8") for p in manifest.params if len(p.shape) == 2)
+    assert demo_perplexity(tmp_path / "a") < plain * 1.001
+
+
+def test_q4_is_checked_against_its_own_weights(tmp_path: Path) -> None:
+    spec = dict(quant="q4g32", quant_rules={"down_proj": "q6g64"})
+    manifest = compiled(DEMO, tmp_path / "a", **spec)
+    assert CompileSpec.from_json(manifest.spec).quant_rules == (("down_proj", "q6g64"),)
+    layouts = {p.name: p.layout for p in manifest.params}
+    assert layouts["model.embed_tokens.weight"].startswith("quant(q8,")  # tied to the head
+    assert layouts["model.layers.0.mlp.down_proj.weight"].startswith("quant(q6g64,")
+    assert sum(text.startswith("quant(q4g32,") for text in layouts.values()) > 8
+    quality = manifest.quality
+    assert quality.relative_error < quality.tolerance < 0.05
+    assert quality.quant_kl_mean > 10 * quality.kl_mean
+    assert quality.quant_relative_error > 5 * quality.relative_error
+    assert llmc.load(tmp_path / "a").generate("def ", max_tokens=4, temperature=0).text
+
+
+@pytest.mark.slow(reason="each scheme is a compile of its own")
+@pytest.mark.parametrize(
+    ("scheme", "most"),
+    [
+        ("q4g32", 1.1),
+        ("q4g64a", 1.1),
+        ("q3g64", 1.6),
+        ("q6g64", 1.01),
+        ("nf4", 1.1),
+        ("fp8", 1.02),
+        ("mxfp4", 1.2),
+    ],
+)
+def test_schemes(tmp_path: Path, plain: float, scheme: str, most: float) -> None:
+    compiled(DEMO, tmp_path / "a", quant=scheme)
+    assert demo_perplexity(tmp_path / "a") < plain * most
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2"])
+def test_experts_and_weights_stored_in_by_out(name: str, tmp_path: Path) -> None:
+    folder = save(tiny_model(name), tmp_path / "model")
+    manifest = compiled(folder, tmp_path / "a", quant="q4g32a", quant_head="q6g32", dtype="f32")
+    assert manifest.quality.prefill_max_abs_error < manifest.quality.tolerance
+    layouts = [p.layout for p in manifest.params]
+    assert any(text.startswith("quant(q4g32a,") for text in layouts)
+    if name == "mixtral":
+        assert any(len(p.shape) == 3 and p.dtype == "uint8" for p in manifest.params)
+        assert not any(
+            "router" in p.name or "gate.weight" in p.name for p in manifest.params if p.dtype == "uint8"
+        )
+
+
+def test_stored_weights_are_those_of_the_source(tmp_path: Path) -> None:
+    """The reference reads the artifact's own weights: they must be near the source's, each under its own name."""
+    from llmc.frontend.checkpoint import open_model
+
+    manifest = compiled(DEMO, tmp_path / "a", quant="q8", verify="off")
+    del manifest
+    source = open_model(str(DEMO))
+    found = _stored(tmp_path / "a", source)
+    for name in ("q_proj", "v_proj"):
+        key = f"model.layers.1.self_attn.{name}.weight"
+        _near(found.load(key), source.weights.load(key))
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        key = f"model.layers.1.mlp.{name}.weight"
+        _near(found.load(key), source.weights.load(key))
+
+
+def _stored(folder: Path, source) -> ArtifactWeights:
+    from llmc.inspect import inspect
+    from llmc.passes.step_module import PackedParam
+
+    entries = inspect(folder).manifest.params
+    params = [
+        PackedParam(
+            e.name,
+            e.sources[0],
+            e.dtype,
+            e.shape,
+            e.layout.partition(", ")[0],
+            more=e.sources[1:],
+            gated="in turns" in e.layout,
+            scheme="q8",
+        )
+        for e in entries
+    ]
+    return ArtifactWeights(source.weights, params, entries, folder)
+
+
+def _near(stored: torch.Tensor, weight: torch.Tensor) -> None:
+    difference = (stored - weight.float()).abs().amax(dim=1)
+    assert (difference <= weight.float().abs().amax(dim=1) / 250).all()
+
+
+def test_bad_weights_leave_nothing_behind(tmp_path: Path) -> None:
+    folder = save(tiny_model("llama"), tmp_path / "model")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("inf")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LlmcError, match=r"layers\.1\.mlp\.up_proj") as caught:
+        compile_model(folder, tmp_path / "a", quant="q4g32", verify="off")
+    assert caught.value.ref == "weight-not-finite"
+    assert not (tmp_path / "a").exists()
+
+
+def test_unknown_scheme_lists_the_names() -> None:
+    with pytest.raises(LlmcError, match=r"q4g32.*mxfp4"):
+        CompileSpec("m", quant="q5")
+    with pytest.raises(LlmcError, match="q4g32"):
+        CompileSpec("m", quant_rules=(("a", "int3"),))
+
+
+def test_a_quantizer_is_asked_once_per_source(tmp_path: Path) -> None:
+    """The hook that calibrated methods and readers use."""
+    from llmc.passes.step_module import PackedParam
+    from llmc.quant.quantizer import RoundToNearest
+    from llmc.schedules.qlayout import QuantLayout
+
+    class Recorder(RoundToNearest):
+        asked: list[tuple[str, tuple[int, ...]]]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked = []
+
+        def quantize(self, source, weight, scheme):
+            self.asked.append((source, weight.shape))
+            return super().quantize(source, weight, scheme)
+
+    class Source:
+        def load(self, name):
+            return torch.ones((64, 40) if name == "b" else (40, 64))
+
+    layout = QuantLayout("q4g32", 16, 80, 64)
+    params = (
+        PackedParam("ab", "a", "uint8", layout.packed_shape, layout.as_text(), more=("c",), scheme="q4g32"),
+        PackedParam(
+            "b",
+            "b",
+            "uint8",
+            QuantLayout("q8", 16, 40, 64).packed_shape,
+            "quant(q8,n=16,of=40x64)",
+            transposed=True,
+        ),
+    )
+    quantizer = Recorder()
+    made = dict((p.name, data) for p, data in packed_tensors(params, Source(), quantizer))
+    assert quantizer.asked == [("a", (40, 64)), ("c", (40, 64)), ("b", (40, 64))]
+    np.testing.assert_allclose(layout.unpack(made["ab"]).dequantize(), 1, rtol=1e-3)

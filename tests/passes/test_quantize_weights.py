@@ -1,0 +1,93 @@
+"""QuantizeWeights: which weights are quantized, and that the lowering passes follow."""
+
+from __future__ import annotations
+
+import pytest
+from tvm import relax
+
+from llmc.errors import LlmcError
+from llmc.passes.lower_embedding import LowerEmbedding
+from llmc.passes.lower_linear import LowerLinear
+from llmc.passes.quantize_weights import QuantizeWeights
+from llmc.quant.schemes import QuantRules
+from llmc.targets.backend import get
+from tests.passes.graphs import Model, linear
+from tests.passes.test_lower_linear import called
+
+CAPS = get("cpu/x86-64-v3")[1]
+
+
+def model(*, tied: bool = False, hidden: int = 64):
+    """Embedding, two linear layers, a narrow one, a head with a softcap."""
+    m = Model()
+    table = m.param("embed.weight", 96, hidden)
+    up, down = m.param("l0.up.weight", 128, hidden), m.param("l0.down.weight", hidden, 128)
+    router, norm = m.param("l0.router.weight", 4, hidden), m.param("norm.weight", hidden)
+    head = table if tied else m.param("head.weight", 96, hidden)
+
+    def body(emit):
+        x = emit(relax.op.take(table, m.ids, axis=0))
+        x = emit(relax.op.multiply(x, norm))
+        y = linear(emit, linear(emit, x, up), down)
+        route = emit(relax.op.sum(linear(emit, x, router), axis=[-1], keepdims=True))
+        logits = linear(emit, emit(relax.op.multiply(y, route)), head)
+        return emit(relax.op.tanh(logits))
+
+    return m.build(body)
+
+
+def schemes(lowered):
+    return {p.name.removesuffix(".weight"): p.scheme for p in lowered.params if p.scheme}
+
+
+def test_linear_weights_and_head():
+    found = schemes(QuantizeWeights(QuantRules("q4g32"), head="q8")(model()))
+    assert found == {"l0.up": "q4g32", "l0.down": "q4g32", "head": "q8"}
+
+
+def test_nothing_asked_for_nothing_changed():
+    graph = model()
+    assert QuantizeWeights(QuantRules())(graph) is graph
+
+
+def test_patterns_win_also_over_head_and_small_weights():
+    rules = QuantRules("q4g32", (("*.down", "q6g64"), ("head", "none"), ("router", "q8")))
+    found = schemes(QuantizeWeights(rules, head="q8", embedding="q8")(model()))
+    assert found == {"l0.up": "q4g32", "l0.down": "q6g64", "l0.router": "q8", "embed": "q8"}
+
+
+def test_tied_embedding_follows_the_head():
+    found = schemes(QuantizeWeights(QuantRules("q4g32"), head="q8", embedding="q6g32")(model(tied=True)))
+    assert found["embed"] == "q8"
+
+
+def test_lowered_to_kernels_on_bytes():
+    for tied in (False, True):
+        marked = QuantizeWeights(QuantRules("q4g32"), head="q8", embedding="q8")(model(tied=tied))
+        out = LowerEmbedding(CAPS)(LowerLinear(CAPS)(marked))
+        relax.analysis.well_formed(out.module)
+        names = called(out)
+        assert "linear_q4g32_128_64" in names
+        assert "linear_q8_96_64" in names
+        assert names[0] == "embedding"
+        packed = {p.name: p for p in out.params if p.layout.startswith("quant(")}
+        assert packed["embed.weight"].layout == "quant(q8,n=16,of=96x64)"
+        assert packed["l0.up.weight"].dtype == "uint8"
+        # a tied table is stored once: the embedding reads the head's
+        embedding = sum(p.layout.startswith("quant(q8") for p in out.params)
+        assert embedding == (1 if tied else 2)
+
+
+def test_mistyped_pattern_is_refused():
+    with pytest.raises(LlmcError, match="donw_proj"):
+        QuantizeWeights(QuantRules("q8", (("donw_proj", "q4g32"),)))(model())
+
+
+def test_norm_cannot_be_quantized():
+    assert "norm" not in schemes(QuantizeWeights(QuantRules("q8", (("*", "q8"),)))(model()))
+
+
+def test_activation_schemes_are_refused():
+    with pytest.raises(LlmcError) as caught:
+        QuantizeWeights(QuantRules("w8a8"))(model())
+    assert caught.value.ref == "scheme-not-supported"
