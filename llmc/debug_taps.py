@@ -25,6 +25,7 @@ def run(source: SourceModel, spec: CompileSpec, token_ids: Sequence[int]) -> Map
     from llmc.passes.plan_kv_cache import PlanKVCache
     from llmc.passes.quantize_weights import QuantizeWeights
     from llmc.passes.step_module import LoweredGraph
+    from llmc.quant.stored import SourceQuantizer, stored_schemes
     from llmc.targets.backend import get
     from llmc.targets.codegen import build_executable
 
@@ -33,7 +34,8 @@ def run(source: SourceModel, spec: CompileSpec, token_ids: Sequence[int]) -> Map
     target = backend.tvm_target(caps)
     graph = capture(source, taps=True)
     lowered = LoweredGraph.from_model(graph)
-    for _, graph_pass in order.graph_phase(caps, QuantizeWeights.of(spec)):
+    quantize = QuantizeWeights.of(spec, stored_schemes(source.weights))
+    for _, graph_pass in order.graph_phase(caps, quantize):
         lowered = graph_pass(lowered)
     n = len(token_ids)
     kv_dtype = spec.kv_dtype.value if spec.kv_dtype else None
@@ -49,7 +51,7 @@ def run(source: SourceModel, spec: CompileSpec, token_ids: Sequence[int]) -> Map
             module = build_pass(module)
     vm = relax.VirtualMachine(build_executable(module, target), tvm.cpu())
     params = []
-    for param, data in packed_tensors(step.params, source.weights):
+    for param, data in packed_tensors(step.params, source.weights, SourceQuantizer(source.weights)):
         params.append(_tensor(data, param.dtype))
     pages = -(-n // plan.page_size) + 1
     pools = []

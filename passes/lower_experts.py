@@ -14,7 +14,7 @@ from llmc.errors import LlmcError
 from llmc.ops import EXPERT_LINEAR, ExpertLinearAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph
-from llmc.quant.schemes import SCHEMES
+from llmc.quant.schemes import by_name
 from llmc.schedules.experts import ExpertConfig, expert_linear
 from llmc.schedules.layout import BlockedLayout, linear_layout
 from llmc.schedules.qexperts import QuantExpertConfig, quant_expert_linear
@@ -69,7 +69,7 @@ class LowerExperts:
             )
             layout: BlockedLayout | QuantLayout
             if info.scheme:
-                layout = packing = quant_layout(SCHEMES[info.scheme], n, k, self.caps)
+                layout = packing = quant_layout(by_name(info.scheme), n, k, self.caps)
                 shape: tuple[int, ...] = (experts, *packing.packed_shape)
                 quantized = QuantExpertConfig(experts, packing, **common)
                 kernel = kernels.get(
