@@ -148,9 +148,13 @@ def _scaled(graph: Graph, root: Any, wide: Any, uncentered: Any | None) -> Any |
         return users[0].var
     # the source may compute x - mean twice
     again: Any = graph.definition(other)
-    if uncentered is not None and ir.is_op(again, "relax.subtract"):
-        if graph.source(again.args[0]) == uncentered and _is_mean_of(graph, again.args[1], uncentered):
-            return users[0].var
+    if (
+        uncentered is not None
+        and ir.is_op(again, "relax.subtract")
+        and graph.source(again.args[0]) == uncentered
+        and _is_mean_of(graph, again.args[1], uncentered)
+    ):
+        return users[0].var
     return None
 
 

@@ -36,7 +36,7 @@ class _Match:
     bias: Any | None
     out_dtype: str
     result: Any  # the variable that the kernel's output is bound to
-    attrs: LinearAttrs = LinearAttrs()
+    attrs: LinearAttrs = field(default_factory=LinearAttrs)
     residual: Any | None = None
 
 
@@ -47,8 +47,8 @@ class LowerLinear:
     after:  w' [N/nb, K/kp, nb, kp] param;  z = call_tir(linear, x, w', b)
 
     Also ``matmul(x, w)`` with w [K, N], weights behind a cast, and the logits' cast to float32, which the head then writes
-    directly; and llmc.linear, which carries its activation, gate and residual. Runs before LegalizeOps, because the ops are still recognisable; before LowerEmbedding, which reuses the
-    packed layout of tied weights. A matmul whose operand is not a plain weight is left to the generic schedules.
+    directly; and llmc.linear, which carries its activation, gate and residual. Runs before LegalizeOps, because the ops
+    are still recognisable; before LowerEmbedding, which reuses the packed layout of tied weights. A matmul whose operand is not a plain weight is left to the generic schedules.
     """
 
     def __init__(self, caps: Capabilities) -> None:

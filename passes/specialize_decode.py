@@ -22,8 +22,9 @@ class SpecializeDecode:
     before: step:   o = call_tir(attention_prefill_0, q, pk, pv, query_start, context_len, block_table_0, layer)
     after:  decode: o, partial = call_tir(attention_decode_0, ...same...)
 
-    A kernel that rotates q and appends k and v goes into the attention kernel: with one token per sequence that is little work,
-    and a launch less. The copy shares every other kernel. Runs after FuseTIR and DefaultSchedule, so that fusion and scheduling are done once.
+    A kernel that rotates q and appends k and v goes into the attention kernel: with one token per sequence that is little
+    work, and a launch less. The copy shares every other kernel. Runs after FuseTIR and DefaultSchedule, so that fusion
+    and scheduling are done once.
     """
 
     def __init__(self, caps: Capabilities) -> None:

@@ -51,7 +51,7 @@ class RopeConfig:
 
 
 class RopeOperands:
-    """Arguments of a rotating kernel in order: q's tensor, [k's, v's], coefficients, [slot, k_pool, v_pool, layer] by the caller."""
+    """Arguments of a rotating kernel in order: q's tensor, [k's, v's], coefficients; the caller adds [slot, pools, layer]."""
 
     def __init__(self, cfg: RopeConfig, caps: Capabilities, t: Any) -> None:
         self.cfg, self.caps, self.t = cfg, caps, t

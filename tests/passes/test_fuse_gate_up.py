@@ -13,6 +13,8 @@ from llmc.passes.step_module import LoweredGraph, PackedParam
 from tests.passes.graphs import Model, linear
 
 K, N = 32, 48
+
+
 def two(act=relax.op.nn.silu, *, biases=False, swapped=False, used_twice=False, symbolic=False):
     m = Model()
     rows = m.tokens if symbolic else tirx.IntImm("int64", 8)

@@ -54,7 +54,9 @@ def model(*, biases="", fused=False, other_input=False, norm=False):
                 qkv.append(heads(emit(relax.op.add(y, b[n])) if n in b else y, n))
         out = ir.tensor_type([1, 8, 4, DIM], "float32")
         attrs = AttentionAttrs(layer=0, scale=0.25).to_json()
-        return emit(relax.op.reshape(emit(ir.opaque_call(ATTENTION, qkv, attrs, out)), relax.ShapeExpr([8, WIDTH])))
+        return emit(
+            relax.op.reshape(emit(ir.opaque_call(ATTENTION, qkv, attrs, out)), relax.ShapeExpr([8, WIDTH]))
+        )
 
     return m.build(body)
 
@@ -63,7 +65,9 @@ def simplified(lowered):
     """The function with dead code gone and bindings in one order, to compare."""
     return [
         (ir.op_name(b.value), [int(d) for d in b.var.ty.shape])
-        for b in sorted(bindings_of(lowered.module["main"]), key=lambda b: str(b.var.ty.shape) + ir.op_name(b.value))
+        for b in sorted(
+            bindings_of(lowered.module["main"]), key=lambda b: str(b.var.ty.shape) + ir.op_name(b.value)
+        )
     ]
 
 
@@ -77,13 +81,17 @@ def test_unequal_widths_become_one_matmul(biases, norm):
     assert [p.sources for p in found] == [
         tuple(f"l.{n}.{kind}" for n in HEADS) for kind in ("weight", "bias")[: 2 if biases else 1]
     ]
-    assert [p.name for p in found][0] == "l.q+k+v.weight"
+    assert found[0].name == "l.q+k+v.weight"
     assert found[0].shape == (64, WIDTH)
 
 
 def test_slices_are_in_the_order_of_the_sources():
     after = FuseQKV()(model())
-    cuts = [ir.slice_of(b.value) for b in bindings_of(after.module["main"]) if ir.is_op(b.value, "relax.strided_slice")]
+    cuts = [
+        ir.slice_of(b.value)
+        for b in bindings_of(after.module["main"])
+        if ir.is_op(b.value, "relax.strided_slice")
+    ]
     assert cuts == [(2, 0, 32, 1), (2, 32, 48, 1), (2, 48, 64, 1)]
 
 
@@ -105,7 +113,11 @@ def test_weight_that_is_used_twice_stays():
 
     def body(emit):
         y = [
-            emit(relax.op.permute_dims(emit(relax.op.reshape(linear(emit, x, w), relax.ShapeExpr([1, 8, 4, DIM]))), [0, 2, 1, 3]))
+            emit(
+                relax.op.permute_dims(
+                    emit(relax.op.reshape(linear(emit, x, w), relax.ShapeExpr([1, 8, 4, DIM]))), [0, 2, 1, 3]
+                )
+            )
             for _ in range(3)
         ]
         out = ir.tensor_type([1, 8, 4, DIM], "float32")

@@ -78,6 +78,4 @@ def test_residual(tools, caps, dtype):
 
 def test_everything_at_once_in_pieces_of_the_columns(tools, best):
     """Sums that are kept in memory between pieces take the same epilogue."""
-    check(
-        tools, best, n=64, activation="gelu", gated=True, has_bias=True, has_residual=True, k_block=16
-    )
+    check(tools, best, n=64, activation="gelu", gated=True, has_bias=True, has_residual=True, k_block=16)
