@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, field, replace
 from functools import partial
 from typing import Any
 
@@ -46,9 +46,10 @@ class LowerLinear:
     before: w [N, K] param;  t = permute_dims(w); y = matmul(x, t); z = add(y, b)
     after:  w' [N/nb, K/kp, nb, kp] param;  z = call_tir(linear, x, w', b)
 
-    Also ``matmul(x, w)`` with w [K, N], weights behind a cast, and the logits' cast to float32, which the head then writes
-    directly; and llmc.linear, which carries its activation, gate and residual. Runs before LegalizeOps, because the ops
-    are still recognisable; before LowerEmbedding, which reuses the packed layout of tied weights. A matmul whose operand is not a plain weight is left to the generic schedules.
+    Also ``matmul(x, w)`` with w [K, N], weights behind a cast, and the logits' cast to float32, which the head then
+    writes directly; and llmc.linear, which carries its activation, gate and residual. Runs before LegalizeOps, because
+    the ops are still recognisable; before LowerEmbedding, which reuses the packed layout of tied weights. A matmul
+    whose operand is not a plain weight is left to the generic schedules.
     """
 
     def __init__(self, caps: Capabilities) -> None:
