@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
