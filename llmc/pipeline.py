@@ -22,7 +22,7 @@ from llmc.artifact import (
 from llmc.caps import Capabilities
 from llmc.errors import LlmcError
 from llmc.evaluate_text import check_text
-from llmc.quant.schemes import NONE
+from llmc.quant.schemes import NONE, RTN
 from llmc.spec import AUTO, CompileSpec, Verify
 from llmc.stages import STAGES, ProgressReporter, StageRunner, run_passes
 from llmc.targets.backend import get
@@ -85,7 +85,11 @@ def compile_model(
         backend.require_host(caps)
     for text in filter(None, (spec.calib_text, spec.eval_text)):
         check_text(Path(text))
-    left_out = {"search": spec.quant != AUTO, "evaluate": not spec.eval_text}
+    left_out = {
+        "search": spec.quant != AUTO,
+        "calibrate": spec.quant_method == RTN,
+        "evaluate": not spec.eval_text,
+    }
     runner = StageRunner(
         spec,
         stages=tuple(stage for stage in STAGES if not left_out.get(stage)),
@@ -106,12 +110,15 @@ def compile_model(
         step = runner.run("lower", _lower, graph, spec, source, caps, target, runner)
         del graph
         executable = runner.run("build", _build, step, target, runner)
-        params = runner.run("pack", _pack, step, source, writer, runner)
+        made = source
+        if spec.quant_method != RTN:
+            made = runner.run("calibrate", _calibrate, step, source, spec, runner)
+        params = runner.run("pack", _pack, step, made, writer, runner)
         manifest = _manifest(spec, source, caps, step, params)
         manifest = runner.run("write", _write, writer, executable, manifest, source)
-        quality = runner.run("verify", _verify, writer, source, spec, step, params)
+        quality = runner.run("verify", _verify, writer, source, made, spec, step, params)
         if spec.eval_text:
-            quality = runner.run("evaluate", _evaluate, quality, writer, source, spec, runner)
+            quality = runner.run("evaluate", _evaluate, quality, writer, source, made, spec, runner)
         manifest = writer.finish(executable, dataclasses.replace(manifest, quality=quality, files={}))
         writer.commit()
         done = output
@@ -227,6 +234,29 @@ def _build(step: StepModule, target: Any, runner: StageRunner) -> Any:
     return runner.run_pass("build", "codegen", lambda m: build_executable(m, target), module)
 
 
+def _calibrate(step: StepModule, source: SourceModel, spec: CompileSpec, runner: StageRunner) -> SourceModel:
+    """The source with the weights that the graph wants quantized, quantized by a calibrated method."""
+    from llmc.quant.methods import Calibration, calibrated
+    from llmc.schedules.qlayout import QuantLayout
+
+    assert spec.calib_text is not None
+    plan = {
+        name: QuantLayout.parse(param.layout).of
+        for param in step.params
+        if QuantLayout.is_layout(param.layout)
+        for name in param.sources
+    }
+    made, found = calibrated(
+        source,
+        plan,
+        Calibration(spec.quant_method, Path(spec.calib_text)),
+        progress=lambda done, total: runner.progress.advance(done, total, "layers"),
+    )
+    for note in found.notes:
+        runner.progress.note(note)
+    return made
+
+
 def _pack(
     step: StepModule, source: SourceModel, writer: ArtifactWriter, runner: StageRunner
 ) -> tuple[ParamEntry, ...]:
@@ -256,6 +286,7 @@ def _write(writer: ArtifactWriter, executable: Any, manifest: Manifest, source: 
 def _verify(
     writer: ArtifactWriter,
     source: SourceModel,
+    made: SourceModel,
     spec: CompileSpec,
     step: StepModule,
     params: tuple[ParamEntry, ...],
@@ -275,14 +306,14 @@ def _verify(
 
     # the files were hashed while they were written
     model = load(writer.folder, check_hashes=False)
-    same = quantized_source(source, step.params, params, writer.folder)
+    same = quantized_source(made, step.params, params, writer.folder)
     report = verify(
         model,
         same,
         unquantized=None if same is source else source,
         mode=spec.verify,
         dtype=spec.dtype.value if spec.dtype else source.dtype,
-        taps_runner=lambda ids: run_taps(source, spec, ids),
+        taps_runner=lambda ids: run_taps(made, spec, ids),
     )
     # how long it took differs from run to run, and the artifact's bytes may not
     return dataclasses.replace(report, seconds=None)
@@ -292,6 +323,7 @@ def _evaluate(
     quality: QualityReport,
     writer: ArtifactWriter,
     source: SourceModel,
+    made: SourceModel,
     spec: CompileSpec,
     runner: StageRunner,
 ) -> QualityReport:
@@ -305,7 +337,7 @@ def _evaluate(
         model,
         source,
         spec,
-        taps_runner=lambda ids: run_taps(source, spec, ids),
+        taps_runner=lambda ids: run_taps(made, spec, ids),
         progress=runner.progress.advance,
     )
     check_gate(text, max_kl=spec.max_kl, max_ppl_increase=spec.max_ppl_increase)

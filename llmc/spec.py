@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import LlmcError
-from llmc.quant.schemes import NONE, QuantRules, parse
+from llmc.quant.schemes import NONE, QUANT_METHODS, RTN, QuantRules, parse
 
 AUTO = "auto"
 
@@ -61,6 +61,8 @@ class CompileSpec:
         revision: hub revision.
         quant: scheme of the weights (llmc/quant/schemes.py); ``none`` = they stay in dtype; ``auto`` = searched for each
             weight, the smallest artifact within max_ppl_increase.
+        quant_method: how quantized weights are made: ``rtn`` (round to nearest), or a calibrated method of
+            llmc/quant/methods.py (gptq, awq, ...), which needs calib_text.
         quant_rules: pattern -> scheme for single weights; see QuantRules. The last pattern that matches wins.
         quant_head: scheme of the output projection (and of a tied embedding); None = q8 if quant has 4 bits or fewer, else
             as quant.
@@ -90,6 +92,7 @@ class CompileSpec:
     max_kl: float | None = None
     max_ppl_increase: float | None = None
     quant: str = NONE
+    quant_method: str = RTN
     quant_rules: tuple[tuple[str, str], ...] = ()
     quant_head: str | None = None
     quant_embedding: str | None = None
@@ -112,7 +115,30 @@ class CompileSpec:
                 "bound",
                 f"max_step_tokens must be at least max_batch ({self.max_batch}), found {self.max_step_tokens}.",
             )
+        self._check_method()
         self._check_gate()
+
+    def _check_method(self) -> None:
+        if self.quant_method not in QUANT_METHODS:
+            raise LlmcError(
+                "unknown-quant-method",
+                f"A quantization method must be one of {', '.join(QUANT_METHODS)}; found {self.quant_method!r}.",
+                hint="Use --quant-method gptq, for instance.",
+            )
+        if self.quant_method == RTN:
+            return
+        if self.calib_text is None:
+            raise LlmcError(
+                "method-without-text",
+                f"The method {self.quant_method} looks at activations, and no text to calibrate with is given.",
+                hint="Add --calib FILE.",
+            )
+        if self.meta_weights or self.quant == AUTO or self.rules().is_empty:
+            raise LlmcError(
+                "method-without-weights",
+                f"The method {self.quant_method} needs weights that a scheme is named for.",
+                hint="Add --quant q4g32, for instance; it goes neither with --meta-weights nor with --quant auto.",
+            )
 
     def _check_gate(self) -> None:
         for name in ("max_kl", "max_ppl_increase"):

@@ -77,6 +77,10 @@ def compile(
             help="Scheme of the weights, e.g. q8, q4g32, q4g64a, nf4, fp8, mxfp4; auto: see --max-ppl-increase."
         ),
     ] = None,
+    quant_method: Annotated[
+        str | None,
+        typer.Option(help="rtn, gptq, awq, awq+gptq, smooth or smooth+gptq; all but rtn need --calib."),
+    ] = None,
     quant_head: Annotated[
         str | None,
         typer.Option(help="Of the output projection (default: q8 if --quant has 4 bits or fewer)."),
@@ -114,6 +118,7 @@ def compile(
                 "max_step_tokens": max_step_tokens,
                 "verify": verify,
                 "quant": quant,
+                "quant_method": quant_method,
                 "quant_head": quant_head,
                 "quant_embedding": quant_embedding,
                 "revision": revision,

@@ -93,6 +93,9 @@ def _stored_only() -> dict[str, Scheme]:
 
 # what quantized checkpoints hold beside SCHEMES; not for quantizing to. A suffix "f" means float32 scales
 STORED_ONLY = _stored_only()
+# how quantized weights are made; all but the first look at activations (llmc/quant/methods.py)
+RTN = "rtn"
+QUANT_METHODS = (RTN, "gptq", "awq", "awq+gptq", "smooth", "smooth+gptq")
 NONE = "none"  # keeps a weight in the model's dtype
 
 

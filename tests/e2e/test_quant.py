@@ -200,3 +200,22 @@ def test_a_quantizer_is_asked_once_per_source(tmp_path: Path) -> None:
     made = dict((p.name, data) for p, data in packed_tensors(params, Source(), quantizer))
     assert quantizer.asked == [("a", (40, 64)), ("c", (40, 64)), ("b", (40, 64))]
     np.testing.assert_allclose(layout.unpack(made["ab"]).dequantize(), 1, rtol=1e-3)
+
+
+@pytest.mark.slow(reason="calibration runs 128 pieces of text through every layer")
+def test_gptq_is_closer_to_the_source_than_rounding(tmp_path: Path) -> None:
+    """From the command line's options to the artifact: its own perplexity, measured on held-out text."""
+    increase = {}
+    for method in ("rtn", "gptq"):
+        result = compile_model(
+            str(DEMO),
+            tmp_path / method,
+            quant="q4g32",
+            quant_method=method,
+            calib_text=str(DEMO / "calibration.txt") if method != "rtn" else None,
+            eval_text=str(DEMO / "heldout.txt"),
+            eval_tokens=4096,
+        )
+        assert result.manifest is not None and result.manifest.quality.text is not None
+        increase[method] = result.manifest.quality.text.increase_percent
+    assert increase["gptq"] < increase["rtn"] < 2
