@@ -42,7 +42,8 @@ def trace_error(model: torch.nn.Module, error: Exception) -> LlmcError:
     """What to tell about a model that torch.export cannot trace for every length."""
     facts: dict[str, object] = {"error": str(error)}
     if getattr(model, "_is_stateful", False):  # transformers' mark of classes with a state besides attention
-        return _recurrent_error(model, "recurrent layers", facts)
+        where = _failing_module(model, error)
+        return _recurrent_error(model, f"recurrent layers{f', such as {where}' if where else ''}", facts)
     where = _failing_module(model, error) or type(model).__name__
     if type(error).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException"):
         return LlmcError(
