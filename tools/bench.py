@@ -1,9 +1,13 @@
-"""Prefill and decode speed of an artifact, against transformers on the same weights, in one run.
+"""Speed of llmc's artifacts beside llama.cpp, OpenVINO and transformers on the same random weights, in one run.
 
-    python tools/bench.py --shape llama-1b --against transformers --threads 2 --json out.json
+    python tools/bench.py --shape llama-1b --quant none,w4a8 --against llama.cpp,openvino,transformers --json out.json
+    python tools/bench.py --shape llama-1b --quant none --batch 8 --context 8192      # llmc alone
+    python tools/bench.py --check --against llama.cpp,openvino                        # do the peers compute the same?
+    python tools/bench.py --prepare --shape llama-1b,qwen-0.5b --quant none,w4a8 --against llama.cpp,openvino
 
-A model of random weights is made once (in the cache folder) and compiled. Each side is a process of its own, so that
-neither's memory or thread pool disturbs the other; they take turns, one round each, and only one computes at a time.
+A checkpoint of random weights is made once, in the cache folder. Every peer is installed from pip into an environment
+of its own there, and gets the checkpoint in its own format. Each side is a process of its own, so that none's memory
+or thread pool disturbs another; they take turns, one round each, and only one computes at a time.
 """
 
 from __future__ import annotations
@@ -11,288 +15,128 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# transformers configs; llama-1b has the shape of Llama-3.2-1B, qwen-0.5b that of Qwen2.5-0.5B
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-1b": dict(
-        model_type="llama",
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        rope_theta=500000.0,
-        tie_word_embeddings=True,
-    ),
-    "qwen-0.5b": dict(
-        model_type="qwen2",
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        vocab_size=151936,
-        max_position_embeddings=32768,
-        rope_theta=1000000.0,
-        tie_word_embeddings=True,
-    ),
-    "tiny": dict(
-        model_type="llama",
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=512,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    ),
-}
-TORCH_NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+from llmc import host, knobs  # noqa: E402
+from llmc.doctor import cpu_name  # noqa: E402
+from llmc.limits import measured_limits  # noqa: E402
+from llmc.quant import schemes  # noqa: E402
+from tools.bench_sides import check, llmc_side, table  # noqa: E402
+from tools.bench_sides.peers import (  # noqa: E402
+    PEERS,
+    Peer,
+    PeerUnavailable,
+    converted,
+    interpreter,
+    peer_weight_bytes,
+)
+from tools.bench_sides.protocol import Round, SideFailed, Worker  # noqa: E402
+from tools.bench_sides.results import Weights, summary  # noqa: E402
+from tools.bench_sides.shapes import SHAPES, TORCH_NAMES, prompt_of  # noqa: E402
+
+# seconds between two turns: threads of the side that had its turn stop spinning
+_REST = 0.5
 
 
-@dataclass(frozen=True)
-class Round:
-    """One prompt and its continuation.
+def checkpoint(shape: str, dtype: str, cache: Path) -> Path:
+    """The folder with random weights, made if it is not there."""
+    folder = cache / f"{shape}-{dtype}"
+    if not (folder / "config.json").exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "tools.bench_sides.shapes", shape, dtype, str(folder)]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, cwd=ROOT)
+    return folder
 
-    Attributes:
-        prefill: seconds until the logits of the prompt's last token.
-        decode: seconds per token, of each generated token.
+
+def llmc_bits(quant: str, dtype: str) -> int:
+    """Bits of llmc's codes: of the scheme, or of the dtype."""
+    scheme = schemes.parse(quant)
+    return scheme.bits if scheme else {"f32": 32, "bf16": 16, "f16": 16}[dtype]
+
+
+def peer_format(peer: Peer, bits: int) -> str:
+    """The peer's format with as many bits.
+
+    Raises:
+        PeerUnavailable: it has none.
     """
-
-    prefill: float
-    decode: list[float]
-
-
-class Side(Protocol):
-    """Something that runs a model; lives in a worker process."""
-
-    def round(self, prompt: list[int], tokens: int) -> Round:
-        """Prefill `prompt`, then feed back the likeliest token `tokens` times."""
-        ...
-
-    def versions(self) -> dict[str, str]:
-        """What ran it."""
-        ...
+    if bits not in peer.formats:
+        have = ", ".join(f"{b} bits ({name})" for b, name in sorted(peer.formats.items()))
+        raise PeerUnavailable(f"{peer.name} has no format of {bits} bits here; it has {have}")
+    return peer.formats[bits]
 
 
-class LlmcSide:
-    """An artifact through llmc's runtime."""
+class Case:
+    """One shape in one format: what each side loads, and its worker."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        import llmc
+    def __init__(self, shape: str, quant: str, options: argparse.Namespace, cache: Path) -> None:
+        self.shape, self.quant, self.options, self.cache = shape, quant, options, cache
+        self.model = checkpoint(shape, options.dtype, cache)
+        self.bits = llmc_bits(quant, options.dtype)
+        self.formats: dict[str, str] = {}
+        self.weights: dict[str, Weights] = {}
+        self.missing: dict[str, str] = {}
+        self._loads: dict[str, tuple[Path, Path]] = {}
 
-        self._model = llmc.load(options.artifact, threads=options.threads, check_hashes=False)
+    def prepare_peers(self) -> None:
+        """Install and convert; a peer that cannot is left out, and why is kept in `missing`."""
+        for name in self.options.against:
+            peer = PEERS[name]
+            try:
+                kind = peer_format(peer, self.bits)
+                python = interpreter(peer, self.cache)
+                folder = converted(peer, python, self.model, kind)
+            except PeerUnavailable as e:
+                print(f"bench: {e}", file=sys.stderr)
+                self.missing[name] = str(e)
+                continue
+            self.formats[name] = kind if kind != "16" else self.options.dtype
+            self.weights[name] = Weights(self.shape, peer_weight_bytes(peer, folder))
+            self._loads[name] = (python, folder)
 
-    def round(self, prompt: list[int], tokens: int) -> Round:
-        with self._model.new_sequence() as sequence:
-            start = time.perf_counter()
-            logits = self._model.step([(sequence, prompt)])
-            prefill = time.perf_counter() - start
-            decode = []
-            for _ in range(tokens):
-                start = time.perf_counter()
-                logits = self._model.step([(sequence, [int(logits[0].argmax())])])
-                decode.append(time.perf_counter() - start)
-        return Round(prefill, decode)
-
-    def versions(self) -> dict[str, str]:
-        manifest = self._model.manifest
-        return {"llmc": manifest.llmc_version, "tvm": manifest.tvm_version, "preset": manifest.target.preset}
-
-
-class TransformersSide:
-    """The same checkpoint through transformers and torch on the CPU, eagerly."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        import torch
-        import transformers
-
-        torch.set_num_threads(options.threads)
-        torch.set_grad_enabled(False)
-        dtype = getattr(torch, TORCH_NAMES[options.dtype])
-        self._torch, self._transformers = torch, transformers
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(
-            options.model, dtype=dtype, attn_implementation=options.attention
-        ).eval()
-
-    def round(self, prompt: list[int], tokens: int) -> Round:
-        ids = self._torch.tensor([prompt])
-        start = time.perf_counter()
-        out = self._model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        prefill = time.perf_counter() - start
-        decode = []
-        for _ in range(tokens):
-            start = time.perf_counter()
-            ids = out.logits[:, -1].argmax(-1, keepdim=True)
-            out = self._model(
-                input_ids=ids, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1
-            )
-            decode.append(time.perf_counter() - start)
-        return Round(prefill, decode)
-
-    def versions(self) -> dict[str, str]:
-        return {"torch": self._torch.__version__, "transformers": self._transformers.__version__}
-
-
-SIDES = {"llmc": LlmcSide, "transformers": TransformersSide}
-
-
-class Worker:
-    """A side in a process of its own, spoken to in lines of JSON."""
-
-    def __init__(self, name: str, options: argparse.Namespace, model: Path, artifact: Path) -> None:
-        self.name = name
-        command = [
-            sys.executable,
-            __file__,
-            "--worker",
-            name,
-            "--shape",
-            options.shape,
-            "--dtype",
-            options.dtype,
+    def compile(self) -> tuple[Path, float]:
+        """The artifact and the seconds that compiling took."""
+        o = self.options
+        artifact = self.cache / f"{self.shape}-{o.dtype}-{self.quant}.artifact"
+        longest = max(o.prompt, o.context or 0) + o.tokens
+        arguments = ["--dtype", o.dtype, "--target", o.target, "--page-size", str(o.page_size)]
+        arguments += ["--max-seq-len", str(max(longest, o.page_size))]
+        arguments += [
+            "--max-batch",
+            str(max(16, o.batch)),
+            "--max-step-tokens",
+            str(max(o.prompt, 16, o.batch)),
         ]
-        command += ["--threads", str(options.threads), "--attention", options.attention]
-        command += ["--model", str(model), "--artifact", str(artifact)]
-        threads = str(options.threads)
-        env = {
-            **os.environ,
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "TVM_NUM_THREADS": threads,
-        }
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT
-        )
-        self.versions: dict[str, str] = self._read()["versions"]
+        if self.quant != schemes.NONE:
+            arguments += ["--quant", self.quant]
+        seconds = llmc_side.compile_artifact(self.model, artifact, arguments + o.compile_option)
+        self.formats["llmc"] = o.dtype if self.quant == schemes.NONE else self.quant
+        self.weights["llmc"] = Weights(self.shape, llmc_side.weight_bytes(artifact))
+        self._loads["llmc"] = (Path(sys.executable), artifact)
+        return artifact, seconds
 
-    def round(self, prompt: list[int], tokens: int) -> tuple[Round, int]:
-        """(times, peak resident bytes of the process)."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompt": prompt, "tokens": tokens}) + "\n")
-        self._process.stdin.flush()
-        answer = self._read()
-        return Round(answer["prefill"], answer["decode"]), answer["peak_rss"]
+    def names(self) -> list[str]:
+        """Sides that can run, llmc first."""
+        return ["llmc", *(name for name in self.options.against if name in self._loads)]
 
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                answer: dict[str, Any] = json.loads(line)
-                return answer
-        raise SystemExit(
-            f"bench: the {self.name} side ended with code {self._process.wait()}; see its output above"
-        )
+    def start(self, name: str) -> Worker:
+        """A worker of that side, loaded."""
+        python, folder = self._loads[name]
+        module = "llmc_side" if name == "llmc" else PEERS[name].side
+        extra = {"dtype": TORCH_NAMES[self.options.dtype], "attention": self.options.attention}
+        return Worker(name, python, module, folder, self.options.threads, extra)
 
 
-def worker(options: argparse.Namespace) -> None:
-    """Body of a worker process: answer rounds until stdin ends."""
-    from llmc.runtime.memory import peak_rss
-
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not mix with the answers
-    side: Side = SIDES[options.worker](options)
-    print(json.dumps({"versions": side.versions()}), file=answers, flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        done = side.round(request["prompt"], request["tokens"])
-        print(json.dumps({**asdict(done), "peak_rss": peak_rss()}), file=answers, flush=True)
-
-
-def make_model(shape: str, dtype: str, folder: Path) -> None:
-    """Write a Hugging Face folder with random weights, unless it is there already."""
-    if (folder / "config.json").exists():
-        return
-    import torch
-    import transformers
-
-    print(f"bench: making random weights in {folder}", file=sys.stderr)
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(**SHAPES[shape], bos_token_id=0, eos_token_id=None)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, TORCH_NAMES[dtype]))
-    partial = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    model.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-def compile_artifact(options: argparse.Namespace, model: Path, artifact: Path) -> float:
-    """Compile `model`; seconds that it took."""
-    start = time.perf_counter()
-    longest = max(options.prompt + options.tokens, options.page_size)
-    command = [
-        sys.executable,
-        "-m",
-        "llmc",
-        "compile",
-        str(model),
-        "-o",
-        str(artifact),
-        "--dtype",
-        options.dtype,
-    ]
-    command += ["--target", options.target, "--verify", "off", "--page-size", str(options.page_size)]
-    command += ["--max-seq-len", str(longest), "--max-step-tokens", str(max(options.prompt, 16)), "--quiet"]
-    subprocess.run(command, check=True, cwd=ROOT, stdin=subprocess.DEVNULL)
-    return time.perf_counter() - start
-
-
-def in_process(function: str, *arguments: str) -> None:
-    """Run a function of this file in a process of its own: torch's memory goes back to the system afterwards."""
-    code = f"import sys; from pathlib import Path; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench"
-    code += f"; bench.{function}(sys.argv[1], sys.argv[2], Path(sys.argv[3]))"
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdin=subprocess.DEVNULL)
-
-
-def summary(rounds: list[tuple[Round, int]], prompt: int) -> dict[str, float]:
-    """Medians of one side."""
-    prefill = statistics.median(r.prefill for r, _ in rounds)
-    decode = statistics.median(s for r, _ in rounds for s in r.decode)
-    return {
-        "prefill_seconds": prefill,
-        "prefill_tokens_per_second": prompt / prefill,
-        "decode_seconds": decode,
-        "decode_tokens_per_second": 1 / decode,
-        "peak_rss_bytes": max(rss for _, rss in rounds),
-    }
-
-
-def bench(options: argparse.Namespace) -> dict[str, Any]:
-    """Make, compile, measure; the result as plain data."""
-    from llmc import host, knobs
-    from llmc.doctor import cpu_name
-
-    cache = knobs.cache_dir() / "bench"
-    cache.mkdir(parents=True, exist_ok=True)
-    model = cache / f"{options.shape}-{options.dtype}"
-    artifact = cache / f"{options.shape}-{options.dtype}.artifact"
-    if not (model / "config.json").exists():
-        in_process("make_model", options.shape, options.dtype, str(model))
+def measure(case: Case) -> dict[str, Any]:
+    """Compile, run all sides in turn, and llmc's own modes; the result as plain data."""
+    o = case.options
     load = os.getloadavg()[0]
     if load > 0.5:
         # waiting threads of one side lose their core to whatever else runs, which can slow it down manyfold
@@ -300,109 +144,153 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
             f"bench: this machine is busy (load average {load:.1f}); do not trust the figures",
             file=sys.stderr,
         )
-    compile_seconds = compile_artifact(options, model, artifact)
-    vocabulary = SHAPES[options.shape]["vocab_size"]
-    # fixed, and spread over the vocabulary, so that embedding rows are not all in the cache
-    prompt = [(7919 * (i + 1)) % vocabulary for i in range(options.prompt)]
-    names = ["llmc", *([options.against] if options.against else [])]
-    workers: list[Worker] = []
-    rounds: dict[str, list[tuple[Round, int]]] = {name: [] for name in names}
-    versions: dict[str, str] = {}
+    _, compile_seconds = case.compile()
+    prompt = prompt_of(case.shape, o.prompt)
+    workers: dict[str, Worker] = {}
+    rounds: dict[str, list[Round]] = {}
+    limits = measured_limits(o.threads)
     try:
-        for name in names:
-            workers.append(Worker(name, options, model, artifact))
-            versions |= workers[-1].versions
-        for w in workers:  # first touch of weights, code and pools
-            w.round(prompt, 2)
-        for _ in range(options.rounds):
-            for w in workers:
-                rounds[w.name].append(w.round(prompt, options.tokens))
+        for name in case.names():
+            try:
+                workers[name] = case.start(name)
+                workers[name].round(prompt, 2)  # first touch of weights, code and pools
+                rounds[name] = []
+            except SideFailed as e:
+                if name == "llmc":
+                    raise
+                print(f"bench: {e}", file=sys.stderr)
+                case.missing[name] = str(e)
+        for _ in range(o.rounds):
+            for name in rounds:
+                time.sleep(_REST)
+                rounds[name].append(workers[name].round(prompt, o.tokens))
+        own = llmc_modes(workers["llmc"], case)
     finally:
-        for w in workers:
-            w.close()
-    sides = {name: summary(rounds[name], options.prompt) for name in names}
+        for worker in workers.values():
+            worker.close()
     result: dict[str, Any] = {
-        "shape": options.shape,
-        "dtype": options.dtype,
-        "threads": options.threads,
-        "prompt": options.prompt,
-        "tokens": options.tokens,
-        "rounds": options.rounds,
-        "attention": options.attention,
+        "shape": case.shape,
+        "dtype": o.dtype,
+        "quant": case.quant,
+        "threads": o.threads,
+        "prompt": o.prompt,
+        "tokens": o.tokens,
+        "rounds": o.rounds,
+        "attention": o.attention,
         "machine": cpu_name(),
         "features": sorted(f for f in host.features() or () if f.startswith(("avx", "amx", "fma"))),
-        "versions": versions,
+        "versions": {k: v for name in rounds for k, v in workers[name].versions.items()},
         "load_average": load,
         "compile_seconds": compile_seconds,
-        "sides": sides,
+        "limits": limits.to_json(),
+        "missing": case.missing,
+        "sides": {
+            name: summary(rounds[name], o.prompt, case.formats[name], case.weights[name], limits)
+            for name in rounds
+        },
+        **own,
     }
-    if options.against:
-        other = sides[options.against]
-        result["ratios"] = {
-            "prefill": other["prefill_seconds"] / sides["llmc"]["prefill_seconds"],
-            "decode": other["decode_seconds"] / sides["llmc"]["decode_seconds"],
-        }
+    llmc = result["sides"]["llmc"]
+    result["ratios"] = {
+        name: {key: side[f"{key}_seconds"] / llmc[f"{key}_seconds"] for key in ("prefill", "decode")}
+        for name, side in result["sides"].items()
+        if name != "llmc"
+    }
     return result
 
 
-def show(result: dict[str, Any]) -> None:
-    """Print the table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    title = (
-        f"{result['shape']} {result['dtype']}, {result['threads']} threads, prompt {result['prompt']}, "
-        f"{result['rounds']} rounds of {result['tokens']} tokens, medians; {result['machine']}"
-    )
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("")
-    for column in ("prefill tok/s", "decode tok/s", "peak RSS MiB"):
-        table.add_column(column, justify="right")
-    for name, side in result["sides"].items():
-        table.add_row(
-            name,
-            f"{side['prefill_tokens_per_second']:.1f}",
-            f"{side['decode_tokens_per_second']:.2f}",
-            f"{side['peak_rss_bytes'] / 2**20:.0f}",
-        )
-    if "ratios" in result:
-        table.add_row("ratio", f"{result['ratios']['prefill']:.2f}", f"{result['ratios']['decode']:.2f}", "")
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
-    console.print(f"compiled in {result['compile_seconds']:.1f} s; {result['versions']}")
+def llmc_modes(worker: Worker, case: Case) -> dict[str, Any]:
+    """Decode of a batch and after a long context, against the same with one sequence and a prompt of 512."""
+    o = case.options
+    out: dict[str, Any] = {}
+    short = min(512, o.prompt)
+    if o.batch > 1:
+        many, one = [], []
+        for _ in range(o.rounds):
+            one += worker.round(prompt_of(case.shape, short), o.tokens).decode
+            many += worker.round(prompt_of(case.shape, short), o.tokens, o.batch).decode
+        out["batch"] = table.compare_batch(o.batch, one, many)
+    if o.context:
+        near, far, prefill = [], [], []
+        for _ in range(o.rounds):
+            near += worker.round(prompt_of(case.shape, short), o.tokens).decode
+            done = worker.round(prompt_of(case.shape, o.context), o.tokens)
+            far += done.decode
+            prefill.append(done.prefill)
+        out["context"] = table.compare_context(short, o.context, near, far, prefill, done.peak_rss)
+    return out
 
 
 def main() -> None:
     """Entry point."""
+    options = arguments()
+    cache = knobs.cache_dir() / "bench"
+    if options.check:
+        sys.exit(check.run(options.against, options.threads, cache, checkpoint))
+    results, cases = [], [(s, q) for s in options.shape for q in options.quant]
+    for shape, quant in cases:
+        case = Case(shape, quant, options, cache)
+        case.prepare_peers()
+        if options.prepare:
+            print(f"{shape} {quant}: ready in {cache}: {', '.join(sorted(case.formats)) or 'the checkpoint'}")
+            continue
+        try:
+            results.append(measure(case))
+        except SideFailed as e:
+            sys.exit(f"bench: {e}")
+        table.show(results[-1])
+        if options.json:  # after every case: an interrupted run keeps what it has
+            options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--against", choices=("transformers",), help="measure this too, taking turns")
-    parser.add_argument("--dtype", choices=TORCH_NAMES, default="bf16")
-    parser.add_argument(
-        "--attention", choices=("eager", "sdpa"), default="eager", help="transformers' attention"
+    add = parser.add_argument
+    add("--shape", type=_names(SHAPES), default=["tiny"], help=f"of {', '.join(SHAPES)}; a comma list")
+    add("--against", type=_names(PEERS), default=[], help=f"peers, a comma list of {', '.join(PEERS)}")
+    add("--quant", type=_names(("none", *schemes.SCHEMES)), default=["none"], help="schemes, a comma list")
+    add("--dtype", choices=TORCH_NAMES, default="bf16", help="of the checkpoint and of what is not quantized")
+    add("--prompt", type=int, default=512, help="tokens of the prompt")
+    add("--tokens", type=int, default=64, help="tokens to generate per round")
+    add("--threads", type=int, default=2)
+    add("--rounds", type=int, default=3)
+    add("--batch", type=int, default=1, help="also decode so many sequences at a time (llmc alone)")
+    add("--context", type=int, default=0, help="also decode after so many tokens (llmc alone)")
+    add("--json", type=Path, help="also write the results there")
+    add("--prepare", action="store_true", help="install, make and convert only; measure nothing")
+    add("--check", action="store_true", help="compare the peers' logits with transformers' on small models")
+    add("--attention", choices=("eager", "sdpa"), default="eager", help="transformers' attention")
+    add("--target", default="cpu", help="llmc's target")
+    add("--page-size", type=int, default=32, help="of llmc's KV cache")
+    add(
+        "--compile-option",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="one more word for llmc compile",
     )
-    parser.add_argument("--target", default="cpu")
-    parser.add_argument("--page-size", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens to generate per round")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="also write the result there")
-    parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--model", help=argparse.SUPPRESS)
-    parser.add_argument("--artifact", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker:
-        worker(options)
-        return
-    if min(options.prompt, options.tokens, options.threads, options.rounds) < 1:
-        parser.error("--prompt, --tokens, --threads and --rounds must be at least 1")
-    result = bench(options)
-    show(result)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if min(options.prompt, options.tokens, options.threads, options.rounds, options.batch) < 1:
+        parser.error("--prompt, --tokens, --threads, --rounds and --batch must be at least 1")
+    if options.context < 0:
+        parser.error("--context must not be negative")
+    return options
+
+
+def _names(known: Any) -> Any:
+    def parse(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        wrong = [name for name in names if name not in known]
+        if wrong or not names:
+            raise argparse.ArgumentTypeError(
+                f"{', '.join(wrong) or 'nothing'} is not one of {', '.join(known)}"
+            )
+        return names
+
+    return parse
 
 
 if __name__ == "__main__":
