@@ -121,6 +121,14 @@ class Library:
             ) from None
         return found
 
+    def instrument(self, function: Any | None) -> None:
+        """Call `function` before and after every call that the virtual machine makes; None = nothing any more.
+
+        Its arguments: the called function, its name, whether it is before the call, the result, the arguments;
+        it returns 0.
+        """
+        self._vm["set_instrument"](function)
+
 
 def tensor_view(raw: npt.NDArray[Any], shape: Sequence[int], dtype: str) -> Any:
     """A tvm tensor over the bytes of `raw` (uint8, 64-byte aligned); no copy. numpy's DLPack knows no bfloat16.
