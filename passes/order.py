@@ -11,6 +11,7 @@ from tvm import relax
 
 from llmc.caps import Capabilities
 from llmc.kv_plan import KVPlan
+from llmc.passes.estimate_costs import EstimateCosts
 from llmc.passes.fuse_add_norm import FuseAddNorm
 from llmc.passes.fuse_gate_up import FuseGateUp
 from llmc.passes.fuse_linear_epilogue import FuseLinearEpilogue
@@ -68,8 +69,9 @@ def step_phase(caps: Capabilities, target: Any, bounds: dict[str, int]) -> list[
         ("AnnotateTIROpPattern", on_module(transform.AnnotateTIROpPattern())),
         ("FuseOps", on_module(transform.FuseOps())),
         ("FuseTIR", on_module(transform.FuseTIR())),
-        # a scheduled function is not recognised as a reshape any more
+        # a scheduled function is not recognised as a reshape any more, and has no blocks to count
         ("ViewReshapes", ViewReshapes()),
+        ("EstimateCosts", EstimateCosts()),
         ("DefaultSchedule", on_module(DefaultSchedule(caps), target)),
         # after scheduling, so that both functions share every kernel but attention
         ("SpecializeDecode", SpecializeDecode(caps)),
