@@ -59,12 +59,30 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class KernelEntry:
+    """A kernel that a compiled function calls.
+
+    `kind` is its class in words; `calls` are per step, `block_calls` per decoder block (the mean over blocks; 0 for what
+    lies outside). `read` and `written` (bytes) and `operations` are of one call, formulas of llmc/kernel_work.py.
+    """
+
+    name: str
+    kind: str
+    calls: int
+    block_calls: float
+    read: str
+    written: str
+    operations: str
+
+
+@dataclass(frozen=True)
 class FunctionEntry:
     """A compiled function: arguments in order, then (as tuples) the KV pools and the parameters."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    kernels: tuple[KernelEntry, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmc.artifact import LIBRARY, MANIFEST, Manifest, sha256_file
+from llmc.artifact import LIBRARY, MANIFEST, FunctionEntry, KernelEntry, Manifest, sha256_file
 from llmc.errors import LlmcError
+from llmc.kernel_work import Formula, Workload
 from llmc.runtime.embedded import read_embedded
 
 
@@ -30,6 +31,34 @@ class ArtifactReport:
     def weight_bytes(self) -> int:
         """Bytes of all weight shards."""
         return sum(size for name, size in self.sizes.items() if name.endswith(".safetensors"))
+
+
+@dataclass(frozen=True)
+class KernelFigures:
+    """A kernel in a step of known sizes: bytes moved and operations of one call.
+
+    `moved` and `operations` are the formulas that the numbers come from.
+    """
+
+    entry: KernelEntry
+    moved: Formula
+    operations: Formula
+    moved_at: float
+    operations_at: float
+
+
+def kernel_figures(function: FunctionEntry, work: Workload) -> list[KernelFigures]:
+    """The kernels of a function for a step of these sizes, in the order of their first call.
+
+    Raises:
+        ValueError, KeyError: a formula that this llmc cannot read.
+    """
+    found = []
+    for entry in function.kernels:
+        moved = Formula.parse(entry.read) + Formula.parse(entry.written)
+        operations = Formula.parse(entry.operations)
+        found.append(KernelFigures(entry, moved, operations, moved.at(work), operations.at(work)))
+    return found
 
 
 def inspect(path: Path, *, check_hashes: bool = False) -> ArtifactReport:

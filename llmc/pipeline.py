@@ -365,13 +365,16 @@ def _manifest(
 ) -> Manifest:
     import tvm
 
+    from llmc.passes.count_kernels import CountKernels
+
     def versions() -> dict[str, str]:
         import torch
         import transformers
 
         return {"torch": torch.__version__, "transformers": transformers.__version__}
 
-    functions = tuple(FunctionEntry(name, step.inputs, (step.output,)) for name in ("step", "decode"))
+    kernels = CountKernels()(step)
+    functions = tuple(FunctionEntry(n, step.inputs, (step.output,), kernels[n]) for n in ("step", "decode"))
     return Manifest(
         schema=SCHEMA,
         llmc_version=llmc.__version__,

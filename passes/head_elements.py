@@ -186,7 +186,7 @@ def runs_of(elements: np.ndarray) -> tuple[Any, tuple[Any, ...], tuple[Run, ...]
         return tensors.index(tensor)
 
     for d, terms in enumerate(elements):
-        inputs.extend(t[1] for t in terms if not any(t[1] is v for v in inputs))
+        inputs.extend(t[1] for t in terms if t[1] not in inputs)
         if len(terms) == 1 and terms[0][0] == 1 and terms[0][3] is None:
             columns.append(((False, 0, 0, 0), (terms[0][2], 0, 0, 0)))
             continue

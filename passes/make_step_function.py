@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from tvm import relax, tirx
@@ -15,6 +16,7 @@ from llmc.ops import ATTENTION, HEADS, AttentionAttrs, HeadsAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels
 from llmc.passes.step_module import LoweredGraph, StepModule
 from llmc.schedules.attention import AttentionConfig, attention_prefill, kv_append
+from llmc.schedules.costs import append_cost, attention_cost
 from llmc.schedules.gather import GatherConfig, gather_rows
 from llmc.schedules.rope import HeadSource, RopeConfig, rope_append
 
@@ -173,7 +175,10 @@ class MakeStepFunction:
             self._append(config, g, k, v, by_name[f"slot_{g}"], current, layer)
             appended.add(attrs.layer)
         gvar = self._kernels.get(
-            config, f"attention_prefill_{g}", lambda: attention_prefill(config, self.caps)
+            config,
+            f"attention_prefill_{g}",
+            lambda: attention_prefill(config, self.caps),
+            attention_cost(config),
         )
         self._attention_configs[gvar.name_hint] = config
         args = [q, *current[g], by_name["query_start"], by_name["context_len"], by_name[f"block_table_{g}"]]
@@ -185,7 +190,8 @@ class MakeStepFunction:
         """Keys and values to their pages."""
         build = self._build
         key = ("append", g, str(k.ty.dtype))
-        gvar = self._kernels.get(key, f"kv_append_{g}", lambda: kv_append(config, self.caps))
+        build_it = partial(kv_append, config, self.caps)
+        gvar = self._kernels.get(key, f"kv_append_{g}", build_it, append_cost(config))
         call = relax.op.call_tir_inplace(
             gvar,
             relax.Tuple([k, v, slot, *current[g], layer]),

@@ -11,6 +11,7 @@ from tvm import relax
 
 from llmc.caps import Capabilities
 from llmc.kv_plan import KVPlan
+from llmc.passes.estimate_costs import EstimateCosts
 from llmc.passes.fuse_add_norm import FuseAddNorm
 from llmc.passes.fuse_gate_up import FuseGateUp
 from llmc.passes.fuse_linear_epilogue import FuseLinearEpilogue
@@ -25,6 +26,7 @@ from llmc.passes.make_step_function import MakeStepFunction
 from llmc.passes.quantize_weights import QuantizeWeights
 from llmc.passes.specialize_decode import SpecializeDecode
 from llmc.passes.step_module import LoweredGraph, StepModule
+from llmc.passes.view_reshapes import ViewReshapes
 from llmc.passes.widen_logits import WidenLogits
 from llmc.schedules.generic import DefaultSchedule
 
@@ -67,6 +69,9 @@ def step_phase(caps: Capabilities, target: Any, bounds: dict[str, int]) -> list[
         ("AnnotateTIROpPattern", on_module(transform.AnnotateTIROpPattern())),
         ("FuseOps", on_module(transform.FuseOps())),
         ("FuseTIR", on_module(transform.FuseTIR())),
+        # a scheduled function is not recognised as a reshape any more, and has no blocks to count
+        ("ViewReshapes", ViewReshapes()),
+        ("EstimateCosts", EstimateCosts()),
         ("DefaultSchedule", on_module(DefaultSchedule(caps), target)),
         # after scheduling, so that both functions share every kernel but attention
         ("SpecializeDecode", SpecializeDecode(caps)),
@@ -78,7 +83,6 @@ def build_phase() -> list[tuple[str, Any]]:
     """Relax to VM: memory, registers, shapes."""
     transform = relax.transform
     return [
-        ("RewriteDataflowReshape", transform.RewriteDataflowReshape()),
         ("ToNonDataflow", transform.ToNonDataflow()),
         ("RemovePurityChecking", transform.RemovePurityChecking()),
         ("CallTIRRewrite", transform.CallTIRRewrite()),

@@ -13,6 +13,8 @@ import tvm
 from tvm import relax
 
 from llmc.ir import Expr, Function, IRModule, Var, shallow_copy
+from llmc.kernel_work import KernelCost
+from llmc.schedules.costs import COST, kernel_cost
 
 
 def bindings_of(func: Function) -> list[Any]:
@@ -167,8 +169,8 @@ class Kernels:
         self.module = module
         self._known: dict[Any, Any] = {}
 
-    def get(self, config: Any, name: str, build: Callable[[], Any]) -> Any:
-        """The GlobalVar of the kernel for `config` (hashable), built on first use."""
+    def get(self, config: Any, name: str, build: Callable[[], Any], cost: KernelCost | None = None) -> Any:
+        """The GlobalVar of the kernel for `config` (hashable), built on first use; `cost` is that of `config`."""
         if config not in self._known:
             taken = {gv.name_hint for gv in self.module.get_global_vars()}
             unique, i = name, 1
@@ -176,6 +178,7 @@ class Kernels:
                 unique, i = f"{name}_{i}", i + 1
             func = build().with_attr("global_symbol", unique).with_attr("op_pattern", 8)
             func = func.with_attr("tirx.is_scheduled", True)
+            func = func.with_attr(COST, (cost or kernel_cost(config)).as_text())
             gvar = tvm.ir.GlobalVar(unique)
             relax.expr._update_type(gvar, func.ty)
             self.module[gvar] = func

@@ -209,25 +209,36 @@ def _branch_points(block: Any) -> list[int]:
 
     def node(n: Any) -> None:
         if isinstance(n, tvm.ir.Call) and getattr(n.op, "name", "") == "tirx.if_then_else":
-            _visit(n.args[0], condition)
+            visit(n.args[0], condition)
         elif isinstance(n, tirx.Select):
-            _visit(n.condition, condition)
+            visit(n.condition, condition)
 
-    _visit(block.body, node)
+    visit(block.body, node)
     return found
 
 
-_CHILDREN = ("a", "b", "value", "condition", "true_value", "false_value", "body")
+_CHILDREN = (
+    "a",
+    "b",
+    "value",
+    "condition",
+    "true_value",
+    "false_value",
+    "body",
+    "block",
+    "then_case",
+    "else_case",
+)
 
 
-def _visit(node: Any, f: Callable[[Any], None]) -> None:
+def visit(node: Any, f: Callable[[Any], None]) -> None:
     """f on every expression below a statement or expression."""
     f(node)
     for name in _CHILDREN:
         child = getattr(node, name, None)
         if isinstance(child, (tirx.Expr, tirx.Stmt)):
-            _visit(child, f)
+            visit(child, f)
     for name in ("args", "indices", "seq"):
         for child in getattr(node, name, None) or ():
             if isinstance(child, (tirx.Expr, tirx.Stmt)):
-                _visit(child, f)
+                visit(child, f)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAPPED = ("passes", "schedules", "runtime", "targets")
 
 # base modules: the standard library and each other; `ir` wraps tvm for all compiler code
-BASE = ("errors", "knobs", "caps", "spec", "ops", "kv_plan", "artifact", "ir", "host")
+BASE = ("errors", "knobs", "caps", "spec", "ops", "kv_plan", "artifact", "ir", "host", "kernel_work")
 # what the driver is made of, beside the pipeline; each may be imported by pipeline and cli
 DRIVER = ("stages", "reproducer", "shards", "link", "writer", "packing", "inspect", "doctor")
 CAPTURE_PASSES = ("rewrite", "raise_attention", "match_attention", "resolve_mask", "relax_eval")

@@ -231,12 +231,18 @@ def inspect(
     artifact: Annotated[Path, typer.Argument(help="Artifact folder, or its model.so.")],
     json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
     params: Annotated[bool, typer.Option("--params", help="List every parameter.")] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="List the kernels of each function, with bytes and operations.")
+    ] = False,
+    context: Annotated[
+        int | None, typer.Option(help="With --kernels: tokens per sequence (default: up to 1024).")
+    ] = None,
 ) -> None:
     """Show what an artifact is: target, functions, KV plan, parameters, sizes, quality, versions."""
     with guard():
         from llmc.cli.inspect import run_inspect
 
-        run_inspect(artifact, as_json=json, all_params=params)
+        run_inspect(artifact, as_json=json, all_params=params, kernels=kernels, context=context)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from rich.table import Table
 from llmc.artifact import Manifest, ParamEntry
 from llmc.cli.compile import quality_text, text_quality_text
 from llmc.cli.format import grid, human_bytes, human_count
+from llmc.cli.kernels import kernel_tables
 from llmc.inspect import ArtifactReport, inspect
 from llmc.kv_plan import KVKind
 
@@ -22,17 +23,28 @@ _QUANTIZED = re.compile(r"quant\((\w+),n=\d+,of=(\d+)x(\d+)\)")
 _SOME = 12
 
 
-def run_inspect(path: Path, *, as_json: bool, all_params: bool) -> None:
+def run_inspect(
+    path: Path, *, as_json: bool, all_params: bool, kernels: bool = False, context: int | None = None
+) -> None:
     """Print the artifact at `path`.
 
+    Args:
+        kernels: print the kernels of its functions instead, for sequences of `context` tokens (default: 1024, or as
+            many as the artifact takes).
+
     Raises:
-        LlmcError: see llmc.inspect.inspect.
+        LlmcError: see llmc.inspect.inspect; an artifact that does not list its kernels; a context that is too long.
     """
     report = inspect(path)
     if as_json:
         print(report.manifest.as_text())
         return
     console = Console(file=sys.stdout, highlight=False)
+    if kernels:
+        for table in kernel_tables(report.manifest, context):
+            console.print(table)
+            console.print()
+        return
     for table in (
         overview(report),
         functions_table(report.manifest),
