@@ -18,7 +18,7 @@ from llmc.frontend.graph import SourceModel
 from llmc.spec import Verify
 from llmc.verify import attention_windows, plan_prompts, verify
 from llmc.verify_compare import compare_logits, first_divergence, layer_errors
-from tests.frontend.tiny import tiny_config
+from tools.tiny_configs import VOCAB, tiny_config
 
 KINDS = ("llama", "mistral", "qwen3", "gemma3_text", "gpt_oss", "mixtral", "gpt2", "deepseek_v3")
 WINDOWED = ("mistral", "gemma3_text", "gpt_oss")
@@ -111,7 +111,7 @@ def test_right_model_passes(kind: str, dtype: str, tmp_path: Path) -> None:
     assert report.tolerance is not None and report.top1_agreement is not None and report.kl_mean is not None
     assert report.kl_mean < 1e-3
     if dtype == "float32":
-        assert report.prefill_max_abs_error < report.tolerance == pytest.approx(2e-4)
+        assert report.prefill_max_abs_error < report.tolerance < 3e-4  # 2e-4 of the largest logit, at least 1
         assert report.reference_noise is None
     else:
         assert report.reference_noise is not None and 1e-3 < report.reference_noise < 2e-2
@@ -213,7 +213,7 @@ def test_cache_coarser_than_the_weights(tmp_path: Path) -> None:
     assert report.reference_noise is not None and report.relative_error == pytest.approx(
         report.reference_noise
     )
-    assert report.reference_noise < 2e-3
+    assert report.reference_noise < 4e-3
 
 
 # what is wrong fails
@@ -475,4 +475,4 @@ def test_prompts(tmp_path: Path) -> None:
     assert plan_prompts(source, Verify.SAMPLE, 4096, 1)[0] != sample
     short, _ = plan_prompts(source, Verify.FULL, 12, 0)
     assert [(len(p.ids), p.prefill) for p in short] == [(12, 9), (12, 11), (12, 7)]
-    assert all(0 <= t < 160 for p in full for t in p.ids)
+    assert all(0 <= t < VOCAB for p in full for t in p.ids)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,()=:\n"
 
@@ -37,3 +39,13 @@ def save_tiny(folder: Path, architecture: str = "llama") -> Path:
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+def sequence_logits(model: torch.nn.Module) -> Callable[[Sequence[int]], np.ndarray]:
+    """A torch model as what llmc.evaluate compares with: tokens of one sequence -> logits f32 [n, V]."""
+
+    def logits(ids: Sequence[int]) -> np.ndarray:
+        with torch.no_grad():
+            return model(torch.tensor([list(ids)]), use_cache=False).logits[0].float().numpy()
+
+    return logits

@@ -31,6 +31,8 @@ sys.path[:0] = [str(_ROOT), str(_ROOT / "tools")]
 
 TOLERANCE = 2e-4
 LENGTHS = (1, 5, 37)
+# errors that a user is told of, but that mean a bug; any other is a refusal
+_OUTCOMES = {"internal-error": "error", "verify-failed": "differs"}
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,8 @@ def run_one(model_type: str, check: Check) -> Result:
         return result("no model", _one_line(error))
     try:
         error, scale, attentions = check(model, model.config)
-    except LlmcError as refused:
-        return result("refused", str(refused))
+    except LlmcError as failure:
+        return result(_OUTCOMES.get(failure.ref, "refused"), str(failure))
     except Exception as bug:
         return result("error", _one_line(bug))
     numbers = {"error": error, "scale": scale, "attentions": attentions}

@@ -17,10 +17,10 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llmc.evaluate import cut, evaluate
 from llmc.quant.rtn import quantize
 from llmc.quant.schemes import parse
 from llmc.spec import CompileSpec
-from tools.perplexity import cut, score
 
 SCHEMES = "none q8 q6g64 q4g32 q4g32a q4g64 q4g64a q4g128 q3g64 nf4 fp8 mxfp4"
 
@@ -58,18 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     ids = tokenizer(options.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-    windows = cut(ids, options.length, options.windows)
+    windows = cut(ids, window=options.length, max_tokens=options.length * options.windows)
     base = None
     print("| scheme | bits per weight | perplexity | change |\n|---|---|---|---|")
     for name in options.schemes:
         source, bits = with_scheme(options.model, name, options.search)
         with torch.no_grad():
-            made = score(
-                name, lambda w, m=source: m(torch.tensor([w]), use_cache=False).logits[0].numpy(), windows
-            )
-        base = base or made.perplexity
-        change = 100 * (made.perplexity / base - 1)
-        print(f"| {name} | {bits:.2f} | {made.perplexity:.4f} | {change:+.2f} % |", flush=True)
+            found = evaluate(
+                lambda w, m=source: m(torch.tensor([w]), use_cache=False).logits[0].numpy(), windows
+            ).perplexity
+        base = base or found
+        change = 100 * (found / base - 1)
+        print(f"| {name} | {bits:.2f} | {found:.4f} | {change:+.2f} % |", flush=True)
     return 0
 
 

@@ -145,13 +145,13 @@ def _shrunk(default: Any, overrides: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def tiny_model(model_type: str, *, seed: int = 0, **extra: Any) -> torch.nn.Module:
-    """A random model in float32, with weights so large that a wrong mask or position shows in the logits."""
+def tiny_model(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **extra: Any) -> Any:
+    """A random transformers model with weights so large that a wrong mask or position shows in the logits."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(model_type, **extra), attn_implementation="eager")
     model = model.float().eval()
     randomize(model, seed)
-    return model
+    return model.to(dtype)
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:

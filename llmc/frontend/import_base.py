@@ -77,6 +77,12 @@ def operand(im: Any, x: Any, dtype: str) -> Any:
     return cast(im, x, dtype)
 
 
+def filled(im: Any, shape: Sequence[Any], value: Any, dtype: str) -> Any:
+    """A tensor of one value. Broadcast, because TVM 0.27's `full` cannot be legalized for infinite values (masked scores)."""
+    x = operand(im, value, dtype)
+    return im.emit(op.broadcast_to(x, list(shape))) if len(shape) else x
+
+
 def reshape(im: Any, x: Any, shape: Sequence[Any]) -> Any:
     return x if same_shape(x.ty.shape, shape) else im.emit(op.reshape(x, list(shape)))
 

@@ -15,6 +15,7 @@ from llmc.frontend.import_base import (
     cast,
     dtype_of,
     entries,
+    filled,
     is_static,
     is_tensor,
     permute,
@@ -81,7 +82,7 @@ def _scatter(reduction: str) -> Converter:
         dtype = im.dtype(out.dtype)
         updates = a.get("src", a.get("value"))
         if not is_tensor(updates):
-            updates = im.emit(op.full(list(a["index"].ty.shape), im.constant(updates, dtype), dtype))
+            updates = filled(im, a["index"].ty.shape, updates, dtype)
         axis = a["dim"] % len(a["self"].ty.shape)
         return im.emit(op.scatter_elements(a["self"], a["index"], cast(im, updates, dtype), axis, reduction))
 

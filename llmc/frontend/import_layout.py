@@ -13,6 +13,7 @@ from llmc.frontend.import_base import (
     bound,
     cast,
     entries,
+    filled,
     is_static,
     operand,
     permute,
@@ -176,7 +177,7 @@ def _tri(fn: Callable[..., Any]) -> Converter:
 def _pad(im: Any, a: Args, out: Any) -> Any:
     """Constant padding as concatenation with filled tensors."""
     x, pad, dtype = a["self"], a["pad"], im.dtype(out.dtype)
-    fill = im.constant(a.get("value") or 0, dtype)
+    fill = a.get("value") or 0
     for i in range(len(pad) // 2):
         axis = len(x.ty.shape) - 1 - i
         for side, amount in enumerate(pad[2 * i : 2 * i + 2]):
@@ -186,7 +187,7 @@ def _pad(im: Any, a: Args, out: Any) -> Any:
                 raise im.error("negative padding")
             shape = list(x.ty.shape)
             shape[axis] = amount
-            block = im.emit(op.full(shape, fill, dtype))
+            block = filled(im, shape, fill, dtype)
             x = im.emit(op.concat([x, block] if side else [block, x], axis=axis))
     return x
 
@@ -199,10 +200,7 @@ def _arange(im: Any, a: Args, out: Any) -> Any:
 def _full(value: Any) -> Converter:
     def run(im: Any, a: Args, out: Any) -> Any:
         fill = a.get("fill_value", a.get("value")) if value is None else value
-        dtype = im.dtype(out.dtype)
-        if out.dim() == 0:
-            return operand(im, fill, dtype)
-        return im.emit(op.full(im.shape(out), operand(im, fill, dtype), dtype))
+        return filled(im, im.shape(out), fill, im.dtype(out.dtype))
 
     return run
 

@@ -11,12 +11,12 @@ import torch
 import llmc
 from llmc.artifact import Manifest
 from llmc.errors import LlmcError
+from llmc.evaluate import cut, evaluate
 from llmc.packing import packed_tensors
 from llmc.pipeline import compile_model
 from llmc.quantized_source import ArtifactWeights
 from llmc.spec import CompileSpec
 from tests.frontend.tiny import save, tiny_model
-from tools.perplexity import cut, score
 
 pytestmark = pytest.mark.e2e
 
@@ -32,7 +32,7 @@ def compiled(model: Path, output: Path, **fields) -> Manifest:
 def demo_perplexity(folder: Path) -> float:
     model = llmc.load(folder)
     ids = model.tokenize((DEMO / "heldout.txt").read_text(encoding="utf-8"), special_tokens=False)
-    return score(str(folder), model.logits, cut(ids, 512, 8)).perplexity
+    return evaluate(lambda ids: model.logits(list(ids)), cut(ids, max_tokens=4096)).perplexity
 
 
 @pytest.fixture(scope="module")

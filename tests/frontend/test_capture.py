@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from tvm import relax
 
 from llmc.errors import LlmcError
 from llmc.frontend.capture import capture, capture_exported
@@ -204,6 +205,21 @@ def test_module_without_transformers(mask: str, window: int, sdpa: bool) -> None
     assert [b.window for b in attentions(graph)] == [window]
     assert "R.arange" not in graph.as_text()  # the positions come from the input
     assert largest_error(model, graph) < TOLERANCE
+
+
+def test_infinite_fills_can_be_lowered() -> None:
+    """Routers that mask scores with -inf: TVM's legalization of `full` fails for infinite values."""
+
+    def mask_scores(x: torch.Tensor) -> torch.Tensor:
+        chosen, rest = x.topk(8, -1).indices, x.topk(4, -1, largest=False).indices
+        kept = torch.full_like(x, float("-inf")).scatter(-1, chosen, x.gather(-1, chosen))
+        return kept.softmax(-1) + x.scatter(-1, rest, float("-inf")).softmax(-1)
+
+    model = Plain(mix=mask_scores).eval()
+    randomize(model)
+    graph = capture(model)
+    assert largest_error(model, graph) < TOLERANCE
+    assert "R.scatter_elements" not in relax.transform.LegalizeOps()(graph.module).script()
 
 
 def test_exported_program() -> None:

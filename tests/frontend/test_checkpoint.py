@@ -41,7 +41,7 @@ def refused(model: str, ref: str, *words: str, **kwargs: Any) -> LlmcError:
 def test_folder(tmp_path: Path) -> None:
     folder = save(tiny_model("llama", dtype=torch.bfloat16), tmp_path)
     source = open_model(str(folder), dtype=None)
-    assert (source.dtype, source.model_type, source.max_seq_len) == ("bfloat16", "llama", 128)
+    assert (source.dtype, source.model_type, source.max_seq_len) == ("bfloat16", "llama", 512)
     assert source.folder == str(folder) and source.config["hidden_size"] == 64
     assert not source.module.training
     assert {p.dtype for p in source.module.parameters()} == {torch.bfloat16}
@@ -80,7 +80,7 @@ def test_weights_that_stay_float32(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "limit"), [("llama", 128), ("gpt2", 128), ("bloom", NO_LIMIT), ("opt", 128)]
+    ("kind", "limit"), [("llama", 512), ("gpt2", 512), ("bloom", NO_LIMIT), ("opt", 512)]
 )
 def test_limit(kind: str, limit: int, tmp_path: Path) -> None:
     tiny_config(kind).save_pretrained(tmp_path)
@@ -258,7 +258,7 @@ def test_quantized(tmp_path: Path) -> None:
 def test_transformers_module() -> None:
     model = tiny_model("llama", dtype=torch.bfloat16, tie_word_embeddings=True).train()
     source = open_model(model, dtype=None)
-    assert (source.dtype, source.model_type, source.max_seq_len) == ("bfloat16", "llama", 128)
+    assert (source.dtype, source.model_type, source.max_seq_len) == ("bfloat16", "llama", 512)
     assert source.folder is None and source.config["hidden_size"] == 64
     assert {p.device.type for p in source.module.parameters()} == {"meta"}
     assert source.module.lm_head.weight is source.module.model.embed_tokens.weight

@@ -149,6 +149,9 @@ def export(model: PreTrainedModel, path: Path, arch: str, **extra: Any) -> Path:
     return write_gguf(path, metadata, tensors)
 
 
+_SLIDING = {"num_hidden_layers": 2, "layer_types": ["sliding_attention"] * 2}
+
+
 @pytest.mark.parametrize(
     ("kind", "arch", "more"),
     [
@@ -159,7 +162,7 @@ def export(model: PreTrainedModel, path: Path, arch: str, **extra: Any) -> Path:
         ("qwen3", "qwen3", {"head_dim": 16}),
         ("gemma", "gemma", {"head_dim": 16}),
         ("gemma2", "gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}),
-        ("gemma3_text", "gemma3", {"query_pre_attn_scalar": 16}),
+        ("gemma3_text", "gemma3", {"query_pre_attn_scalar": 16, "sliding_window": 16, **_SLIDING}),
     ],
 )
 def test_same_model(kind: str, arch: str, more: dict[str, Any], tmp_path: Path) -> None:
