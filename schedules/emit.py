@@ -54,6 +54,8 @@ define linkonce_odr <16 x i32> @llmc_zip(<16 x i16> %a, <16 x i16> %b) alwaysinl
 }
 """.replace("MASK", ", ".join(f"i32 {i}, i32 {i + 16}" for i in range(16)))
 
+# attribute of functions that have loops, statements and buffers as they shall be: nothing is left to schedule
+LOWERED = "llmc.lowered"
 _STORAGE = {"bfloat16": "uint16"}  # how a buffer is viewed: bf16 as its bits
 
 
@@ -67,6 +69,7 @@ def kernel(built: list[Any]) -> Iterator[None]:
     """Build a PrimFunc in the body, arguments first, then `with root():`; it is appended to `built` on exit."""
     with IRBuilder() as ib:
         with T.prim_func(is_private=True, s_tir=True):
+            T.func_attr({LOWERED: True})
             yield
         built.append(ib.get())
 

@@ -225,7 +225,7 @@ class QuantBlocks:
                             e.store(part[r][v], 0, sums[r][v], lanes)
                 for v in range(width):
                     at = e.let(row + v * lanes)
-                    scale = e.let(codes.scale(place, at, lanes))
+                    scale = e.let(codes.scale(place.scales, at, lanes, place.tops))
                     shift = e.let(codes.shift(place, at, lanes, scale)) if x.sums is not None else None
                     for r in range(size):
                         value = e.load(part[r][v], 0, lanes) * scale
@@ -277,7 +277,7 @@ class QuantBlocks:
                 with e.loop(self.steps) as s:
                     self._unpack(x, unpacked, place, s, e.let(q * steps * nb))
                 for v in range(self.vectors):
-                    scale = e.let(codes.scale(place, v * lanes, lanes))
+                    scale = e.let(codes.scale(place.scales, v * lanes, lanes, place.tops))
                     e.store(scales, q * nb + v * lanes, scale, lanes)
                     if shifts is not None:
                         e.store(shifts, q * nb + v * lanes, codes.shift(place, v * lanes, lanes, scale), lanes)

@@ -96,21 +96,21 @@ class QuantCodes:
     def place(self, base: Any, p: Any) -> Place:
         """Piece p of the block that begins at byte `base`."""
         layout = self.layout
-        nb, units = layout.n_block, layout.span // UNIT
+        units = layout.span // UNIT
         g, rest = _divided(p, layout.group // layout.piece)
         top, g = _divided(g, layout.super_group // layout.group) if layout.of.super_group else (0, g)
         in_span = layout.span // layout.group
         span, slot = _divided(g, in_span)
         above = base + top * layout.super_bytes
-        at = e.let(above + span * layout.span_bytes)
+        at = e.let(above + span * layout.group_bytes)
         scales = at + units * layout.unit_bytes
         step = slot * (self.steps * layout.group // UNIT) if in_span > 1 else 0
         return Place(
             e.let(at + rest * (layout.piece // UNIT * layout.unit_bytes)),
             step,
-            e.let(scales + slot * (nb * layout.scale_bytes)),
-            e.let(scales + (in_span * nb * layout.scale_bytes) + slot * (nb * layout.shift_bytes)),
-            e.let(above + layout.super_group // layout.span * layout.span_bytes),
+            e.let(scales + slot * layout.scale_bytes),
+            e.let(scales + in_span * layout.scale_bytes + slot * layout.shift_bytes),
+            e.let(above + layout.super_group // layout.span * layout.group_bytes),
         )
 
     def step(self, place: Place, s: Any, row: Any, vectors: int) -> Step:
@@ -139,9 +139,9 @@ class QuantCodes:
             low += bits
         return self.of_codes(code, 1)
 
-    def scale(self, place: Place, row: Any, lanes: int) -> Any:
-        """float32 scales of `lanes` rows from `row` on."""
-        data = self._level(place.scales, place.tops, row, lanes)
+    def scale(self, at: Any, row: Any, lanes: int, top: Any = None) -> Any:
+        """float32 scales of `lanes` rows from `row` on; a Place says `at` and `top` (of the super-group, if any)."""
+        data = self._level(at, top, row, lanes)
         return data if self._factor == 1.0 else data * e.splat(self._factor, lanes)
 
     def zero(self, place: Place, row: Any, lanes: int) -> Any:

@@ -74,7 +74,7 @@ def _row(codes: QuantCodes, base: Any, lane: Any, out: Any, r: Any, dtype: str, 
     layout, of = codes.layout, codes.layout.of
     with e.loop(layout.padded_k // layout.piece) as p:
         place = codes.place(base, p)
-        scale = e.let(codes.scale(place, lane, 1))
+        scale = e.let(codes.scale(place.scales, lane, 1, place.tops))
         first = e.let(p * layout.piece)
         with e.loop(T.max(e.i64(0), T.min(e.i64(layout.piece), layout.k - first))) as j:
             value = codes.value(place, j, lane)

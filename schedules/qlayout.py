@@ -103,24 +103,24 @@ class QuantLayout:
 
     @property
     def scale_bytes(self) -> int:
-        """Of the scale of a group in a block's row."""
-        return 1 if self.of.super_group else SCALE_BYTES[self.of.scale_dtype]
+        """Of all scales of a group in a block."""
+        return self.n_block * (1 if self.of.super_group else SCALE_BYTES[self.of.scale_dtype])
 
     @property
     def shift_bytes(self) -> int:
-        """Of its zero point or offset."""
-        return self.scale_bytes if self.of.offsets else 0 if self.of.symmetric else 1
+        """Of its zero points or offsets."""
+        return self.scale_bytes if self.of.offsets else 0 if self.of.symmetric else self.n_block
 
     @property
-    def span_bytes(self) -> int:
-        """Units, scales, zero points and offsets of a span in a block."""
-        in_span = self.span // self.group * self.n_block
-        return self.span // UNIT * self.unit_bytes + in_span * (self.scale_bytes + self.shift_bytes)
+    def group_bytes(self) -> int:
+        """Units, scales, zero points and offsets of a span in a block: of a group, or of the groups in 32 columns."""
+        levels = self.scale_bytes + self.shift_bytes
+        return self.span // UNIT * self.unit_bytes + self.span // self.group * levels
 
     @property
     def super_bytes(self) -> int:
         """A super-group of a block."""
-        spans = self.super_group // self.span * self.span_bytes
+        spans = self.super_group // self.span * self.group_bytes
         if not self.of.super_group:
             return spans
         return spans + SCALE_BYTES[self.of.scale_dtype] * self.n_block * (2 if self.of.offsets else 1)
@@ -175,8 +175,8 @@ class QuantLayout:
         stored = -(-self.k // self.group)
         supers = packed.reshape(b, -1, self.super_bytes)
         spans = self.super_group // self.span
-        body, tops = np.split(supers, [spans * self.span_bytes], axis=-1)
-        body = body.reshape(b, -1, self.span_bytes)
+        body, tops = np.split(supers, [spans * self.group_bytes], axis=-1)
+        body = body.reshape(b, -1, self.group_bytes)
         units, rest = np.split(body, [self.span // UNIT * self.unit_bytes], axis=-1)
         units = units.reshape(*units.shape[:2], -1, self.unit_bytes)
         codes = np.zeros((b, nb, *units.shape[1:3], UNIT), np.uint8)
@@ -193,7 +193,7 @@ class QuantLayout:
             split = values.reshape(b, -1, per, nb).transpose(0, 3, 1, 2)
             return np.ascontiguousarray(split.reshape(b * nb, -1)[: self.n, :columns])
 
-        raw = np.split(rest, [groups * nb * self.scale_bytes], axis=-1)
+        raw = np.split(rest, [groups * self.scale_bytes], axis=-1)
         scales, shifts = (np.ascontiguousarray(r) for r in raw)
         made = QuantizedWeight(
             self.of,
