@@ -40,6 +40,13 @@ define linkonce_odr <16 x i32> @llmc_narrow2_bf16(<16 x float> %lo, <16 x float>
   %s = bitcast <32 x bfloat> %r to <16 x i32>
   ret <16 x i32> %s
 }
+define linkonce_odr <16 x i32> @llmc_narrow_zip(<16 x float> %even, <16 x float> %odd) alwaysinline {
+  %n = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float> %odd, <16 x float> %even)
+  %h = bitcast <32 x bfloat> %n to <32 x i16>
+  %r = shufflevector <32 x i16> %h, <32 x i16> poison, <32 x i32> <MASK>
+  %s = bitcast <32 x i16> %r to <16 x i32>
+  ret <16 x i32> %s
+}
 define linkonce_odr <16 x i32> @llmc_zip(<16 x i16> %a, <16 x i16> %b) alwaysinline {
   %r = shufflevector <16 x i16> %a, <16 x i16> %b, <32 x i32> <MASK>
   %s = bitcast <32 x i16> %r to <16 x i32>
@@ -47,6 +54,8 @@ define linkonce_odr <16 x i32> @llmc_zip(<16 x i16> %a, <16 x i16> %b) alwaysinl
 }
 """.replace("MASK", ", ".join(f"i32 {i}, i32 {i + 16}" for i in range(16)))
 
+# attribute of functions that have loops, statements and buffers as they shall be: nothing is left to schedule
+LOWERED = "llmc.lowered"
 _STORAGE = {"bfloat16": "uint16"}  # how a buffer is viewed: bf16 as its bits
 
 
@@ -60,13 +69,19 @@ def kernel(built: list[Any]) -> Iterator[None]:
     """Build a PrimFunc in the body, arguments first, then `with root():`; it is appended to `built` on exit."""
     with IRBuilder() as ib:
         with T.prim_func(is_private=True, s_tir=True):
+            T.func_attr({LOWERED: True})
             yield
         built.append(ib.get())
 
 
-def root() -> Any:
-    """The block that Relax's pipeline expects around a body."""
-    return T.sblock("root")
+@contextmanager
+def root() -> Iterator[None]:
+    """The block that TVM's pipeline expects around a body."""
+    with T.sblock("root"):
+        # found by an analysis of every access otherwise, which takes seconds for a large kernel; nobody asks
+        T.reads([])
+        T.writes([])
+        yield
 
 
 def dim(name: str) -> Any:
@@ -208,6 +223,11 @@ def zip_bf16(a: Any, b: Any) -> Any:
     return T.call_pure_extern(
         "int32x16", "llmc_zip", T.reinterpret("int16x16", a), T.reinterpret("int16x16", b)
     )
+
+
+def narrow_zip(even: Any, odd: Any) -> Any:
+    """16 lanes of bf16 pairs (even[i], odd[i]) from float32."""
+    return T.call_pure_extern("int32x16", "llmc_narrow_zip", even, odd)
 
 
 def prefetch(buffer: Any, index: Any) -> None:

@@ -6,24 +6,46 @@ carry no scale: that is applied once per group, to the sums.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
-from llmc.quant.schemes import Code
-from llmc.quant.weight import E2M1_TABLE, NF4_TABLE
+from llmc.quant.schemes import SCALE_BYTES, Code
+from llmc.quant.weight import TABLES
 from llmc.schedules import emit as e
 from llmc.schedules.lookup import Lookup
 from llmc.schedules.qlayout import UNIT, QuantLayout
 
 # an e4m3 number moved into a float16 is this many times too small (exponent biases 7 and 15)
 _E4M3_IN_F16 = 2.0**8
+PAIRS = UNIT // 2  # column pairs of a unit
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a piece of a block lies, in bytes.
+
+    Attributes:
+        units: its first unit.
+        step: the step of that unit that it begins at; not 0 only for pieces shorter than a unit.
+        scales, shifts: its group's scales, and zero points or offsets, [n_block].
+        tops: scales, then offsets, of its super-group.
+    """
+
+    units: Any
+    step: Any
+    scales: Any
+    shifts: Any
+    tops: Any
 
 
 class QuantCodes:
-    """Unpacks units of one layout.
+    """Unpacks pieces of one layout.
+
+    A unit is taken in `steps` steps, of `each` column pairs: what the words of its widest plane hold.
 
     Args:
         caps: of the machine.
@@ -39,26 +61,30 @@ class QuantCodes:
         self.vectors = layout.n_block // self.lanes
         scheme = layout.of
         self.bytes = e.flat(w, size)
-        signed = layout.planes == (8,) and scheme.code is Code.INT
-        self._byte_codes = e.flat(w, size, "int8") if layout.planes == (8,) else None
-        self._words = e.flat(w, size // 4, "int32") if layout.planes != (8,) else None
-        stored = {"float32": ("float32", 4), "float16": ("float16", 2), "e8m0": ("uint8", 1)}
-        self._scale_dtype, self._scale_size = stored[scheme.scale_dtype]
-        self._scales = e.flat(w, size // self._scale_size, self._scale_dtype)
-        self._offset = 0 if signed or scheme.code is not Code.INT else 1 << (scheme.bits - 1)
+        self.signed = e.flat(w, size, "int8")
+        self.in_bytes = layout.planes == (8,)
+        self._words = None if self.in_bytes else e.flat(w, size // 4, "int32")
+        dtype = "uint8" if scheme.scale_dtype == "e8m0" else scheme.scale_dtype
+        self._floats = e.flat(w, size // SCALE_BYTES[scheme.scale_dtype], dtype)
+        self.order = e.flat(w, size // 4, "int32") if scheme.order else None
+        # what float values of integer codes lack
+        self.half = float(1 << (scheme.bits - 1)) if scheme.code is Code.INT else 0.0
         self.lookup = lookup_for(layout)
         # a power of two that the values lack; it is put into the scales
         self._factor = _E4M3_IN_F16 if scheme.code is Code.E4M3 else 1.0
-
-    @property
-    def fused_pairs(self) -> bool:
-        """Whether `pairs` exists: a table of at most 64 values that bf16 holds exactly, and a dot product."""
-        return self.caps.has_bf16_dot and self.lookup is not None and self.exact_in_bf16
+        self.each = 1 if self.in_bytes else 16 // max(layout.planes)
+        self.steps = PAIRS // self.each
+        self.has_shift = layout.shift_bytes > 0
 
     @property
     def exact_in_bf16(self) -> bool:
         """Whether all values (without the scale) have at most 8 significant bits."""
         return self.layout.of.code is not Code.NF4
+
+    @property
+    def by_pairs(self) -> bool:
+        """Whether `Step.pairs` exists: values that bf16 holds exactly, and a dot product."""
+        return self.caps.has_bf16_dot and self.exact_in_bf16
 
     def import_text(self) -> dict[str, Any]:
         """Annotations for one loop of a kernel that unpacks."""
@@ -67,101 +93,106 @@ class QuantCodes:
             text += self.lookup.text(self.caps)
         return {"pragma_import_llvm": text} if text else {}
 
-    def floats(self, at: Any, t: int, v: int) -> tuple[Any, Any]:
-        """float32 values of columns 2t and 2t+1 of the unit at byte `at`, for the v-th vector of rows."""
-        lanes, nb = self.lanes, self.layout.n_block
-        if self._byte_codes is not None:
-            first = at + 2 * t * nb + v * lanes
-            even, odd = (e.load(self._byte_codes, first + p * nb, lanes) for p in (0, 1))
-            return self._of_bytes(even, lanes), self._of_bytes(odd, lanes)
-        low, high = (self._planes(at, t, v, shift) for shift in (0, 16))
-        return self._of_codes(low, lanes), self._of_codes(high, lanes)
+    def place(self, base: Any, p: Any) -> Place:
+        """Piece p of the block that begins at byte `base`."""
+        layout = self.layout
+        units = layout.span // UNIT
+        g, rest = _divided(p, layout.group // layout.piece)
+        top, g = _divided(g, layout.super_group // layout.group) if layout.of.super_group else (0, g)
+        in_span = layout.span // layout.group
+        span, slot = _divided(g, in_span)
+        above = base + top * layout.super_bytes
+        at = e.let(above + span * layout.group_bytes)
+        scales = at + units * layout.unit_bytes
+        step = slot * (self.steps * layout.group // UNIT) if in_span > 1 else 0
+        return Place(
+            e.let(at + rest * (layout.piece // UNIT * layout.unit_bytes)),
+            step,
+            e.let(scales + slot * layout.scale_bytes),
+            e.let(scales + in_span * layout.scale_bytes + slot * layout.shift_bytes),
+            e.let(above + layout.super_group // layout.span * layout.group_bytes),
+        )
 
-    def pairs(self, at: Any, t: int, v: int) -> Any:
-        """The same two columns as 16 lanes of bf16 pairs; only if fused_pairs."""
-        assert self.lookup is not None
-        planes, codes, low = self.layout.planes, None, 0
-        base = e.let(at // 4)
-        for bits in planes:
-            each = 16 // bits
-            word = self._word(base, low, t // each, v)
-            move = bits * (t % each) - low
-            part = _shifted(word, move, self.lanes)
-            if len(planes) > 1:
-                mask = ((1 << bits) - 1) << low
-                part = T.bitwise_and(part, e.const("int32", mask | mask << 16, self.lanes))
-            codes = part if codes is None else T.bitwise_or(codes, part)
-            low += bits
-        return self.lookup.pairs(codes)
+    def step(self, place: Place, s: Any, row: Any, vectors: int) -> Step:
+        """The words of step s of a piece for `vectors` vectors of outputs, from `row` of the block on."""
+        return Step(self, place, s, row, vectors)
 
-    def value(self, at: Any, column: Any, row: Any) -> Any:
-        """float32 value of one code: column of the unit at byte `at`, row of the block."""
-        nb = self.layout.n_block
-        if self._byte_codes is not None:
-            return self._of_bytes(self._byte_codes[at + column * nb + row], 1)
+    def value(self, place: Place, column: Any, row: Any) -> Any:
+        """float32 value of one code: column of a piece, row of the block; without scale, zero point and offset."""
+        layout = self.layout
+        nb = layout.n_block
+        column = e.let(column + place.step * (2 * self.each))
+        at = e.let(place.units + column // UNIT * layout.unit_bytes)
+        column = e.let(column % UNIT)
+        if self.in_bytes:
+            return self.of_bytes(self.signed[at + column * nb + row], 1)
         assert self._words is not None
-        code, low, base = None, 0, at // 4
-        for bits in self.layout.planes:
+        code, low = None, 0
+        for bits in layout.planes:
             each = 16 // bits
             pair = column // 2
-            word = self._words[base + (low + pair // each) * nb + row]
+            word = self._words[at // 4 + (low + pair // each) * nb + row]
             shift = tirx.Cast("int32", bits * (pair % each) + 16 * (column % 2))
             part = T.bitwise_and(T.shift_right(word, shift), e.const("int32", (1 << bits) - 1, 1))
             part = T.shift_left(part, e.const("int32", low, 1))
             code = part if code is None else T.bitwise_or(code, part)
             low += bits
-        return self._of_codes(code, 1)
+        return self.of_codes(code, 1)
 
-    def scale(self, at: Any, row: Any, lanes: int) -> Any:
-        """float32 scales of `lanes` rows from `row` on; `at` is the byte where the group's scales begin."""
-        index = at // self._scale_size + row
-        data = self._scales[index] if lanes == 1 else e.load(self._scales, index, lanes)
-        if self.layout.of.scale_dtype == "e8m0":
-            bits = T.shift_left(tirx.Cast(e.vec("uint32", lanes), data), e.const("uint32", 23, lanes))
-            data = T.reinterpret(e.vec("float32", lanes), bits)
-        elif self._scale_dtype == "float16":
-            data = tirx.Cast(e.vec("float32", lanes), data)
+    def scale(self, at: Any, row: Any, lanes: int, top: Any = None) -> Any:
+        """float32 scales of `lanes` rows from `row` on; a Place says `at` and `top` (of the super-group, if any)."""
+        data = self._level(at, top, row, lanes)
         return data if self._factor == 1.0 else data * e.splat(self._factor, lanes)
 
-    def zero(self, at: Any, row: Any, lanes: int) -> Any:
-        """float32: what to subtract from `lanes` rows' values; `at` is where the group's scales begin."""
-        index = at + self.layout.scale_bytes + row
+    def zero(self, place: Place, row: Any, lanes: int) -> Any:
+        """float32: what to subtract from the values, for schemes with zero points."""
+        index = place.shifts + row
         data = self.bytes[index] if lanes == 1 else e.load(self.bytes, index, lanes)
-        half = float(1 << (self.layout.of.bits - 1))
-        return tirx.Cast(e.vec("float32", lanes), data) - e.splat(half, lanes)
+        return tirx.Cast(e.vec("float32", lanes), data) - e.splat(self.half, lanes)
 
-    def _word(self, base: Any, low: int, j: int, v: int) -> Any:
-        """Word j of the plane whose lowest bit is `low`; LLVM loads a word once for all its codes."""
-        # planes follow one another, and those below `low` together have `low` words per row
-        return e.load(self._words, base + (low + j) * self.layout.n_block + v * self.lanes, self.lanes)
+    def offset(self, place: Place, row: Any, lanes: int) -> Any:
+        """float32 offsets, for schemes with them."""
+        second = SCALE_BYTES[self.layout.of.scale_dtype] * self.layout.n_block
+        return self._level(place.shifts, place.tops + second, row, lanes)
 
-    def _planes(self, at: Any, t: int, v: int, half: int) -> Any:
-        """int32 codes of column 2t (half 0) or 2t+1 (half 16); upper bits are junk if a table takes them."""
-        planes, codes, low = self.layout.planes, None, 0
-        base = e.let(at // 4)
-        for bits in planes:
-            each = 16 // bits
-            move = bits * (t % each) + half - low
-            part = _shifted(self._word(base, low, t // each, v), move, self.lanes)
-            if len(planes) > 1 or not self._by_table():
-                part = T.bitwise_and(part, e.const("int32", ((1 << bits) - 1) << low, self.lanes))
-            codes = part if codes is None else T.bitwise_or(codes, part)
-            low += bits
-        return codes
+    def shift(self, place: Place, row: Any, lanes: int, scale: Any) -> Any:
+        """float32: what the sum of the activations is multiplied with, for zero points or offsets."""
+        if self.layout.of.offsets:
+            return self.offset(place, row, lanes) + scale * e.splat(self.half, lanes)
+        return e.splat(0.0, lanes) - self.zero(place, row, lanes) * scale
 
-    def _by_table(self) -> bool:
+    def _level(self, at: Any, top: Any, row: Any, lanes: int) -> Any:
+        """Scales or offsets, from one level or two."""
+        if not self.layout.of.super_group:
+            return self._stored(at, row, lanes)
+        index = at + row
+        each = self.signed[index] if lanes == 1 else e.load(self.signed, index, lanes)
+        wide = tirx.Cast(e.vec("float32", lanes), tirx.Cast(e.vec("int32", lanes), each))
+        return wide * self._stored(top, row, lanes)
+
+    def _stored(self, at: Any, row: Any, lanes: int) -> Any:
+        """Stored floats as float32."""
+        dtype = self.layout.of.scale_dtype
+        index = at // SCALE_BYTES[dtype] + row
+        data = self._floats[index] if lanes == 1 else e.load(self._floats, index, lanes)
+        if dtype == "e8m0":
+            bits = T.shift_left(tirx.Cast(e.vec("uint32", lanes), data), e.const("uint32", 23, lanes))
+            return T.reinterpret(e.vec("float32", lanes), bits)
+        return e.widen(data, dtype, lanes)
+
+    def by_table(self) -> bool:
         """Whether float32 values come from a table: always if they are no integers, else if it is quick."""
         if self.layout.of.code is not Code.INT:
             return True
         return self.caps.has_lookup and self.lanes == 16 and self.layout.of.bits <= 4
 
-    def _of_codes(self, codes: Any, lanes: int) -> Any:
-        if self.layout.of.code is not Code.INT or (lanes > 1 and self._by_table()):
+    def of_codes(self, codes: Any, lanes: int) -> Any:
+        if self.layout.of.code is not Code.INT or (lanes > 1 and self.by_table()):
             assert self.lookup is not None
             return self.lookup.floats(codes, lanes)
-        return tirx.Cast(e.vec("float32", lanes), codes - e.const("int32", self._offset, lanes))
+        return tirx.Cast(e.vec("float32", lanes), codes - e.const("int32", int(self.half), lanes))
 
-    def _of_bytes(self, codes: Any, lanes: int) -> Any:
+    def of_bytes(self, codes: Any, lanes: int) -> Any:
         if self.layout.of.code is Code.INT:
             return tirx.Cast(e.vec("float32", lanes), tirx.Cast(e.vec("int32", lanes), codes))
         wide = T.shift_left(tirx.Cast(e.vec("int16", lanes), codes), e.const("int16", 7, lanes))
@@ -170,17 +201,90 @@ class QuantCodes:
         return tirx.Cast(e.vec("float32", lanes), T.reinterpret(e.vec("float16", lanes), half))
 
 
+class Step:
+    """`each` column pairs of some vectors of outputs, in registers.
+
+    Args:
+        place: of the piece.
+        s: number of the step in it.
+        row: first output.
+        vectors: how many.
+    """
+
+    def __init__(self, codes: QuantCodes, place: Place, s: Any, row: Any, vectors: int) -> None:
+        self._codes, self.vectors = codes, vectors
+        layout, lanes, nb = codes.layout, codes.lanes, codes.layout.n_block
+        if codes.in_bytes:
+            at = place.units + (place.step + s) * (2 * nb) + row
+            bytes_ = [[e.load(codes.signed, at + p * nb + v * lanes, lanes) for p in (0, 1)] for v in range(vectors)]
+            self._bytes = [[e.let(b) for b in pair] for pair in bytes_]
+            return
+        widest = max(layout.planes)
+        # (lowest bit, width, words) of each plane; words of narrower planes are shared by several steps
+        self._planes: list[tuple[int, int, list[Any]]] = []
+        unit, j = place.units, place.step + s
+        if len(layout.planes) > 1:
+            unit, j = e.let(unit + j // codes.steps * layout.unit_bytes), e.let(j % codes.steps)
+        low = 0
+        for bits in layout.planes:
+            share = widest // bits
+            word, part = _divided(j, share)
+            at = e.let(unit // 4 + (low + word) * nb + row)
+            words = [e.load(codes._words, at + v * lanes, lanes) for v in range(vectors)]
+            if share > 1:
+                amount = e.splat(tirx.Cast("int32", part * (bits * codes.each)), lanes)
+                words = [T.shift_right(w, amount) for w in words]
+            self._planes.append((low, bits, [e.let(w) for w in words]))
+            low += bits
+
+    def pairs(self, i: int, v: int) -> Any:
+        """Column pair i of the step as 16 lanes of bf16 pairs; only if by_pairs."""
+        codes = self._codes
+        if codes.in_bytes:
+            return e.narrow_zip(*self.floats(i, v))
+        assert codes.lookup is not None
+        return codes.lookup.pairs(self._collect(i, v, 0, both=True))
+
+    def floats(self, i: int, v: int) -> tuple[Any, Any]:
+        """float32 values of both columns of pair i."""
+        codes = self._codes
+        if codes.in_bytes:
+            even, odd = (codes.of_bytes(b, codes.lanes) for b in self._bytes[v])
+            return even, odd
+        low, high = (self._collect(i, v, half, both=False) for half in (0, 16))
+        return codes.of_codes(low, codes.lanes), codes.of_codes(high, codes.lanes)
+
+    def _collect(self, i: int, v: int, half: int, *, both: bool) -> Any:
+        """Codes of pair i put together from the planes; upper bits are junk if a table takes them.
+
+        both: two codes, one in each half word; else the one in the lower (half 0) or upper (16) half.
+        """
+        lanes = self._codes.lanes
+        clean = len(self._planes) > 1 or not (both or self._codes.by_table())
+        codes = None
+        for low, bits, words in self._planes:
+            part = _shifted(words[v], bits * i + half - low, lanes)
+            if clean:
+                mask = ((1 << bits) - 1) << low
+                part = T.bitwise_and(part, e.const("int32", mask | mask << 16 if both else mask, lanes))
+            codes = part if codes is None else T.bitwise_or(codes, part)
+        return codes
+
+
 def lookup_for(layout: QuantLayout) -> Lookup | None:
     """The table of a layout's values; None for 8-bit codes."""
     scheme = layout.of
     if scheme.bits == 8:
         return None
-    if scheme.code is Code.NF4:
-        return Lookup("nf4", tuple(NF4_TABLE.tolist()))
-    if scheme.code is Code.E2M1:
-        return Lookup("e2m1", tuple(E2M1_TABLE.tolist()))
+    if scheme.code is not Code.INT:
+        return Lookup(scheme.code.value, tuple(TABLES[scheme.code].tolist()))
     half = 1 << (scheme.bits - 1)
     return Lookup(f"int{scheme.bits}", tuple(float(i) for i in range(-half, half)))
+
+
+def _divided(value: Any, by: int) -> tuple[Any, Any]:
+    """Quotient and remainder; a remainder of 1 parts is the number 0."""
+    return (value, 0) if by == 1 else (value // by, value % by)
 
 
 def _shifted(word: Any, move: int, lanes: int) -> Any:
@@ -189,6 +293,3 @@ def _shifted(word: Any, move: int, lanes: int) -> Any:
         return word
     amount = e.const("int32", abs(move), lanes)
     return T.shift_right(word, amount) if move > 0 else T.shift_left(word, amount)
-
-
-PAIRS = UNIT // 2  # column pairs of a unit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -11,8 +12,8 @@ from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.experts import sort_rows
 from llmc.schedules.linear import MicroKernel, write_rows
+from llmc.schedules.qblocks import QuantBlocks, choose
 from llmc.schedules.qlayout import QuantLayout
-from llmc.schedules.qlinear import FEW, QuantBlocks, for_tiles
 
 _ROWS = 240  # rows of an expert that are taken together
 
@@ -63,31 +64,52 @@ def quant_expert_linear(cfg: QuantExpertConfig, caps: Capabilities) -> Any:
         with e.root():
             bf = e.flat(bias, experts * n) if bias is not None else None
             yf = e.flat(y, rows * n)
-            order, begin, active, count = sort_rows(e.flat(ids, rows), rows, experts)
+            idf = e.flat(ids, rows)
+            order, begin, active, count = sort_rows(idf, rows, experts)
             work = QuantBlocks(
-                caps, layout, cfg.in_dtype, e.flat(x, rows * k), rows, w, experts, cfg.prefetch
+                caps,
+                layout,
+                cfg.in_dtype,
+                e.flat(x, rows * k),
+                rows,
+                w,
+                experts,
+                cfg.prefetch,
+                lambda r: e.i64(idf[r]),
             )
-            few = work.prepare(work.few_dot)
-            many = few if work.few_dot == work.many_dot else work.prepare(work.many_dot)
-            direct = work.micro(few, work.codes.bytes)
+            values = work.prepare()
             with work.parallel(count * blocks) as task:
                 block = e.let(task // count)
                 expert = e.let(active[task % count])
                 first, end = e.let(begin[expert]), e.let(begin[expert + 1])
-                base = e.let((expert * blocks + block) * work.block_bytes)
+                base = e.let(expert * work.copy_bytes + block * work.block_bytes)
 
                 def write(micro: MicroKernel, acc: list[list[Any]], at: list[Any]) -> None:
                     write_rows(micro, acc, at, block, n, bf, cfg.in_dtype, yf, cfg.out_dtype, expert * n)
 
-                def rows_at(size: int, start: Any) -> None:
-                    at = [e.let(order[first + start + r]) for r in range(size)]
-                    write(direct, work.few(few, direct, at, base), at)
+                def times(size: int) -> None:
+                    at = [e.let(order[T.min(first + r, end - 1)]) for r in range(size)]
+                    work.few(
+                        values,
+                        size,
+                        at,
+                        e.let(end - first),
+                        base,
+                        lambda micro, acc, r: write(micro, acc, [e.let(order[first + r[0]])]),
+                    )
 
-                with T.If(end - first <= FEW):
-                    with T.Then():
-                        for_tiles(FEW, e.let(end - first), rows_at)
-                    with T.Else(), e.loop((end - first + (_ROWS - 1)) // _ROWS) as part:
+                def many() -> None:
+                    with e.loop((end - first + (_ROWS - 1)) // _ROWS) as part:
                         start = e.let(first + part * _ROWS)
                         size = e.let(T.min(e.i64(_ROWS), end - start))
-                        work.many(many, size, _ROWS, base, lambda r: order[start + r], write)
+                        work.many(
+                            values,
+                            size,
+                            _ROWS,
+                            base,
+                            lambda r: order[start + r],
+                            lambda micro, acc, r: write(micro, acc, [e.let(order[start + r[0]])]),
+                        )
+
+                choose([(size, partial(times, size)) for size in work.row_major], end - first, many)
     return built[0]

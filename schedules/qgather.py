@@ -10,7 +10,7 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.qcodes import QuantCodes
-from llmc.schedules.qlayout import UNIT, QuantLayout
+from llmc.schedules.qlayout import QuantLayout
 
 _SERIAL_ROWS = 4  # a parallel launch costs more than unpacking this many rows
 
@@ -51,13 +51,15 @@ def quant_embedding(cfg: QuantEmbeddingConfig, caps: Capabilities) -> Any:
         out = e.tensor("out", [*ones, t, layout.k], cfg.dtype)
         with e.root():
             idf, to = e.flat(ids, t), e.flat(out, t * layout.k)
-            blocks, block_bytes = layout.packed_shape
-            codes = QuantCodes(caps, layout, table, blocks * block_bytes)
+            size = 1
+            for dimension in layout.packed_shape:
+                size *= dimension
+            codes = QuantCodes(caps, layout, table, size)
 
             def row(r: Any) -> None:
                 index = e.let(e.i64(idf[r]))
                 lane = e.let(index % layout.n_block)
-                _row(codes, e.let(index // layout.n_block * block_bytes), lane, to, r, cfg.dtype, caps)
+                _row(codes, e.let(index // layout.n_block * layout.block_bytes), lane, to, r, cfg.dtype, caps)
 
             with T.If(t <= _SERIAL_ROWS):
                 with T.Then(), e.loop(t) as r:
@@ -69,16 +71,18 @@ def quant_embedding(cfg: QuantEmbeddingConfig, caps: Capabilities) -> Any:
 
 def _row(codes: QuantCodes, base: Any, lane: Any, out: Any, r: Any, dtype: str, caps: Capabilities) -> None:
     """One lane of the block at `base` into row r."""
-    layout = codes.layout
-    units = layout.group // UNIT
-    asymmetric = not layout.of.symmetric
-    with e.loop(layout.groups) as g:
-        group = e.let(base + g * layout.group_bytes)
-        tail = e.let(group + units * layout.unit_bytes)
-        scale = e.let(codes.scale(tail, lane, 1))
-        zero = e.let(codes.zero(tail, lane, 1)) if asymmetric else None
-        first = e.let(g * layout.group)
-        with e.loop(T.min(e.i64(layout.group), layout.k - first)) as j:
-            value = codes.value(group + j // UNIT * layout.unit_bytes, e.let(j % UNIT), lane)
-            value = value - zero if zero is not None else value
-            e.store(out, r * layout.k + first + j, e.narrow(value * scale, dtype, 1, caps), 1)
+    layout, of = codes.layout, codes.layout.of
+    with e.loop(layout.padded_k // layout.piece) as p:
+        place = codes.place(base, p)
+        scale = e.let(codes.scale(place.scales, lane, 1, place.tops))
+        first = e.let(p * layout.piece)
+        with e.loop(T.max(e.i64(0), T.min(e.i64(layout.piece), layout.k - first))) as j:
+            value = codes.value(place, j, lane)
+            if of.offsets:
+                value = (value + e.f32(codes.half)) * scale + codes.offset(place, lane, 1)
+            else:
+                value = (value if of.symmetric else value - codes.zero(place, lane, 1)) * scale
+            column = first + j
+            if codes.order is not None:
+                column = e.i64(codes.order[layout.order_at // 4 + column])
+            e.store(out, r * layout.k + column, e.narrow(value, dtype, 1, caps), 1)

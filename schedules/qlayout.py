@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from llmc.caps import Capabilities
-from llmc.quant.schemes import SCHEMES, STORED_ONLY, Code, Scheme, by_name
+from llmc.quant.schemes import SCALE_BYTES, Code, Scheme, by_name
 from llmc.quant.weight import QuantizedWeight
 
 Array = np.ndarray[Any, Any]
 
 UNIT = 32  # columns that are packed together: the widest word of one-bit planes
 _ROW_PIECE = 64  # columns of a row with a single scale are padded to a multiple of this
+_LONGEST_PIECE = 256
 _TEXT = re.compile(r"quant\(([a-z0-9]+),n=(\d+),of=(\d+)x(\d+)\)")
-_SCALE_BYTES = {"float32": 4, "float16": 2, "e8m0": 1}
+_PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
+_ORDER_BYTES = 4  # of the number of a column
 
 
 @dataclass(frozen=True)
 class QuantLayout:
     """A QuantizedWeight [N, K] cut into blocks of `n_block` rows; a block is one stream of bytes.
 
-        block = group*                           group = unit* scales [zeros]      for schemes with groups
-        block = unit* scales                                                       for one scale per row
+        block = super*                             rows without super-groups are one
+        super = span* [super_scales [super_offsets]]
+        span  = unit* scales [zeros or offsets]    a group, or the groups of 32 columns if they are smaller
         unit  = 32 columns of all rows of the block, as bit planes
 
     8-bit codes: unit[k, r], one byte each; integers with the upper bit flipped, i.e. as signed numbers.
     Other widths are cut into planes of 4, 2, 1 bits (6 = 4 + 2, 3 = 2 + 1; lower bits first). A plane of p bits is
     32-bit words word[j, r], j < p, each with 32 / p codes of one row: the low half holds even columns, the high half
-    odd ones, so that a word is also a vector of pairs. scales[r] and zeros[r] follow the units they belong to.
+    odd ones, so that a word is also a vector of pairs. scales[g, r], zeros[g, r] and offsets[g, r] of a span's groups
+    follow the units they belong to; with super-groups they are signed bytes.
     Rows past N and columns past K hold code 0 and scale 0: the kernel pads activations with zeros.
+    Schemes with an order of the inputs: after the last block, int32 order[k], which column of x the stored column k is.
 
     Attributes:
         scheme: name of the scheme.
@@ -53,7 +61,7 @@ class QuantLayout:
     @property
     def planes(self) -> tuple[int, ...]:
         """Widths of the bit planes, lower bits first."""
-        return {8: (8,), 6: (4, 2), 4: (4,), 3: (2, 1)}[self.of.bits]
+        return _PLANES[self.of.bits]
 
     @property
     def group(self) -> int:
@@ -66,13 +74,23 @@ class QuantLayout:
         return self.padded_k // self.group
 
     @property
+    def span(self) -> int:
+        """Columns whose units lie together, followed by their scales."""
+        return max(self.group, UNIT)
+
+    @property
+    def super_group(self) -> int:
+        """Columns of a super-group; without them those of a row."""
+        return self.of.super_group or self.padded_k
+
+    @property
     def piece(self) -> int:
-        """Columns that a kernel takes at a time: within one group, a multiple of UNIT."""
-        return min(self.of.group_size or _ROW_PIECE, _ROW_PIECE)
+        """Columns that a kernel takes at a time: of one group, dividing it."""
+        return math.gcd(self.group, _LONGEST_PIECE)
 
     @property
     def padded_k(self) -> int:
-        size = self.of.group_size or _ROW_PIECE
+        size = self.of.super_group or max(self.of.group_size, UNIT) if self.of.group_size else _ROW_PIECE
         return -(-self.k // size) * size
 
     @property
@@ -86,62 +104,82 @@ class QuantLayout:
     @property
     def scale_bytes(self) -> int:
         """Of all scales of a group in a block."""
-        return _SCALE_BYTES[self.of.scale_dtype] * self.n_block
+        return self.n_block * (1 if self.of.super_group else SCALE_BYTES[self.of.scale_dtype])
+
+    @property
+    def shift_bytes(self) -> int:
+        """Of its zero points or offsets."""
+        return self.scale_bytes if self.of.offsets else 0 if self.of.symmetric else self.n_block
 
     @property
     def group_bytes(self) -> int:
-        """Units, scales and zeros of a group in a block."""
-        zeros = 0 if self.of.symmetric else self.n_block
-        return self.group // UNIT * self.unit_bytes + self.scale_bytes + zeros
+        """Units, scales, zero points and offsets of a span in a block: of a group, or of the groups in 32 columns."""
+        levels = self.scale_bytes + self.shift_bytes
+        return self.span // UNIT * self.unit_bytes + self.span // self.group * levels
 
     @property
-    def packed_shape(self) -> tuple[int, int]:
+    def super_bytes(self) -> int:
+        """A super-group of a block."""
+        spans = self.super_group // self.span * self.group_bytes
+        if not self.of.super_group:
+            return spans
+        return spans + SCALE_BYTES[self.of.scale_dtype] * self.n_block * (2 if self.of.offsets else 1)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.padded_k // self.super_group * self.super_bytes
+
+    @property
+    def order_at(self) -> int:
+        """The byte where the order of the inputs begins."""
+        return -(-self.blocks * self.block_bytes // _ORDER_BYTES) * _ORDER_BYTES
+
+    @property
+    def packed_shape(self) -> tuple[int, ...]:
         """Shape of the packed bytes (after a leading dimension of experts)."""
-        return (self.blocks, self.groups * self.group_bytes)
+        if self.of.order:
+            return (self.order_at + _ORDER_BYTES * self.k,)
+        return (self.blocks, self.block_bytes)
 
     def pack(self, weight: QuantizedWeight) -> Array:
-        """uint8 [..., blocks, bytes] of a QuantizedWeight [..., n, k]."""
-        if weight.scheme.name != self.scheme or weight.codes.shape[-2:] != (self.n, self.k):
+        """uint8 [..., *packed_shape] of a QuantizedWeight [..., n, k]."""
+        if weight.scheme.any_order.name != self.scheme or weight.codes.shape[-2:] != (self.n, self.k):
             raise ValueError(f"{self.as_text()} cannot hold {weight.scheme.name} {weight.codes.shape}")
         if weight.codes.ndim == 3:
-            parts = (
-                QuantizedWeight(weight.scheme, c, s, None if weight.zeros is None else weight.zeros[i])
-                for i, (c, s) in enumerate(zip(weight.codes, weight.scales, strict=True))
-            )
-            return np.stack([self.pack(part) for part in parts])
-        out = np.empty((self.blocks, self.groups, self.group_bytes), np.uint8)
+            return np.stack([self.pack(weight.part(i)) for i in range(len(weight.codes))])
+        out = np.empty((self.blocks, self.block_bytes), np.uint8)
         nb = self.n_block
         # blocks are packed a few at a time: the intermediate copies stay small
         step = max(1, (1 << 20) // (nb * self.padded_k))
         for at in range(0, self.blocks, step):
-            rows = slice(at * nb, min((at + step) * nb, self.n))
             count = min(step, self.blocks - at)
-            codes = _padded(weight.codes[rows], count * nb, self.padded_k)
-            if self.planes == (8,) and self.of.code is Code.INT:
-                codes = codes ^ 0x80
-            split = codes.reshape(count, nb, self.groups, self.group // UNIT, UNIT)
-            units = [self._plane(split, low, bits) for low, bits in self._shifts()]
-            body = np.concatenate(units, axis=-1).reshape(count, self.groups, -1)
-            scales = _padded(weight.scales[rows], count * nb, self.groups).reshape(count, nb, self.groups)
-            tail = [_bytes(self._stored_scales(scales).transpose(0, 2, 1))]
-            if weight.zeros is not None:
-                zeros = _padded(weight.zeros[rows], count * nb, self.groups)
-                tail.append(_bytes(zeros.reshape(count, nb, self.groups).transpose(0, 2, 1)))
-            out[at : at + count] = np.concatenate([body, *tail], axis=-1)
-        return out.reshape(self.packed_shape)
+            rows = slice(at * nb, min((at + step) * nb, self.n))
+            out[at : at + count] = self._pack_rows(weight.map(lambda a, rows=rows: a[rows]), count)
+        if weight.order is None:
+            return out
+        order = _bytes(weight.order.astype("<i4"))
+        gap = np.zeros(self.order_at - out.size, np.uint8)
+        return np.concatenate([out.reshape(-1), gap, order])
 
     def unpack(self, packed: Array) -> QuantizedWeight:
         """Inverse of pack."""
-        if packed.ndim == 3:
+        if packed.ndim > len(self.packed_shape):
             parts = [self.unpack(p) for p in packed]
-            zeros = None if self.of.symmetric else np.stack([p.zeros for p in parts if p.zeros is not None])
-            codes, scales = np.stack([p.codes for p in parts]), np.stack([p.scales for p in parts])
-            return QuantizedWeight(self.of, codes, scales, zeros)
-        b, g, nb = self.blocks, self.groups, self.n_block
-        data = packed.reshape(b, g, self.group_bytes)
-        body, rest = np.split(data, [self.group // UNIT * self.unit_bytes], axis=-1)
-        units = body.reshape(b, g, self.group // UNIT, self.unit_bytes)
-        codes = np.zeros((b, nb, g, self.group // UNIT, UNIT), np.uint8)
+            order = None if not self.of.order else np.stack([p.order for p in parts if p.order is not None])
+            return replace(QuantizedWeight.join(parts, np.stack), order=order)
+        order = None
+        if self.of.order:
+            order = np.ascontiguousarray(packed[self.order_at :]).view("<i4")
+            packed = packed[: self.blocks * self.block_bytes]
+        b, nb, groups = self.blocks, self.n_block, self.span // self.group
+        stored = -(-self.k // self.group)
+        supers = packed.reshape(b, -1, self.super_bytes)
+        spans = self.super_group // self.span
+        body, tops = np.split(supers, [spans * self.group_bytes], axis=-1)
+        body = body.reshape(b, -1, self.group_bytes)
+        units, rest = np.split(body, [self.span // UNIT * self.unit_bytes], axis=-1)
+        units = units.reshape(*units.shape[:2], -1, self.unit_bytes)
+        codes = np.zeros((b, nb, *units.shape[1:3], UNIT), np.uint8)
         at = 0
         for low, bits in self._shifts():
             size = 4 * bits * nb
@@ -149,13 +187,34 @@ class QuantLayout:
             at += size
         if self.planes == (8,) and self.of.code is Code.INT:
             codes ^= 0x80
-        scales, zeros = np.split(rest, [self.scale_bytes], axis=-1)
-        return QuantizedWeight(
+
+        def rows(values: Array, per: int, columns: int) -> Array:
+            """[b, x, per * nb] -> [n, columns]."""
+            split = values.reshape(b, -1, per, nb).transpose(0, 3, 1, 2)
+            return np.ascontiguousarray(split.reshape(b * nb, -1)[: self.n, :columns])
+
+        raw = np.split(rest, [groups * self.scale_bytes], axis=-1)
+        scales, shifts = (np.ascontiguousarray(r) for r in raw)
+        made = QuantizedWeight(
             self.of,
             np.ascontiguousarray(codes.reshape(b * nb, -1)[: self.n, : self.k]),
-            self._loaded_scales(np.ascontiguousarray(scales)).transpose(0, 2, 1).reshape(b * nb, g)[: self.n],
-            None if self.of.symmetric else zeros.transpose(0, 2, 1).reshape(b * nb, g)[: self.n],
+            rows(self._loaded(scales), groups, stored),
+            order=order,
         )
+        if self.shift_bytes:
+            name = "offsets" if self.of.offsets else "zeros"
+            values = self._loaded(shifts) if self.of.offsets else shifts
+            made = replace(made, **{name: rows(values, groups, stored)})
+        if not self.of.super_group:
+            return made
+        # super-scales and super-offsets, in turns
+        tops = _from_dtype(np.ascontiguousarray(tops), self.of.scale_dtype).reshape(b, supers.shape[1], -1, nb)
+        found = {}
+        for i, name in enumerate(("scales", "offsets")[: tops.shape[2]]):
+            top = rows(tops[:, :, i], 1, -(-self.k // self.super_group))
+            found[name] = getattr(made, name) * self._spread_tops(top, stored)
+            found[f"super_{name}"] = top
+        return replace(made, **found)
 
     def as_text(self) -> str:
         """The name that the manifest records, e.g. ``quant(q4g32,n=64,of=2048x8192)``."""
@@ -169,9 +228,10 @@ class QuantLayout:
             ValueError: not such a name.
         """
         match = _TEXT.fullmatch(text)
-        if not match or (match[1] not in SCHEMES and match[1] not in STORED_ONLY):
-            raise ValueError(f"{text!r} is not a layout of a quantized weight")
-        return QuantLayout(match[1], int(match[2]), int(match[3]), int(match[4]))
+        if match:
+            with suppress(KeyError):
+                return QuantLayout(by_name(match[1]).name, int(match[2]), int(match[3]), int(match[4]))
+        raise ValueError(f"{text!r} is not a layout of a quantized weight")
 
     @staticmethod
     def is_layout(text: str) -> bool:
@@ -207,16 +267,54 @@ class QuantLayout:
         codes = (words >> shift[..., None]) & ((1 << bits) - 1)
         return codes.astype(np.uint8).reshape(*lead, UNIT, nb).transpose(0, 4, 1, 2, 3)
 
-    def _stored_scales(self, scales: Array) -> Array:
-        if self.of.scale_dtype == "e8m0":  # 0 stands for the scale 0
-            with np.errstate(divide="ignore"):
-                return np.where(scales > 0, np.log2(scales) + 127, 0).astype(np.uint8)
-        return scales.astype(np.dtype(self.of.scale_dtype).newbyteorder("<"))
+    def _pack_rows(self, weight: QuantizedWeight, count: int) -> Array:
+        """uint8 [count, block bytes] of the rows of `count` blocks."""
+        nb, in_span = self.n_block, self.span // self.group
+        codes = _padded(weight.codes, count * nb, self.padded_k)
+        if self.planes == (8,) and self.of.code is Code.INT:
+            codes = codes ^ 0x80
+        split = codes.reshape(count, nb, -1, self.span // UNIT, UNIT)
+        units = [self._plane(split, low, bits) for low, bits in self._shifts()]
+        parts = [np.concatenate(units, axis=-1).reshape(count, split.shape[2], -1)]
 
-    def _loaded_scales(self, data: Array) -> Array:
-        if self.of.scale_dtype == "e8m0":
-            return np.where(data > 0, np.exp2(data.astype(np.float32) - 127), 0).astype(np.float32)
-        return data.view(np.dtype(self.of.scale_dtype).newbyteorder("<")).astype(np.float32)
+        def by_block(values: Array, columns: int, per: int) -> Array:
+            """[n, columns] -> [count, columns / per, per * nb]."""
+            whole = _padded(values, count * nb, columns).reshape(count, nb, -1, per)
+            return np.ascontiguousarray(whole.transpose(0, 2, 3, 1)).reshape(count, -1, per * nb)
+
+        for values, tops in ((weight.scales, weight.super_scales), (weight.offsets, weight.super_offsets)):
+            if values is not None:
+                values = values if tops is None else self._multiples(values, tops)
+                parts.append(_bytes(self._stored(by_block(values, self.groups, in_span))))
+        if weight.zeros is not None:
+            parts.append(by_block(weight.zeros, self.groups, in_span))
+        spans = np.concatenate(parts, axis=-1)
+        supers = [spans.reshape(count, self.padded_k // self.super_group, -1)]
+        for tops in (weight.super_scales, weight.super_offsets):
+            if tops is not None:
+                supers.append(_bytes(_as_dtype(by_block(tops, supers[0].shape[1], 1), self.of.scale_dtype)))
+        return np.concatenate(supers, axis=-1).reshape(count, self.block_bytes)
+
+    def _stored(self, values: Array) -> Array:
+        return values.astype(np.int8) if self.of.super_group else _as_dtype(values, self.of.scale_dtype)
+
+    def _loaded(self, data: Array) -> Array:
+        if self.of.super_group:
+            return data.view(np.int8).astype(np.float32)
+        return _from_dtype(data, self.of.scale_dtype)
+
+    def _spread_tops(self, tops: Array, groups: int) -> Array:
+        """Values of super-groups [n, S] for each group [n, groups]."""
+        return np.repeat(tops, self.super_group // self.group, axis=-1)[:, :groups]
+
+    def _multiples(self, values: Array, tops: Array) -> Array:
+        """values [n, G] as whole multiples of tops [n, S]."""
+        spread = self._spread_tops(tops, values.shape[1])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            out = np.where(spread != 0, np.rint(values / spread), 0)
+        if not (np.abs(out + 0.5) < 128).all() or not np.array_equal(out * spread, values):
+            raise ValueError("scales are no multiples of their super-group's")
+        return out
 
 
 def in_turns(weight: QuantizedWeight, n_block: int) -> QuantizedWeight:
@@ -227,11 +325,7 @@ def in_turns(weight: QuantizedWeight, n_block: int) -> QuantizedWeight:
     index = turns(weight.codes.shape[-2], n_block)
     there = index >= 0
 
-    def move(rows: Array) -> Array:
-        return np.where(there[:, None], rows[np.maximum(index, 0)], 0).astype(rows.dtype)
-
-    zeros = None if weight.zeros is None else move(weight.zeros)
-    return QuantizedWeight(weight.scheme, move(weight.codes), move(weight.scales), zeros)
+    return weight.map(lambda rows: np.where(there[:, None], rows[np.maximum(index, 0)], 0).astype(rows.dtype))
 
 
 def turns(rows: int, n_block: int) -> Array:
@@ -250,7 +344,7 @@ def quant_layout(scheme: Scheme, n: int, k: int, caps: Capabilities, *, gated: b
     """
     n_block = (4 if caps.vector_registers >= 32 else 2) * caps.lanes_f32
     rows = -(-n // (n_block // 2)) * n_block if gated else n
-    return QuantLayout(scheme.name, n_block, rows, k)
+    return QuantLayout(scheme.any_order.name, n_block, rows, k)
 
 
 def _padded(values: Array, rows: int, columns: int) -> Array:
@@ -262,3 +356,22 @@ def _padded(values: Array, rows: int, columns: int) -> Array:
 def _bytes(values: Array) -> Array:
     """The bytes of the last dimension."""
     return np.ascontiguousarray(values).view(np.uint8)
+
+
+def _as_dtype(values: Array, dtype: str) -> Array:
+    """float32 as stored."""
+    if dtype == "e8m0":  # 0 stands for the scale 0
+        with np.errstate(divide="ignore"):
+            return np.where(values > 0, np.log2(values) + 127, 0).astype(np.uint8)
+    if dtype == "bfloat16":
+        return values.astype(ml_dtypes.bfloat16).view(np.uint16)
+    return values.astype(np.dtype(dtype).newbyteorder("<"))
+
+
+def _from_dtype(data: Array, dtype: str) -> Array:
+    """Bytes as float32."""
+    if dtype == "e8m0":
+        return np.where(data > 0, np.exp2(data.astype(np.float32) - 127), 0).astype(np.float32)
+    if dtype == "bfloat16":
+        return data.view(ml_dtypes.bfloat16).astype(np.float32)
+    return data.view(np.dtype(dtype).newbyteorder("<")).astype(np.float32)

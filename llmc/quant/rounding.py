@@ -10,9 +10,8 @@ import torch
 
 from llmc.errors import LlmcError
 from llmc.quant.schemes import Code, Scheme
-from llmc.quant.weight import E2M1_TABLE, E4M3_TABLE, NF4_TABLE, QuantizedWeight
+from llmc.quant.weight import TABLES, QuantizedWeight
 
-_TABLES = {Code.NF4: NF4_TABLE, Code.E2M1: E2M1_TABLE, Code.E4M3: E4M3_TABLE}
 _E4M3_MAX, _E2M1_MAX_EXPONENT = 448.0, 2
 # smallest positive float16, so that the scale of a group of tiny weights is not rounded to zero
 _TINY = {"float32": 1.2e-38, "float16": 2.0**-24, "e8m0": 2.0**-126}
@@ -53,7 +52,7 @@ def codes_of(
     if scheme.code is Code.E4M3:
         clipped = ratio.clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
         return clipped.view(torch.uint8).to(torch.int64)
-    table = torch.from_numpy(_TABLES[scheme.code])
+    table = torch.from_numpy(TABLES[scheme.code])
     order = torch.argsort(table, stable=True)
     levels = table[order]
     middles = (levels[1:] + levels[:-1]) / 2
@@ -67,7 +66,7 @@ def values_of(
     if scheme.code is Code.INT:
         offset = float(1 << (scheme.bits - 1)) if zero is None else zero
         return (codes - offset) * scale
-    return torch.from_numpy(_TABLES[scheme.code])[codes] * scale
+    return torch.from_numpy(TABLES[scheme.code])[codes] * scale
 
 
 def plain_grid(weight: torch.Tensor, scheme: Scheme, shrink: float = 1.0) -> Grid:
@@ -89,7 +88,7 @@ def plain_grid(weight: torch.Tensor, scheme: Scheme, shrink: float = 1.0) -> Gri
         raw = top / ((1 << (scheme.bits - 1)) - 1)
     elif scheme.code is Code.E4M3:
         raw = top / _E4M3_MAX
-    elif scheme.code is Code.NF4:
+    elif scheme.code in (Code.NF4, Code.NF4_BF16):
         raw = top
     else:
         # OCP microscaling: the largest power of two not above the largest element, over the format's own

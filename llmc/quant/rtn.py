@@ -9,7 +9,7 @@ import numpy as np
 
 from llmc.errors import LlmcError
 from llmc.quant.schemes import Code, Scheme
-from llmc.quant.weight import E2M1_TABLE, NF4_TABLE, QuantizedWeight
+from llmc.quant.weight import E2M1_TABLE, TABLES, QuantizedWeight
 
 Array = np.ndarray[Any, Any]
 
@@ -19,7 +19,7 @@ _PIECE = 1 << 18
 _RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8)
 _LARGEST = {"float16": 65504.0, "float32": 3e38, "e8m0": 2.0**127}
 # a value belongs to the table entry with as many of these below it
-_NF4_BOUNDS = (NF4_TABLE[1:] + NF4_TABLE[:-1]) / 2
+_NF4_BOUNDS = {c: (TABLES[c][1:] + TABLES[c][:-1]) / 2 for c in (Code.NF4, Code.NF4_BF16)}
 _E2M1_BOUNDS = (E2M1_TABLE[1:8] + E2M1_TABLE[:7]) / 2
 _E4M3_MAX, _E2M1_MAX = 448.0, 6.0
 
@@ -100,9 +100,10 @@ def _quantize(w: Array, low: Array, high: Array, scheme: Scheme, ratio: float) -
         values = np.rint(w * _inverse(scales)[..., None])
         codes = np.clip(values, -half, half - 1).astype(np.int16) + half
         return codes.astype(np.uint8), scales, zero
-    if scheme.code is Code.NF4:
+    if scheme.code in (Code.NF4, Code.NF4_BF16):
         scales = round_scales(most * np.float32(ratio), scheme)
-        return np.searchsorted(_NF4_BOUNDS, w * _inverse(scales)[..., None]).astype(np.uint8), scales, zero
+        bounds = _NF4_BOUNDS[scheme.code]
+        return np.searchsorted(bounds, w * _inverse(scales)[..., None]).astype(np.uint8), scales, zero
     if scheme.code is Code.E4M3:
         scales = round_scales(most * np.float32(ratio / _E4M3_MAX), scheme)
         values = np.clip(w * _inverse(scales)[..., None], -_E4M3_MAX, _E4M3_MAX)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -20,10 +21,21 @@ NF4_TABLE = np.array(
     ],
     np.float32,
 )  # fmt: skip
+NF4_BF16_TABLE = NF4_TABLE.astype(ml_dtypes.bfloat16).astype(np.float32)
 # OCP microscaling formats: sign, two exponent bits, one mantissa bit
 E2M1_TABLE = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 # all 256 codes of float8_e4m3fn; the two NaN codes are never written
 E4M3_TABLE = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+TABLES = {
+    Code.NF4: NF4_TABLE,
+    Code.NF4_BF16: NF4_BF16_TABLE,
+    Code.E4M3: E4M3_TABLE,
+    Code.E2M1: E2M1_TABLE,
+}
+# arrays of a QuantizedWeight with a row per output
+FIELDS = ("codes", "scales", "zeros", "offsets", "super_scales", "super_offsets")
+
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +48,11 @@ class QuantizedWeight:
         scales: float32 [..., N, G] with G = ceil(K / group_size) (1 for a whole row); the values as they will be stored
             (already rounded to the scheme's scale_dtype). The last group may be shorter than group_size.
         zeros: uint8 [..., N, G] for asymmetric INT; None for symmetric (then the zero point is 2**(bits-1)).
-        offsets: float32 [..., N, G] for schemes with ``offsets`` (GGUF's k-quants), instead of zeros:
-            value = code * scale + offset.
+        offsets: float32 [..., N, G] for schemes with ``offsets``, instead of zeros: value = code * scale + offset.
+        super_scales, super_offsets: float32 [..., N, S] with S = ceil(K / super_group) for schemes with super-groups:
+            scales (offsets) are multiples of these by -128 .. 127.
+        order: int32 [..., K] for schemes with an ``order``: stored column j is column order[j] of the weight; codes
+            and groups are in the stored order.
     """
 
     scheme: Scheme
@@ -45,26 +60,58 @@ class QuantizedWeight:
     scales: npt.NDArray[np.float32]
     zeros: npt.NDArray[np.uint8] | None = None
     offsets: npt.NDArray[np.float32] | None = None
+    super_scales: npt.NDArray[np.float32] | None = None
+    super_offsets: npt.NDArray[np.float32] | None = None
+    order: npt.NDArray[np.int32] | None = None
+
+    def map(self, change: Callable[[Array], Array]) -> QuantizedWeight:
+        """The weight with every array that has a row per output changed, e.g. by picking rows."""
+        changed = {name: change(value) for name in FIELDS if (value := getattr(self, name)) is not None}
+        return replace(self, **changed)
+
+    def part(self, index: int) -> QuantizedWeight:
+        """One of several experts."""
+        order = None if self.order is None else self.order[index]
+        return replace(self.map(lambda a: a[index]), order=order)
+
+    @staticmethod
+    def join(parts: Sequence[QuantizedWeight], join: Callable[[Sequence[Array]], Array]) -> QuantizedWeight:
+        """One weight of several with equal schemes, each array made by `join`: of their rows, or of experts.
+
+        The order of the inputs stays that of the first.
+        """
+        first = parts[0]
+        made = {
+            name: join([getattr(p, name) for p in parts])
+            for name in FIELDS
+            if getattr(first, name) is not None
+        }
+        return replace(first, **made)
 
     def dequantize(self) -> npt.NDArray[np.float32]:
         """float32 [..., N, K]: what the kernels multiply with (up to their own accumulation order)."""
         k = self.codes.shape[-1]
         size = self.scheme.group_size or k
 
-        def spread(per_group: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        def spread(per_group: Array) -> Array:
             return np.repeat(per_group, size, axis=-1)[..., :k]
 
-        values: npt.NDArray[Any]
-        if self.offsets is not None:
-            scaled = self.codes.astype(np.float32) * spread(self.scales)
-            return np.asarray(scaled + spread(self.offsets), np.float32)
-        if self.scheme.code is Code.INT:
-            values = self.codes.astype(np.float32)
-            if self.zeros is None:
-                values -= float(1 << (self.scheme.bits - 1))
-            else:
-                values -= spread(self.zeros).astype(np.float32)
+        values: Array
+        if self.scheme.code is not Code.INT:
+            values = TABLES[self.scheme.code][self.codes]
         else:
-            table = {Code.NF4: NF4_TABLE, Code.E4M3: E4M3_TABLE, Code.E2M1: E2M1_TABLE}[self.scheme.code]
-            values = table[self.codes]
-        return np.asarray(values * spread(self.scales), np.float32)
+            values = self.codes.astype(np.float32)
+            if self.zeros is not None:
+                values -= spread(self.zeros).astype(np.float32)
+            elif self.offsets is None:
+                values -= float(1 << (self.scheme.bits - 1))
+        values = values * spread(self.scales)
+        if self.offsets is not None:
+            values = values + spread(self.offsets)
+        values = np.asarray(values, np.float32)
+        if self.order is None:
+            return values
+        out = np.empty_like(values)
+        index = self.order[..., None, :].astype(np.int64)
+        np.put_along_axis(out, np.broadcast_to(index, values.shape), values, axis=-1)
+        return out

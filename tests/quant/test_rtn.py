@@ -9,7 +9,7 @@ from llmc.errors import LlmcError
 from llmc.quant.quantizer import RoundToNearest
 from llmc.quant.rtn import quantize
 from llmc.quant.schemes import SCHEMES, Code, QuantRules
-from llmc.quant.weight import E2M1_TABLE, E4M3_TABLE, NF4_TABLE
+from llmc.quant.weight import E4M3_TABLE, TABLES
 
 ALL = list(SCHEMES)
 
@@ -35,7 +35,7 @@ def test_no_value_moves_further_than_its_step(name):
         # float16 scale falls short by up to 255 / 2**11 of a step
         most = 0.55 if scheme.bits > 4 and scheme.symmetric else 1.13
     else:
-        table = {Code.NF4: NF4_TABLE, Code.E4M3: E4M3_TABLE, Code.E2M1: E2M1_TABLE}[scheme.code]
+        table = TABLES[scheme.code]
         table = np.unique(table[np.isfinite(table)])
         most = np.diff(table).max() / 2 * 1.001 if scheme.code is not Code.E2M1 else 2.0
     assert (error <= most * step + 1e-7).all()

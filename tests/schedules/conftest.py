@@ -11,6 +11,7 @@ import pytest
 
 from llmc.caps import Capabilities
 from llmc.host import architecture, features
+from llmc.targets.codegen import tir_pipeline
 from llmc.targets.cpu.backend import _PRESETS, capabilities, detect, tvm_target
 
 _RUNNABLE = {
@@ -48,7 +49,7 @@ class Tools:
         import tvm
 
         module = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in funcs.items()})
-        library = tvm.compile(module, target=tvm_target(caps))
+        library = tvm.compile(module, target=tvm_target(caps), tir_pipeline=tir_pipeline())
         self._alive.append(library)
         return library
 

@@ -5,24 +5,30 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmc.quant.rtn import quantize
-from llmc.quant.schemes import SCHEMES
+from llmc.quant.schemes import SCHEMES, by_name
+from llmc.quant.weight import FIELDS
 from llmc.schedules.qlayout import QuantLayout, in_turns, turns
+from tests.quant.random_weight import random_weight
+
+
+# of the families that checkpoints hold
+STORED = ["q4k", "q5k", "q6k", "q2g32a", "q3g96af", "q4g16b", "q5g32o", "q8a", "nf4g128f", "fp8g64", "q4g32ap"]
 
 
 def weight_of(scheme, *shape):
-    return quantize(np.random.default_rng(0).standard_normal(shape).astype(np.float32), SCHEMES[scheme])
+    return random_weight(scheme, *shape)
 
 
 def same(a, b):
-    np.testing.assert_array_equal(a.codes, b.codes)
-    np.testing.assert_array_equal(a.scales, b.scales)
-    assert (a.zeros is None) == (b.zeros is None)
-    if a.zeros is not None:
-        np.testing.assert_array_equal(a.zeros, b.zeros)
+    assert a.scheme == b.scheme
+    for name in (*FIELDS, "order"):
+        one, other = getattr(a, name), getattr(b, name)
+        assert (one is None) == (other is None), name
+        if one is not None:
+            np.testing.assert_array_equal(one, other, name)
 
 
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", [*SCHEMES, *STORED])
 @pytest.mark.parametrize("n_block", [16, 64])
 @pytest.mark.parametrize("shape", [(130, 67), (64, 256), (5, 32), (3, 20, 70)])
 def test_pack_and_unpack(scheme, n_block, shape):
@@ -34,18 +40,18 @@ def test_pack_and_unpack(scheme, n_block, shape):
     same(layout.unpack(packed), weight)
 
 
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", [*SCHEMES, *(s for s in STORED if not s.endswith("p"))])
 def test_size_is_the_schemes(scheme):
-    layout = QuantLayout(scheme, 64, 256, 1024)
-    bits = 8 * int(np.prod(layout.packed_shape)) / (256 * 1024)
-    assert bits == SCHEMES[scheme].bits_per_weight(1024)
+    layout = QuantLayout(scheme, 64, 256, 768)
+    bits = 8 * int(np.prod(layout.packed_shape)) / (256 * 768)
+    assert bits == by_name(scheme).bits_per_weight(768)
 
 
 def test_text_round_trip():
     layout = QuantLayout("q4g32a", 64, 2048, 8192)
     assert layout.as_text() == "quant(q4g32a,n=64,of=2048x8192)"
     assert QuantLayout.parse(layout.as_text()) == layout
-    for text in ("rows", "quant(q5,n=64,of=1x1)", "blocked(n=64,k=2)"):
+    for text in ("rows", "quant(q7,n=64,of=1x1)", "blocked(n=64,k=2)"):
         with pytest.raises(ValueError, match="layout"):
             QuantLayout.parse(text)
 

@@ -1,0 +1,349 @@
+"""Rows of activations times blocks of a quantized weight: what the kernels on quantized weights have in common.
+
+Few rows are multiplied while codes are unpacked in registers, each weight once for all of them. Many rows share
+columns that are unpacked into the second-level cache, and run the plain micro-kernel over them. Either way a
+piece of columns with one scale is summed up in registers, and then added, scaled, to float32 totals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from llmc.caps import Capabilities
+from llmc.schedules import emit as e
+from llmc.schedules.layout import BlockedLayout
+from llmc.schedules.linear import MicroKernel
+from llmc.schedules.qcodes import QuantCodes
+from llmc.schedules.qlayout import UNIT, QuantLayout
+
+_SERIAL_ROWS = 2  # a parallel launch costs more than preparing this many rows
+_CHUNK = 256  # columns that many rows share unpacked
+_SIZES = (1, 2, 4, 8, 16)
+_ROW_MAJOR = 4  # so many rows are read where they are; more would fall into the same cache sets
+
+Write = Callable[[MicroKernel, list[list[Any]], list[Any]], None]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """x as the multiply wants it.
+
+    Attributes:
+        data: flat; int32 pairs if `dot`, else float32; [rows, stride], or [stride, side] if `side`.
+        stride: elements of it per row.
+        dot: bf16 pairs for a two-way dot product.
+        sums: sum over each piece of columns, float32 [rows, pieces]; for weights with zero points or offsets.
+        side: rows that lie side by side, those past the last row of x zero; 0 = one after the other.
+    """
+
+    data: Any
+    stride: int
+    dot: bool
+    sums: Any | None
+    side: int = 0
+
+
+class QuantBlocks:
+    """Multiplies rows of x with blocks of a quantized weight.
+
+    Args:
+        x: flat view of the activations in in_dtype, [rows, k].
+        w: the packed weight as declared; `copies` of them behind one another (experts).
+        prefetch: bytes that the weight stream is asked for ahead of its use.
+        copy_of: which copy a row of x is multiplied with; None = there is one.
+    """
+
+    def __init__(
+        self,
+        caps: Capabilities,
+        layout: QuantLayout,
+        in_dtype: str,
+        x: Any,
+        rows: Any,
+        w: Any,
+        copies: int = 1,
+        prefetch: int = 2304,
+        copy_of: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.caps, self.layout, self.in_dtype = caps, layout, in_dtype
+        self.x, self.rows, self.prefetch, self.copy_of = x, rows, prefetch, copy_of
+        self.block_bytes = layout.block_bytes
+        self.copy_bytes = 1
+        for size in layout.packed_shape:
+            self.copy_bytes *= size
+        self.codes = QuantCodes(caps, layout, w, copies * self.copy_bytes)
+        self.lanes, self.vectors = self.codes.lanes, self.codes.vectors
+        self.pieces = layout.padded_k // layout.piece
+        # steps of a piece
+        self.steps = self.codes.steps * layout.piece // UNIT
+        self.dot = in_dtype == "bfloat16" and self.codes.by_pairs
+        # accumulators that leave room for weights, a row's value, tables
+        fit = caps.vector_registers * 3 // 4
+        self.sizes = [size for size in _SIZES if size <= fit]
+
+    @property
+    def row_major(self) -> list[int]:
+        """Sizes for `few` on rows that lie one after the other."""
+        return [size for size in self.sizes if size <= _ROW_MAJOR]
+
+    def parallel(self, extent: Any) -> Any:
+        """e.parallel with the functions that unpacking needs."""
+        return T.parallel(e.i64(extent), annotations=self.codes.import_text())
+
+    def prepare(self, side: int = 0) -> Activations:
+        """x, converted, padded and reordered if need be; with `side`, its rows (at most so many) side by side."""
+        layout, dot = self.layout, self.dot
+        k, padded = layout.k, layout.padded_k
+        stride = padded // 2 if dot else padded
+        rows = side or self.rows
+        sums = e.workspace(rows * self.pieces) if self.codes.has_shift else None
+        direct = not side and k == padded and not layout.of.order and (dot or self.in_dtype == "float32")
+        if direct:
+            data = e.flat(self.x, self.rows * stride, "int32") if dot else self.x
+        else:
+            data = e.workspace(rows * padded, "uint16" if dot else "float32")
+        if not direct or sums is not None:
+            self._each_row(rows, lambda r: self._prepare_row(r, None if direct else data, sums, side))
+        if dot and not direct:
+            data = e.flat(data, rows * stride, "int32")
+        return Activations(data, stride, dot, sums, side)
+
+    def _each_row(self, rows: Any, body: Callable[[Any], None]) -> None:
+        with T.If(self.rows <= _SERIAL_ROWS):
+            with T.Then(), e.loop(rows) as r:
+                body(r)
+            with T.Else(), e.parallel(rows, self.caps) as r:
+                body(r)
+
+    def _prepare_row(self, r: Any, data: Any | None, sums: Any | None, side: int) -> None:
+        k, padded, lanes = self.layout.k, self.layout.padded_k, self.lanes
+        source = e.let(r * k)
+        # rows past the last one are zeros
+        valid = e.let(tirx.Select(r < self.rows, e.i64(k), e.i64(0))) if side else e.i64(k)
+        order = self.codes.order
+        first = self.layout.order_at // 4
+        if self.copy_of is not None and order is not None:
+            first = e.let(self.copy_of(r) * (self.copy_bytes // 4) + first)
+
+        def element(j: Any) -> Any:
+            return self.x[source + (j if order is None else e.i64(order[first + j]))]
+
+        if data is not None:
+            widened = str(data.dtype) == "float32"
+            # pairs of two rows lie side by side too
+            pair = 1 if widened else 2
+
+            def converted(value: Any, width: int) -> Any:
+                return e.widen(value, self.in_dtype, width) if widened else value
+
+            def place(j: Any) -> Any:
+                return (j // pair * side + r) * pair + j % pair if side else r * padded + j
+
+            done: Any = e.i64(0)
+            if not side and order is None:
+                with e.loop(k // lanes) as j:
+                    value = e.load(self.x, source + j * lanes, lanes)
+                    e.store(data, r * padded + j * lanes, converted(value, lanes), lanes)
+                done = k // lanes * lanes
+            with e.loop(done, valid) as j:
+                e.store(data, place(j), converted(element(j), 1), 1)
+            with e.loop(valid, padded) as j:
+                e.store(data, place(j), tirx.const(0, str(data.dtype)), 1)
+        if sums is not None:
+            piece = self.layout.piece
+            total = e.scratch(1)
+            with e.loop(self.pieces) as p:
+                e.store(total, 0, e.f32(0.0), 1)
+                begin = e.let(p * piece)
+                with e.loop(begin, T.max(begin, T.min(begin + piece, valid))) as j:
+                    e.store(total, 0, total[0] + e.widen(element(j), self.in_dtype, 1), 1)
+                e.store(sums, r * self.pieces + p, total[0], 1)
+
+    def micro(self, x: Activations, scratch: Any) -> MicroKernel:
+        """The plain micro-kernel over unpacked columns; also what stores results."""
+        layout = BlockedLayout(self.layout.n_block, 2 if x.dot else 1)
+        dtype = "bfloat16" if x.dot else "float32"
+        return MicroKernel(self.caps, layout, dtype, self.layout.padded_k, x.data, scratch, 0)
+
+    def few(self, x: Activations, size: int, rows: list[Any], count: Any, base: Any, write: Write) -> None:
+        """`count` rows of x times the block whose bytes begin at `base`.
+
+        Args:
+            size: rows that are multiplied, one of `sizes`, at least `count`.
+            rows: their numbers; those past `count` are multiplied too, but not written. Unused if x is side by side.
+            write: gets (micro-kernel, accumulators, [index into rows]) of each row once it is complete.
+        """
+        lanes, nb, codes = self.lanes, self.layout.n_block, self.codes
+        width = max(v for v in (1, 2, 4) if self.vectors % v == 0 and (v * size <= self._fit() or v == 1))
+        totals = e.scratch(size * nb)
+        for at in range(0, size * nb, lanes):
+            e.store(totals, at, e.splat(0.0, lanes), lanes)
+        starts = [] if x.side else [e.let(row * x.stride) for row in rows]
+        step_columns = codes.each * (1 if x.dot else 2)
+
+        def column(r: int, at: Any) -> Any:
+            return x.data[at * x.side + r] if x.side else x.data[starts[r] + at]
+
+        with e.loop(self.pieces) as p:
+            place = codes.place(base, p)
+            with _loop_or_once(self.vectors // width) as part_of:
+                row = e.let(part_of * (width * lanes)) if width < self.vectors else e.i64(0)
+                part = [[e.scratch(lanes) for _ in range(width)] for _ in range(size)]
+                for vector in (v for r in part for v in r):
+                    e.store(vector, 0, e.splat(0.0, lanes), lanes)
+                with e.loop(self.steps) as s:
+                    step = codes.step(place, s, row, width)
+                    self._prefetch(place, s, part_of, self.vectors // width)
+                    first = e.let((p * self.steps + s) * step_columns)
+                    # chains of values, not of stores: a quarter of the statements, which passes over TIR are slow at
+                    sums = [[e.load(vector, 0, lanes) for vector in r] for r in part]
+                    for i in range(codes.each):
+                        if x.dot:
+                            a = [e.let(e.splat(column(r, first + i), lanes)) for r in range(size)]
+                            pairs = [e.let(step.pairs(i, v)) for v in range(width)]
+                            sums = [
+                                [e.let(e.dot_bf16(sums[r][v], a[r], pairs[v])) for v in range(width)]
+                                for r in range(size)
+                            ]
+                            continue
+                        values = [[e.let(f) for f in step.floats(i, v)] for v in range(width)]
+                        for h in (0, 1):
+                            a = [e.let(e.splat(column(r, first + 2 * i + h), lanes)) for r in range(size)]
+                            sums = [
+                                [e.let(sums[r][v] + a[r] * values[v][h]) for v in range(width)]
+                                for r in range(size)
+                            ]
+                    for r in range(size):
+                        for v in range(width):
+                            e.store(part[r][v], 0, sums[r][v], lanes)
+                for v in range(width):
+                    at = e.let(row + v * lanes)
+                    scale = e.let(codes.scale(place.scales, at, lanes, place.tops))
+                    shift = e.let(codes.shift(place, at, lanes, scale)) if x.sums is not None else None
+                    for r in range(size):
+                        value = e.load(part[r][v], 0, lanes) * scale
+                        if shift is not None:
+                            number = r if x.side else rows[r]
+                            value = value + shift * e.splat(x.sums[number * self.pieces + p], lanes)
+                        to = r * nb + at
+                        e.store(totals, to, e.load(totals, to, lanes) + value, lanes)
+        self._write_rows(self.micro(x, codes.bytes), totals, count, write)
+
+    def _fit(self) -> int:
+        return self.caps.vector_registers * 5 // 8
+
+    def _prefetch(self, place: Any, s: Any, part: Any, parts: int) -> None:
+        """Ask for the share of the stream that a step stands for."""
+        if not self.prefetch:
+            return
+        size = self.layout.unit_bytes // self.codes.steps // parts
+        at = e.let(place.units + ((place.step + s) * parts + part) * size + self.prefetch)
+        for line in range(0, size, 64):
+            e.prefetch(self.codes.bytes, at + line)
+
+    def many(
+        self, x: Activations, count: Any, most: int, base: Any, row_of: Callable[[Any], Any], write: Write
+    ) -> None:
+        """Rows row_of(0 .. count - 1) times the block at `base`: columns are unpacked once for all of them.
+
+        Args:
+            most: upper bound of count.
+            write: as for `few`.
+        """
+        layout, lanes, nb, codes = self.layout, self.lanes, self.layout.n_block, self.codes
+        steps = layout.piece // 2 if x.dot else layout.piece
+        per_chunk = min(self.pieces, max(1, _CHUNK // layout.piece))
+        unpacked = e.workspace(per_chunk * steps * nb, "int32" if x.dot else "float32")
+        scales = e.workspace(per_chunk * nb)
+        shifts = e.workspace(per_chunk * nb) if x.sums is not None else None
+        micro = self.micro(x, unpacked)
+        tile = micro.max_rows()
+        totals = e.workspace(-(-most // tile) * tile * nb)
+        tiles = e.let((count + (tile - 1)) // tile)
+        with e.loop(tiles * (tile * self.vectors)) as i:
+            e.store(totals, i * lanes, e.splat(0.0, lanes), lanes)
+        with e.loop(-(-self.pieces // per_chunk)) as c:
+            first = e.let(c * per_chunk)
+            inside = per_chunk if self.pieces % per_chunk == 0 else e.let(T.min(per_chunk, self.pieces - first))
+            with e.loop(inside) as q:
+                place = codes.place(base, e.let(first + q))
+                with e.loop(self.steps) as s:
+                    self._unpack(x, unpacked, place, s, e.let(q * steps * nb))
+                for v in range(self.vectors):
+                    scale = e.let(codes.scale(place.scales, v * lanes, lanes, place.tops))
+                    e.store(scales, q * nb + v * lanes, scale, lanes)
+                    if shifts is not None:
+                        e.store(shifts, q * nb + v * lanes, codes.shift(place, v * lanes, lanes, scale), lanes)
+            with e.loop(tiles) as i:
+                start = e.let(i * tile)
+                # the last tile is filled up with its last row, whose further totals are not used
+                rows = [e.let(row_of(T.min(start + r, count - 1))) for r in range(tile)]
+                with e.loop(inside) as q:
+                    acc = micro.new_accumulators(tile)
+                    for vector in (v for r in acc for v in r):
+                        e.store(vector, 0, e.splat(0.0, lanes), lanes)
+                    starts = [e.let(row * x.stride + (first + q) * steps) for row in rows]
+                    micro.accumulate(acc, tile, starts, e.let(q * steps * nb), steps)
+                    for v in range(self.vectors):
+                        scale = e.let(e.load(scales, q * nb + v * lanes, lanes))
+                        shift = None if shifts is None else e.let(e.load(shifts, q * nb + v * lanes, lanes))
+                        for r in range(tile):
+                            to = e.let((start + r) * nb + v * lanes)
+                            value = e.load(totals, to, lanes) + e.load(acc[r][v], 0, lanes) * scale
+                            if shift is not None:
+                                value = value + shift * e.splat(x.sums[rows[r] * self.pieces + first + q], lanes)
+                            e.store(totals, to, value, lanes)
+        self._write_rows(micro, totals, count, write)
+
+    def _unpack(self, x: Activations, to: Any, place: Any, s: Any, at: Any) -> None:
+        """A step of a piece, as the micro-kernel reads it; the piece begins at `at`."""
+        lanes, nb, codes = self.lanes, self.layout.n_block, self.codes
+        step = codes.step(place, s, 0, self.vectors)
+        for i in range(codes.each):
+            for v in range(self.vectors):
+                values = [step.pairs(i, v)] if x.dot else step.floats(i, v)
+                for h, value in enumerate(values):
+                    line = (s * codes.each + i) * len(values) + h
+                    e.store(to, at + line * nb + v * lanes, value, lanes)
+
+    def _write_rows(self, micro: MicroKernel, totals: Any, count: Any, write: Write) -> None:
+        nb, lanes = self.layout.n_block, self.lanes
+        with e.loop(count) as r:
+            acc = micro.new_accumulators(1)
+            for v in range(self.vectors):
+                e.store(acc[0][v], 0, e.load(totals, r * nb + v * lanes, lanes), lanes)
+            write(micro, acc, [r])
+
+
+def choose(ways: Sequence[tuple[int, Callable[[], None]]], count: Any, otherwise: Callable[[], None]) -> None:
+    """The first way whose bound (ascending) is at least `count`, or else the other one."""
+    if not ways:
+        otherwise()
+        return
+    with T.If(count <= ways[0][0]):
+        with T.Then():
+            ways[0][1]()
+        with T.Else():
+            choose(ways[1:], count, otherwise)
+
+
+def by_size(sizes: Sequence[int], count: Any, body: Callable[[int], None]) -> None:
+    """body(size) for the smallest of the ascending sizes that is at least `count`; the largest is."""
+    choose([(size, partial(body, size)) for size in sizes[:-1]], count, partial(body, sizes[-1]))
+
+
+@contextmanager
+def _loop_or_once(turns: int) -> Iterator[Any]:
+    if turns == 1:
+        yield e.i64(0)
+        return
+    with e.loop(turns) as i:
+        yield i
+
