@@ -26,6 +26,7 @@ import transformers
 from llmc.frontend.capture import decoder_layers
 from llmc.frontend.checkpoint import open_model
 from llmc.frontend.graph import SourceModel, WeightSource
+from llmc.quant.activations import round_activations
 from llmc.quant.calibrate import Method, calibrate
 from llmc.quant.corpus import calibration_sequences, text_tokens
 from llmc.quant.methods import METHODS
@@ -53,9 +54,11 @@ class Scorer:
         for name in weights.names():
             state[name].copy_(weights.load(name).float())
         hooks = [
-            self.model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(round_inputs)
+            self.model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
+                lambda module, args, bits=scheme.activation_bits: (round_activations(args[0], bits),)
+            )
             for name, scheme in plan.items()
-            if scheme.activation_bits == 8
+            if scheme.activation_bits
         ]
         loss, count = 0.0, 0
         with torch.no_grad():
@@ -67,13 +70,6 @@ class Scorer:
         for hook in hooks:
             hook.remove()
         return math.exp(loss / count)
-
-
-def round_inputs(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """int8 per token: the scale is the largest magnitude over 127."""
-    (x,) = args
-    scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
-    return (torch.round(x / scale) * scale,)
 
 
 def nearest(weights: WeightSource, plan: Mapping[str, Scheme]) -> OverlayWeights:

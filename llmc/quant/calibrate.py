@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from llmc.frontend.graph import SourceModel
+from llmc.quant.activations import RoundedInputs
 from llmc.quant.overlay import OverlayWeights, QuantizedStore, StoredQuantizer
 from llmc.quant.recorder import Moments, Recorder, Usage
 from llmc.quant.rounding import Grid, best_grid, decode, encode, packed, stack
@@ -93,7 +95,7 @@ def calibrate(
 ) -> Calibrated:
     """Quantize the weights in `plan` of a model, layer by layer.
 
-    The inputs of a layer are those that it gets with all layers before it quantized.
+    The inputs of a layer are those that it gets with all layers before it quantized, weights and activations.
 
     Args:
         source: an opened model with weights.
@@ -111,7 +113,9 @@ def calibrate(
     for i, path in enumerate(runner.layers):
         with runner.held(path) as layer:
             run.layer(runner, layer)
-            runner.advance(layer)
+            rounded = {n: s.activation_bits for n, s in plan.items() if n in layer.parameters}
+            bits = {n: b for n, b in rounded.items() if b}
+            runner.advance(layer, partial(RoundedInputs, layer.parameters, bits))
         if progress is not None:
             progress(i + 1, total)
     run.outside(runner)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,10 +196,11 @@ class LayerRunner:
         with watch():
             return self._probe_calls[layer.path].run(layer.module, self._hidden[0][:1, :length])
 
-    def advance(self, layer: HeldLayer) -> None:
-        """Replace the hidden states by the layer's outputs."""
+    def advance(self, layer: HeldLayer, watch: Callable[[], Any] = nullcontext) -> None:
+        """Replace the hidden states by the layer's outputs, computed inside `watch()`."""
         for i, calls in enumerate(self._calls):
-            self._hidden[i] = calls[layer.path].run(layer.module, self._hidden[i]).clone()
+            with watch():
+                self._hidden[i] = calls[layer.path].run(layer.module, self._hidden[i]).clone()
 
     def finish(
         self, names: Iterable[str], watch: Callable[[Mapping[str, torch.Tensor]], AbstractContextManager[Any]]
