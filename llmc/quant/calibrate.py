@@ -13,6 +13,7 @@ import torch
 
 from llmc.frontend.graph import SourceModel
 from llmc.quant.activations import RoundedInputs
+from llmc.quant.orthogonal import Rotation
 from llmc.quant.overlay import OverlayWeights, QuantizedStore, StoredQuantizer
 from llmc.quant.recorder import Moments, Recorder, Usage
 from llmc.quant.rounding import Grid, best_grid, decode, encode, packed, stack
@@ -66,16 +67,21 @@ class Calibrated:
         quantizer: hands out the quantized ones.
         notes: what was not done as asked, and why; for the user to see.
         errors: name -> relative error of the layer's outputs on the calibration text, where it is known.
+        stream: the rotation that hidden states between layers come with; None = they are the source model's.
     """
 
     weights: OverlayWeights
     quantizer: StoredQuantizer
     notes: tuple[str, ...]
     errors: dict[str, float]
+    stream: Rotation | None = None
 
 
 class Nearest:
     """Rounding to the nearest without statistics: what is left for weights that no input reached."""
+
+    def prepare(self, work: LayerWork) -> None:
+        """Nothing is changed beforehand."""
 
     def round(
         self, weight: torch.Tensor, moments: Moments | None, scheme: Scheme
@@ -178,7 +184,11 @@ class _Run:
         runner.finish(plan, watch)
         usages = recorder.finish()
         for name, scheme in plan.items():
-            self._matrix(name, tensors[name], scheme, usages.get(name), recorder.problems)
+            if name in usages or name in recorder.problems:
+                self._matrix(name, tensors[name], scheme, usages.get(name), recorder.problems)
+            else:  # an embedding of its own: rows are taken from it, nothing is multiplied
+                codes, grid = Nearest().round(tensors[name], None, scheme)
+                self.store.put(name, packed(codes, grid))
 
     def _matrix(
         self,
