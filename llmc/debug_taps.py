@@ -34,7 +34,7 @@ def run(source: SourceModel, spec: CompileSpec, token_ids: Sequence[int]) -> Map
     target = backend.tvm_target(caps)
     graph = capture(source, taps=True)
     lowered = LoweredGraph.from_model(graph)
-    quantize = QuantizeWeights.of(spec, stored_schemes(source.weights))
+    quantize = QuantizeWeights.of(spec, stored_schemes(source.weights), untied=bool(source.untied))
     for _, graph_pass in order.graph_phase(caps, quantize):
         lowered = graph_pass(lowered)
     n = len(token_ids)

@@ -22,7 +22,7 @@ from llmc.artifact import (
 from llmc.caps import Capabilities
 from llmc.errors import LlmcError
 from llmc.evaluate_text import check_text
-from llmc.quant.schemes import NONE, RTN
+from llmc.quant.schemes import NONE, RTN, rotates
 from llmc.spec import AUTO, CompileSpec, Verify
 from llmc.stages import STAGES, ProgressReporter, StageRunner, run_passes
 from llmc.targets.backend import get
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from llmc.frontend.graph import ModelGraph, SourceModel
     from llmc.passes.step_module import StepModule
     from llmc.quant.choose import QuantSearch
+    from llmc.quant.orthogonal import Rotation
 
 NO_CHECK = QualityReport(mode=Verify.OFF.value, note="not checked against the source model")
 
@@ -110,15 +111,15 @@ def compile_model(
         step = runner.run("lower", _lower, graph, spec, source, caps, target, runner)
         del graph
         executable = runner.run("build", _build, step, target, runner)
-        made = source
+        made, stream = source, None
         if spec.quant_method != RTN:
-            made = runner.run("calibrate", _calibrate, step, source, spec, runner)
+            made, stream = runner.run("calibrate", _calibrate, step, source, spec, runner)
         params = runner.run("pack", _pack, step, made, writer, runner)
         manifest = _manifest(spec, source, caps, step, params)
         manifest = runner.run("write", _write, writer, executable, manifest, source)
         quality = runner.run("verify", _verify, writer, source, made, spec, step, params)
         if spec.eval_text:
-            quality = runner.run("evaluate", _evaluate, quality, writer, source, made, spec, runner)
+            quality = runner.run("evaluate", _evaluate, quality, writer, source, made, stream, spec, runner)
         manifest = writer.finish(executable, dataclasses.replace(manifest, quality=quality, files={}))
         writer.commit()
         done = output
@@ -188,8 +189,11 @@ def _search(model: Any, spec: CompileSpec, runner: StageRunner) -> QuantSearch:
 def _capture(model: Any, spec: CompileSpec, *, taps: bool = False) -> tuple[SourceModel, ModelGraph]:
     """Open the model and bring it into Relax."""
     from llmc.frontend.capture import capture
+    from llmc.frontend.untie import untied
 
     source = _open(model, spec)
+    if rotates(spec.quant_method):
+        source = untied(source)
     return source, capture(source, taps=taps, max_seq_len=spec.max_seq_len)
 
 
@@ -215,7 +219,7 @@ def _lower(
         max_seq_len=limits.max_seq_len,
     )
     start = LoweredGraph.from_model(graph)
-    quantize = QuantizeWeights.of(spec, stored_schemes(source.weights))
+    quantize = QuantizeWeights.of(spec, stored_schemes(source.weights), untied=bool(source.untied))
     lowered = run_passes(runner, "lower", order.graph_phase(caps, quantize), start)
     plan = plan_cache(lowered)
     step = runner.run_pass("lower", "MakeStepFunction", order.make_step(caps, plan), lowered)
@@ -234,8 +238,14 @@ def _build(step: StepModule, target: Any, runner: StageRunner) -> Any:
     return runner.run_pass("build", "codegen", lambda m: build_executable(m, target), module)
 
 
-def _calibrate(step: StepModule, source: SourceModel, spec: CompileSpec, runner: StageRunner) -> SourceModel:
-    """The source with the weights that the graph wants quantized, quantized by a calibrated method."""
+def _calibrate(
+    step: StepModule, source: SourceModel, spec: CompileSpec, runner: StageRunner
+) -> tuple[SourceModel, Rotation | None]:
+    """The source with the weights that the graph wants quantized, quantized by a calibrated method.
+
+    Returns:
+        that, and the rotation of its hidden states if the method rotates.
+    """
     from llmc.quant.methods import Calibration, calibrated
     from llmc.schedules.qlayout import QuantLayout
 
@@ -254,7 +264,7 @@ def _calibrate(step: StepModule, source: SourceModel, spec: CompileSpec, runner:
     )
     for note in found.notes:
         runner.progress.note(note)
-    return made
+    return made, found.stream
 
 
 def _pack(
@@ -324,6 +334,7 @@ def _evaluate(
     writer: ArtifactWriter,
     source: SourceModel,
     made: SourceModel,
+    stream: Rotation | None,
     spec: CompileSpec,
     runner: StageRunner,
 ) -> QualityReport:
@@ -333,11 +344,16 @@ def _evaluate(
 
     # the files were hashed while they were written
     model = load(writer.folder, check_hashes=False)
+
+    def taps(ids: Sequence[int]) -> Mapping[str, np.ndarray]:
+        found = run_taps(made, spec, ids)
+        return found if stream is None else {path: stream.undone(x) for path, x in found.items()}
+
     text = text_quality(
         model,
         source,
         spec,
-        taps_runner=lambda ids: run_taps(made, spec, ids),
+        taps_runner=taps,
         progress=runner.progress.advance,
     )
     check_gate(text, max_kl=spec.max_kl, max_ppl_increase=spec.max_ppl_increase)

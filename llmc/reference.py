@@ -237,6 +237,9 @@ class _Loader:
         stored = self._weights.info(self.canonical(name)).dtype
         return stored != str(dtype).removeprefix("torch.") and stored in TORCH_DTYPES
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._weights.info(self.canonical(name)).shape
+
     def load(self, name: str, dtype: torch.dtype, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """The weight in `dtype`, in `buffer` if that fits and a conversion is needed."""
         tensor = self._weights.load(self.canonical(name))

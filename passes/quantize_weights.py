@@ -59,9 +59,16 @@ class QuantizeWeights:
         self.stored = stored or {}
 
     @staticmethod
-    def of(spec: CompileSpec, stored: Mapping[str, str] | None = None) -> QuantizeWeights:
-        """As the spec and the checkpoint say."""
-        return QuantizeWeights(spec.rules(), spec.head_scheme(), spec.quant_embedding, stored)
+    def of(
+        spec: CompileSpec, stored: Mapping[str, str] | None = None, *, untied: bool = False
+    ) -> QuantizeWeights:
+        """As the spec and the checkpoint say; `untied`: the embedding is a copy of the head, and is stored like it."""
+        embedding = spec.quant_embedding
+        if untied and embedding is None:
+            head = parse(spec.head_scheme() or spec.rules().default)
+            # nothing is multiplied with an embedding, so there are no activations to round
+            embedding = None if head is None else "q8" if head.activation_bits else head.name
+        return QuantizeWeights(spec.rules(), spec.head_scheme(), embedding, stored)
 
     def __call__(self, lowered: LoweredGraph) -> LoweredGraph:
         if self.rules.is_empty and not self.head and not self.embedding and not self.stored:

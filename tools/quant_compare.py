@@ -2,8 +2,8 @@
 
     python tools/quant_compare.py examples/models/stdlib-llama --schemes q4g32 --methods rtn gptq awq --seeds 0 1 2
 
-Everything runs in torch in float32 with the dequantized weights, so that only the method counts; for schemes with 8-bit
-activations the inputs of the quantized layers are rounded to int8 per token as well. The calibration text and the scored
+Everything runs in torch in float32 with the dequantized weights, so that only the method counts; for schemes that
+round activations the inputs of the quantized layers are rounded per token as well. The calibration text and the scored
 text default to calibration.txt and heldout.txt in the model's folder. The linear layers inside of the decoder layers
 are quantized. Round-to-nearest uses no text and has no seed. Exit code 1 if a calibrated method is not better than
 rounding to the nearest on every seed, or its perplexity rises by more than --within.
@@ -16,68 +16,61 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import transformers
 
 from llmc.frontend.capture import decoder_layers
 from llmc.frontend.checkpoint import open_model
-from llmc.frontend.graph import SourceModel, WeightSource
-from llmc.quant.calibrate import Method, calibrate
-from llmc.quant.corpus import calibration_sequences, text_tokens
-from llmc.quant.methods import METHODS
+from llmc.frontend.graph import SourceModel
+from llmc.frontend.untie import untied
+from llmc.quant.activations import RoundedInputs
+from llmc.quant.corpus import text_tokens
+from llmc.quant.methods import METHODS, Calibration, calibrated
 from llmc.quant.overlay import OverlayWeights
 from llmc.quant.quantizer import RoundToNearest
-from llmc.quant.schemes import SCHEMES, Scheme
+from llmc.quant.schemes import SCHEMES, Scheme, rotates
+from llmc.reference import _Loader, _runnable, _slots
+
+# activations in so few bits are simulated only: there are no kernels
+SIMULATED = {"w4a4": replace(SCHEMES["w4a8"], name="w4a4", activation_bits=4)}
 
 
-class Scorer:
-    """Scores weights on one text.
+def perplexity(source: SourceModel, tokens: torch.Tensor, plan: Mapping[str, Scheme]) -> float:
+    """exp of the mean loss per token, the first token of every piece given.
 
     Args:
-        source: the model.
+        source: run in float32 with its weights.
         tokens: int64 [pieces, length].
+        plan: schemes; where they round activations, the inputs of these weights are rounded.
     """
-
-    def __init__(self, source: SourceModel, tokens: torch.Tensor) -> None:
-        assert source.folder is not None
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
-        self.tokens = tokens
-
-    def perplexity(self, weights: WeightSource, plan: Mapping[str, Scheme]) -> float:
-        """exp of the mean loss per token, the first token of every piece given."""
-        state = self.model.state_dict()
-        for name in weights.names():
-            state[name].copy_(weights.load(name).float())
-        hooks = [
-            self.model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(round_inputs)
-            for name, scheme in plan.items()
-            if scheme.activation_bits == 8
-        ]
-        loss, count = 0.0, 0
-        with torch.no_grad():
-            for piece in self.tokens.split(4):
-                logits = self.model(piece).logits[:, :-1].flatten(0, 1)
-                targets = piece[:, 1:].flatten()
-                loss += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-                count += len(targets)
-        for hook in hooks:
-            hook.remove()
-        return math.exp(loss / count)
+    assert source.weights is not None
+    model = _runnable(source, "float32", None)
+    loader = _Loader(source.weights, source.module)
+    held: dict[str, torch.Tensor] = {}
+    for slot in list(_slots(model, "", recurse=True)):
+        name = loader.canonical(slot.name)
+        if name not in held:
+            held[name] = loader.load(slot.name, slot.empty.dtype).clone()
+        slot.put(held[name])
+    bits = {name: scheme.activation_bits for name, scheme in plan.items() if scheme.activation_bits}
+    loss, count = 0.0, 0
+    with torch.no_grad(), RoundedInputs(held, bits):
+        for piece in tokens.split(4):
+            logits = model(piece).logits[:, :-1].flatten(0, 1)
+            targets = piece[:, 1:].flatten()
+            loss += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+            count += len(targets)
+    return math.exp(loss / count)
 
 
-def round_inputs(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """int8 per token: the scale is the largest magnitude over 127."""
-    (x,) = args
-    scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
-    return (torch.round(x / scale) * scale,)
-
-
-def nearest(weights: WeightSource, plan: Mapping[str, Scheme]) -> OverlayWeights:
+def nearest(source: SourceModel, plan: Mapping[str, Scheme]) -> SourceModel:
     """Rounded to the nearest."""
+    assert source.weights is not None
+    weights = source.weights
     quantizer = RoundToNearest()
     floats = {
         name: torch.from_numpy(
@@ -85,7 +78,7 @@ def nearest(weights: WeightSource, plan: Mapping[str, Scheme]) -> OverlayWeights
         )
         for name, scheme in plan.items()
     }
-    return OverlayWeights(weights, floats)
+    return replace(source, weights=OverlayWeights(weights, floats))
 
 
 def linears(source: SourceModel, scheme: Scheme) -> dict[str, Scheme]:
@@ -104,7 +97,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
-    parser.add_argument("--schemes", nargs="+", default=["q4g32"], choices=sorted(SCHEMES))
+    parser.add_argument("--schemes", nargs="+", default=["q4g32"], choices=sorted({**SCHEMES, **SIMULATED}))
     parser.add_argument("--methods", nargs="+", default=["rtn", "gptq", "awq"], choices=["rtn", *METHODS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--calib", type=Path)
@@ -123,8 +116,8 @@ def main() -> None:
     assert source.weights is not None
     ids = text_tokens(source, options.eval or options.model / "heldout.txt")
     size = min(len(ids) // options.length, options.pieces) * options.length
-    scorer = Scorer(source, torch.tensor(ids[:size]).view(-1, options.length))
-    base = scorer.perplexity(source.weights, {})
+    tokens = torch.tensor(ids[:size]).view(-1, options.length)
+    base = perplexity(source, tokens, {})
     print(
         f"scored tokens {size} in pieces of {options.length}; calibrated on {options.sequences} × {options.length}"
     )
@@ -132,26 +125,19 @@ def main() -> None:
     print(f"| {source.dtype} | | | {base:.4f} | | |", flush=True)
     failed = False
     for scheme_name in options.schemes:
-        plan = linears(source, SCHEMES[scheme_name])
+        plan = linears(source, {**SCHEMES, **SIMULATED}[scheme_name])
         plain = math.inf
         for name in options.methods:
             for seed in [None] if name == "rtn" else options.seeds:
                 began = time.perf_counter()
-                weights: WeightSource
                 if seed is None:
-                    weights = nearest(source.weights, plan)
+                    made = nearest(source, plan)
                 else:
-                    sequences = calibration_sequences(
-                        source,
-                        options.calib or options.model / "calibration.txt",
-                        sequences=options.sequences,
-                        length=options.length,
-                        seed=seed,
-                    )
-                    method: Method = METHODS[name]()
-                    weights = calibrate(source, plan, sequences, method).weights
+                    text = options.calib or options.model / "calibration.txt"
+                    settings = Calibration(name, text, options.sequences, options.length, seed)
+                    made, _ = calibrated(untied(source) if rotates(name) else source, plan, settings)
                 seconds = time.perf_counter() - began
-                got = scorer.perplexity(weights, plan)
+                got = perplexity(made, tokens, plan)
                 rise = got / base - 1
                 if seed is None:
                     plain = got

@@ -79,7 +79,9 @@ def compile(
     ] = None,
     quant_method: Annotated[
         str | None,
-        typer.Option(help="rtn, gptq, awq, awq+gptq, smooth or smooth+gptq; all but rtn need --calib."),
+        typer.Option(
+            help="rtn, gptq, awq, awq+gptq, smooth, smooth+gptq, rotate or rotate+gptq; all but rtn need --calib."
+        ),
     ] = None,
     quant_head: Annotated[
         str | None,

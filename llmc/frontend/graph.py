@@ -73,6 +73,8 @@ class SourceModel:
         config: the checkpoint's config.json as a mapping (empty for a plain nn.Module).
         folder: local folder with tokenizer files, or None.
         name: what to call it in messages and the manifest.
+        untied: embedding and output projection that the checkpoint holds as one tensor and the module as two
+            (llmc/frontend/untie.py); empty if nothing was untied.
     """
 
     module: torch.nn.Module
@@ -84,3 +86,4 @@ class SourceModel:
     model_type: str
     max_seq_len: int  # the model's own limit; 2**31 - 1 if it has none
     program: torch.export.ExportedProgram | None = None  # what a .pt2 file or exported program held
+    untied: tuple[str, ...] = ()

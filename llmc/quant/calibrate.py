@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from llmc.frontend.graph import SourceModel
+from llmc.quant.activations import RoundedInputs
+from llmc.quant.orthogonal import Rotation
 from llmc.quant.overlay import OverlayWeights, QuantizedStore, StoredQuantizer
 from llmc.quant.recorder import Moments, Recorder, Usage
 from llmc.quant.rounding import Grid, best_grid, decode, encode, packed, stack
@@ -64,16 +67,21 @@ class Calibrated:
         quantizer: hands out the quantized ones.
         notes: what was not done as asked, and why; for the user to see.
         errors: name -> relative error of the layer's outputs on the calibration text, where it is known.
+        stream: the rotation that hidden states between layers come with; None = they are the source model's.
     """
 
     weights: OverlayWeights
     quantizer: StoredQuantizer
     notes: tuple[str, ...]
     errors: dict[str, float]
+    stream: Rotation | None = None
 
 
 class Nearest:
     """Rounding to the nearest without statistics: what is left for weights that no input reached."""
+
+    def prepare(self, work: LayerWork) -> None:
+        """Nothing is changed beforehand."""
 
     def round(
         self, weight: torch.Tensor, moments: Moments | None, scheme: Scheme
@@ -93,7 +101,7 @@ def calibrate(
 ) -> Calibrated:
     """Quantize the weights in `plan` of a model, layer by layer.
 
-    The inputs of a layer are those that it gets with all layers before it quantized.
+    The inputs of a layer are those that it gets with all layers before it quantized, weights and activations.
 
     Args:
         source: an opened model with weights.
@@ -111,7 +119,9 @@ def calibrate(
     for i, path in enumerate(runner.layers):
         with runner.held(path) as layer:
             run.layer(runner, layer)
-            runner.advance(layer)
+            rounded = {n: s.activation_bits for n, s in plan.items() if n in layer.parameters}
+            bits = {n: b for n, b in rounded.items() if b}
+            runner.advance(layer, partial(RoundedInputs, layer.parameters, bits))
         if progress is not None:
             progress(i + 1, total)
     run.outside(runner)
@@ -174,7 +184,11 @@ class _Run:
         runner.finish(plan, watch)
         usages = recorder.finish()
         for name, scheme in plan.items():
-            self._matrix(name, tensors[name], scheme, usages.get(name), recorder.problems)
+            if name in usages or name in recorder.problems:
+                self._matrix(name, tensors[name], scheme, usages.get(name), recorder.problems)
+            else:  # an embedding of its own: rows are taken from it, nothing is multiplied
+                codes, grid = Nearest().round(tensors[name], None, scheme)
+                self.store.put(name, packed(codes, grid))
 
     def _matrix(
         self,

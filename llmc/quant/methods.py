@@ -9,10 +9,12 @@ from pathlib import Path
 from llmc.errors import LlmcError
 from llmc.frontend.graph import SourceModel
 from llmc.quant.awq import AWQ
-from llmc.quant.calibrate import Calibrated, Method, calibrate
+from llmc.quant.calibrate import Calibrated, Method, Nearest, calibrate
 from llmc.quant.corpus import calibration_sequences
 from llmc.quant.gptq import GPTQ
-from llmc.quant.schemes import Scheme
+from llmc.quant.orthogonal import Rotation
+from llmc.quant.rotate import rotated
+from llmc.quant.schemes import Scheme, rotates
 from llmc.quant.smooth import SmoothQuant
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -21,6 +23,9 @@ METHODS: dict[str, Callable[[], Method]] = {
     "awq+gptq": lambda: AWQ(rounding=GPTQ()),
     "smooth": SmoothQuant,
     "smooth+gptq": lambda: SmoothQuant(rounding=GPTQ()),
+    # after the rotation of the whole model, see calibrated()
+    "rotate": Nearest,
+    "rotate+gptq": GPTQ,
 }
 
 
@@ -52,8 +57,10 @@ def calibrated(
 ) -> tuple[SourceModel, Calibrated]:
     """`source` with the weights of `plan` quantized: its weights are a QuantizedSource (llmc/quant/overlay.py).
 
+    A method that rotates needs a source whose embedding and output projection are two tensors (llmc.frontend.untie).
+
     Raises:
-        LlmcError: unknown method, no weights, text too short.
+        LlmcError: unknown method, no weights, text too short, a model that cannot be rotated.
     """
     if calibration.method not in METHODS:
         raise LlmcError(
@@ -72,6 +79,11 @@ def calibrated(
         length=min(calibration.length, source.max_seq_len),
         seed=calibration.seed,
     )
+    notes: tuple[str, ...] = ()
+    stream: Rotation | None = None
+    if rotates(calibration.method):
+        source, stream, notes = rotated(source, sequences, seed=calibration.seed)
     method = METHODS[calibration.method]()
     found = calibrate(source, plan, sequences, method, progress=progress, folder=folder)
+    found = replace(found, notes=(*notes, *found.notes), stream=stream)
     return replace(source, weights=found.weights), found

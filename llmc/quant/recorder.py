@@ -25,6 +25,44 @@ _PRODUCTS: dict[Callable[..., Any], tuple[int, int, bool]] = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A call that multiplies an input with something that may be a parameter.
+
+    Attributes:
+        x: the input.
+        weight: the other factor.
+        out_in: it is [..., out, in].
+        position: index of the input among the positional arguments.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    out_in: bool
+    position: int
+
+    def with_input(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The positional arguments with another input; a keyword is replaced in place."""
+        if len(args) > self.position:
+            return (*args[: self.position], x, *args[self.position + 1 :])
+        kwargs["input"] = x
+        return args
+
+
+def product_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product | None:
+    """The product that a call of `func` is; None if it is none."""
+    product = _PRODUCTS.get(func)
+    if product is None:
+        return None
+    i, w, out_in = product
+    names = ("input", "weight" if out_in else "other")
+    x = args[i] if len(args) > i else kwargs.get(names[0])
+    weight = args[w] if len(args) > w else kwargs.get(names[1], kwargs.get("mat2"))
+    if not isinstance(x, torch.Tensor) or not isinstance(weight, torch.Tensor):
+        return None
+    return Product(x, weight, out_in, i)
+
+
 @dataclass
 class Moments:
     """Statistics of inputs x of width K.
@@ -204,12 +242,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        product = _PRODUCTS.get(func)
-        if product is not None:
-            i, w, out_in = product
-            names = ("input", "weight" if out_in else "other")
-            x = args[i] if len(args) > i else kwargs.get(names[0])
-            weight = args[w] if len(args) > w else kwargs.get(names[1], kwargs.get("mat2"))
-            if isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor):
-                self._recorder.see(x, weight, out_in, self._alive)
+        found = product_of(func, args, kwargs)
+        if found is not None:
+            self._recorder.see(found.x, found.weight, found.out_in, self._alive)
         return func(*args, **kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,7 @@ class LayerRunner:
                 hint="Calibrate the checkpoint or module that it was exported from.",
             )
         self._model = _runnable(source, "float32", None)
+        self._source = source
         self._loader = _Loader(weights, source.module)
         self._layers = decoder_layers(self._model)
         if not self._layers:
@@ -190,16 +191,58 @@ class LayerRunner:
             with watch():
                 calls[layer.path].run(layer.module, hidden)
 
-    def probe(self, layer: HeldLayer, watch: Callable[[], Any]) -> torch.Tensor:
-        """Output [1, n, d] of the layer for the beginning of the first sequence."""
-        length = min(PROBE_TOKENS, self._hidden[0].shape[1])
+    def probe(
+        self, layer: HeldLayer, watch: Callable[[], Any] = nullcontext, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Output [1, n, d] of the layer for the beginning of the first sequence, or for other hidden states in it."""
         with watch():
-            return self._probe_calls[layer.path].run(layer.module, self._hidden[0][:1, :length])
+            given = self.probe_hidden() if hidden is None else hidden
+            return self._probe_calls[layer.path].run(layer.module, given)
 
-    def advance(self, layer: HeldLayer) -> None:
-        """Replace the hidden states by the layer's outputs."""
+    def probe_hidden(self) -> torch.Tensor:
+        """Hidden states [1, n, d] that the layer of the moment gets at the beginning of the first sequence."""
+        return self._hidden[0][:1, : min(PROBE_TOKENS, self._hidden[0].shape[1])]
+
+    def probe_start(self, weights: WeightSource) -> torch.Tensor:
+        """Hidden states [1, n, d] that the beginning of the first sequence enters the first layer with, with other weights."""
+        entering: list[torch.Tensor] = []
+        own = self._loader
+        self._loader = _Loader(weights, self._source.module)
+        try:
+            with self._bypassed(self._note({}, entering)):
+                self._whole(self._batches[0][:1, :PROBE_TOKENS], {})
+        finally:
+            self._loader = own
+        return entering[0].clone()
+
+    def probe_end(
+        self,
+        hidden: torch.Tensor,
+        loaded: Mapping[str, torch.Tensor],
+        watch: Callable[[], Any] = nullcontext,
+    ) -> torch.Tensor:
+        """Logits [1, n, V] of hidden states that leave the last layer; the parameters in `loaded` are those tensors."""
+        last = list(self._layers)[-1]
+
+        def replaced(path: str, given: torch.Tensor, call: LayerCall) -> torch.Tensor:
+            return hidden if path == last else given
+
+        with self._bypassed(replaced), watch():
+            return self._whole(self._batches[0][:1, :PROBE_TOKENS], loaded)
+
+    def outer_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter, without reading it."""
+        return self._loader.shape(name)
+
+    def load(self, name: str) -> torch.Tensor:
+        """A parameter in float32, a copy of its own."""
+        return self._loader.load(name, torch.float32).clone()
+
+    def advance(self, layer: HeldLayer, watch: Callable[[], Any] = nullcontext) -> None:
+        """Replace the hidden states by the layer's outputs, computed inside `watch()`."""
         for i, calls in enumerate(self._calls):
-            self._hidden[i] = calls[layer.path].run(layer.module, self._hidden[i]).clone()
+            with watch():
+                self._hidden[i] = calls[layer.path].run(layer.module, self._hidden[i]).clone()
 
     def finish(
         self, names: Iterable[str], watch: Callable[[Mapping[str, torch.Tensor]], AbstractContextManager[Any]]

@@ -159,8 +159,13 @@ def stored_scheme(
 
 # how quantized weights are made; all but the first look at activations (llmc/quant/methods.py)
 RTN = "rtn"
-QUANT_METHODS = (RTN, "gptq", "awq", "awq+gptq", "smooth", "smooth+gptq")
+QUANT_METHODS = (RTN, "gptq", "awq", "awq+gptq", "smooth", "smooth+gptq", "rotate", "rotate+gptq")
 NONE = "none"  # keeps a weight in the model's dtype
+
+
+def rotates(method: str) -> bool:
+    """Whether a method of QUANT_METHODS rotates the residual stream, so that embedding and head must be two tensors."""
+    return method.startswith("rotate")
 
 
 def parse(name: str) -> Scheme | None:
