@@ -19,18 +19,19 @@ class ByRows(Generic[S]):
 
     Attributes:
         choices: schedules, for few rows first; frozen dataclasses of ints and bools.
-        limits: ascending; choices[i] runs for at most limits[i] rows, the last choice for all above.
+        limits: ascending; choices[i] runs for at most limits[i] rows, the last choice for all above. A limit for the
+            last choice too makes a kernel that refuses more rows: less code, for trying a choice out.
 
     Raises:
-        ValueError: not one limit less than choices, or limits that do not ascend.
+        ValueError: neither as many limits as choices nor one less, or limits that do not ascend.
     """
 
     choices: tuple[S, ...]
     limits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.choices) != len(self.limits) + 1:
-            raise ValueError(f"{len(self.choices)} choices need one limit less, found {self.limits}")
+        if len(self.choices) - len(self.limits) not in (0, 1) or not self.choices:
+            raise ValueError(f"{len(self.choices)} choices do not go with the limits {self.limits}")
         if list(self.limits) != sorted({*self.limits}) or (self.limits and self.limits[0] < 1):
             raise ValueError(f"limits must be positive and ascend, found {self.limits}")
 
@@ -65,9 +66,16 @@ class ByRows(Generic[S]):
     def emit(self, rows: Any, body: Callable[[S, int], None]) -> None:
         """Emit the choice between the schedules; `body` gets each with the most rows that it must serve (0 = any)."""
 
+        if len(self.limits) == len(self.choices):
+            with T.Assert(rows <= e.i64(self.limits[-1]), "this kernel is for fewer rows"):
+                pass
+
         def rest(i: int) -> None:
             if i == len(self.limits):
                 body(self.choices[i], 0)
+                return
+            if i == len(self.choices) - 1:
+                body(self.choices[i], self.limits[i])
                 return
             with T.If(rows <= e.i64(self.limits[i])):
                 with T.Then():
