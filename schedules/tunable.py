@@ -207,6 +207,10 @@ class Tunable(ABC):
         """The config with schedules."""
 
     @abstractmethod
+    def schedules_of(self, config: Any) -> ByRows[Any]:
+        """The schedules of a config."""
+
+    @abstractmethod
     def build(self, config: Any, caps: Capabilities) -> Any:
         """The PrimFunc of a config with schedules."""
 

@@ -167,6 +167,9 @@ class TunablePrefill(_TunableAttention):
     def scheduled(self, config: AttentionConfig, schedule: ByRows[Any]) -> AttentionConfig:
         return replace(config, prefill=schedule)
 
+    def schedules_of(self, config: AttentionConfig) -> ByRows[Any]:
+        return config.prefill
+
     def build(self, config: AttentionConfig, caps: Capabilities) -> Any:
         return attention_prefill(config, caps)
 
@@ -214,6 +217,9 @@ class TunableDecode(_TunableAttention):
 
     def scheduled(self, config: AttentionConfig, schedule: ByRows[Any]) -> AttentionConfig:
         return replace(config, decode=schedule)
+
+    def schedules_of(self, config: AttentionConfig) -> ByRows[Any]:
+        return config.decode
 
     def build(self, config: AttentionConfig, caps: Capabilities) -> Any:
         return attention_decode(config, caps)

@@ -81,6 +81,9 @@ class TunableLinear(Tunable):
     def scheduled(self, config: LinearConfig, schedule: ByRows[Any]) -> LinearConfig:
         return replace(config, schedule=schedule)
 
+    def schedules_of(self, config: LinearConfig) -> ByRows[Any]:
+        return config.schedule
+
     def build(self, config: LinearConfig, caps: Capabilities) -> Any:
         return linear(config, caps)
 

@@ -86,6 +86,14 @@ class Tuned:
             self.used.setdefault(record.identity, record)
         return tunable.scheduled(config, choice.schedule)
 
+    def shared(self, config: Any) -> dict[str, int]:
+        """What a config's schedules agree in."""
+        tunable = self.tunable_of(config)
+        if tunable is None:
+            return {}
+        first = tunable.schedules_of(config).choices[0]
+        return {name: int(getattr(first, name)) for name in tunable.shared}
+
 
 def shipped_records() -> list[Record]:
     """The records that come with llmc."""
@@ -112,7 +120,7 @@ def choose(
             group[record.bucket] = record
     plain = tunable.schedule_type()
     usual = tuple(int(getattr(plain, name)) for name in tunable.shared)
-    if shared is not None:
+    if shared:
         key: tuple[int, ...] | None = tuple(int(shared[name]) for name in tunable.shared)
     else:
         key = _best_group(groups, shares, usual)
