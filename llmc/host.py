@@ -107,6 +107,34 @@ def _cgroup_cpus(path: Path) -> int:
         return 1 << 30
 
 
+def processor_name() -> str:
+    """Model of the processor as the system names it."""
+    for key in ("model name", "CPU part", "cpu"):
+        try:
+            for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
+                if line.startswith(key):
+                    return " ".join(line.partition(":")[2].split())
+        except OSError:
+            break
+    return platform.processor() or platform.machine()
+
+
+def cache_bytes() -> int:
+    """Bytes of the last-level caches together; 32 MiB where the system does not tell."""
+    found: dict[str, int] = {}
+    for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index[0-9]*"):
+        try:
+            level = int((index / "level").read_text(encoding="ascii"))
+            size = (index / "size").read_text(encoding="ascii").strip()
+            shared = (index / "shared_cpu_list").read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            continue
+        if size[:-1].isdigit():
+            found[f"{level}:{shared}"] = int(size[:-1]) << {"K": 10, "M": 20}.get(size[-1], 0)
+    last = max((int(name.partition(":")[0]) for name in found), default=0)
+    return sum(size for name, size in found.items() if name.startswith(f"{last}:")) or 32 << 20
+
+
 def available_memory() -> int:
     """Bytes that can be allocated without swapping, within the container's limit."""
     return min(_meminfo(Path("/proc/meminfo")), _cgroup_memory(Path("/sys/fs/cgroup")))

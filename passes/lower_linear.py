@@ -14,10 +14,11 @@ from llmc.ops import LINEAR, LinearAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph, PackedParam
 from llmc.quant.schemes import by_name
-from llmc.schedules.layout import BlockedLayout, linear_layout
+from llmc.schedules.layout import BlockedLayout
 from llmc.schedules.linear import LinearConfig, linear
 from llmc.schedules.qlayout import QuantLayout, quant_layout
 from llmc.schedules.qlinear import QuantLinearConfig, quant_linear
+from llmc.schedules.tuned_choice import Tuned
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ class LowerLinear:
     whose operand is not a plain weight is left to the generic schedules.
     """
 
-    def __init__(self, caps: Capabilities) -> None:
+    def __init__(self, caps: Capabilities, tuned: Tuned | None = None) -> None:
         self.caps = caps
+        self.tuned = tuned or Tuned()
 
     def __call__(self, lowered: LoweredGraph) -> LoweredGraph:
         func = lowered.module["main"]
@@ -67,6 +69,8 @@ class LowerLinear:
         matches = self._match_all(graph, set(index_of))
         absorbed = {m for match in matches.values() for m in match[1]}
         packed_vars: dict[tuple[tuple[str, ...], str, bool, bool], Any] = {}
+        # what the first kernel of a weight has decided about its layout
+        decided: dict[tuple[tuple[str, ...], str, bool, bool], dict[str, int]] = {}
         for binding in graph.bindings:
             if binding.var in absorbed:
                 continue
@@ -80,9 +84,10 @@ class LowerLinear:
             dtype = match.weight.dtype
             gated = match.attrs.gated
             outputs = n // 2 if gated else n
-            config, layout, shape = self._kernel(match, info, outputs, k)
             stored = "uint8" if info.scheme else dtype
             key = (info.sources, stored, match.weight.transposed, gated)
+            config, layout, shape = self._kernel(match, info, outputs, k, decided.get(key))
+            decided.setdefault(key, self.tuned.shared(config))
             if key not in packed_vars:
                 name = info.name if not _is_packed(packed_vars, info.sources) else f"{info.name}.{stored}"
                 packed = replace(
@@ -107,9 +112,9 @@ class LowerLinear:
         return LoweredGraph(update_function(module, "main", new), tuple(infos))
 
     def _kernel(
-        self, match: _Match, info: PackedParam, n: int, k: int
+        self, match: _Match, info: PackedParam, n: int, k: int, shared: dict[str, int] | None
     ) -> tuple[LinearConfig | QuantLinearConfig, BlockedLayout | QuantLayout, tuple[int, ...]]:
-        """Configuration, layout of the weight and its packed shape."""
+        """Configuration, layout of the weight and its packed shape; `shared` = what is decided about the layout."""
         dtype, attrs = match.weight.dtype, match.attrs
         has_bias, lead = match.bias is not None, len(match.x.ty.shape) - 2
         has_residual = match.residual is not None
@@ -128,7 +133,6 @@ class LowerLinear:
                 has_residual=has_residual,
             )
             return quantized, packed, packed.packed_shape
-        layout = linear_layout(dtype, self.caps)
         config = LinearConfig(
             n=n,
             k=k,
@@ -137,12 +141,14 @@ class LowerLinear:
             out_dtype=match.out_dtype,
             has_bias=has_bias,
             lead=lead,
-            layout=layout,
             activation=attrs.activation,
             gated=attrs.gated,
             gate_second=attrs.gate_second,
             has_residual=has_residual,
         )
+        config = self.tuned.apply(config, shared=shared)
+        layout = config.weight_layout(self.caps)
+        config = replace(config, layout=layout)
         return config, layout, config.packed_shape(self.caps)
 
     def _match_all(self, graph: Graph, weights: set[Any]) -> dict[Any, tuple[_Match, list[Any]]]:

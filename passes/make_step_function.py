@@ -19,6 +19,7 @@ from llmc.schedules.attention import AttentionConfig, attention_prefill, kv_appe
 from llmc.schedules.costs import append_cost, attention_cost
 from llmc.schedules.gather import GatherConfig, gather_rows
 from llmc.schedules.rope import HeadSource, RopeConfig, rope_append
+from llmc.schedules.tuned_choice import Tuned
 
 
 class MakeStepFunction:
@@ -34,9 +35,10 @@ class MakeStepFunction:
     other change. Runs after LowerLinear (it finds the head there); before LegalizeOps.
     """
 
-    def __init__(self, caps: Capabilities, plan: KVPlan) -> None:
+    def __init__(self, caps: Capabilities, plan: KVPlan, tuned: Tuned | None = None) -> None:
         self.caps = caps
         self.plan = plan
+        self.tuned = tuned or Tuned()
 
     def __call__(self, lowered: LoweredGraph) -> StepModule:
         func = lowered.module["main"]
@@ -162,6 +164,8 @@ class MakeStepFunction:
             has_sinks=attrs.has_sinks,
             has_alibi=attrs.has_alibi,
         )
+        for kernel in ("attention_prefill", "attention_decode"):
+            config = self.tuned.apply(config, kernel)
         layer = relax.prim_value(tirx.IntImm("int64", index))
         heads = [ir.match_opaque(self._graph.definition(v), HEADS) for v in (q, k, v)]
         owns = attrs.layer not in dict(self.plan.shared) and attrs.layer not in appended

@@ -29,13 +29,16 @@ from llmc.passes.step_module import LoweredGraph, StepModule
 from llmc.passes.view_reshapes import ViewReshapes
 from llmc.passes.widen_logits import WidenLogits
 from llmc.schedules.generic import DefaultSchedule
+from llmc.schedules.tuned_choice import Tuned
 
 GraphPass = tuple[str, Callable[[LoweredGraph], LoweredGraph]]
 StepPass = tuple[str, Callable[[StepModule], StepModule]]
 
 
-def graph_phase(caps: Capabilities, quantize: QuantizeWeights | None = None) -> list[GraphPass]:
-    """On the graph of one sequence, while operators are still recognisable."""
+def graph_phase(
+    caps: Capabilities, quantize: QuantizeWeights | None = None, tuned: Tuned | None = None
+) -> list[GraphPass]:
+    """On the graph of one sequence, while operators are still recognisable; `tuned` = measured schedules."""
     return [
         # before the fusions, which join weights of one scheme only
         *([("QuantizeWeights", quantize)] if quantize else []),
@@ -51,7 +54,7 @@ def graph_phase(caps: Capabilities, quantize: QuantizeWeights | None = None) -> 
         # after FuseQKV: heads are read where its matmul wrote them
         ("FuseRoPE", FuseRoPE()),
         ("LowerNorm", LowerNorm(caps)),
-        ("LowerLinear", LowerLinear(caps)),
+        ("LowerLinear", LowerLinear(caps, tuned)),
         ("LowerExperts", LowerExperts(caps)),
         # after LowerLinear: a tied embedding reads the head's packed weight
         ("LowerEmbedding", LowerEmbedding(caps)),
@@ -96,9 +99,11 @@ def build_phase() -> list[tuple[str, Any]]:
     ]
 
 
-def make_step(caps: Capabilities, plan: KVPlan) -> Callable[[LoweredGraph], StepModule]:
+def make_step(
+    caps: Capabilities, plan: KVPlan, tuned: Tuned | None = None
+) -> Callable[[LoweredGraph], StepModule]:
     """The pass between the two phases."""
-    return MakeStepFunction(caps, plan)
+    return MakeStepFunction(caps, plan, tuned)
 
 
 def on_module(fn: Any, target: Any = None) -> Callable[[StepModule], StepModule]:

@@ -6,6 +6,7 @@ a few bindings and leave the others; they keep the Var objects, so that untouche
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -158,8 +159,11 @@ def update_function(module: IRModule, name: str, func: Function) -> IRModule:
     return out
 
 
+KERNEL_ATTR = "llmc.kernel"  # of a PrimFunc: its config as JSON, for tuning and for reading dumps
+
+
 class Kernels:
-    """Adds PrimFuncs to a module, each configuration once.
+    """Adds PrimFuncs to a module, each configuration once; a configuration with to_json goes into KERNEL_ATTR.
 
     Args:
         module: gets the functions; changed in place.
@@ -179,6 +183,10 @@ class Kernels:
             func = build().with_attr("global_symbol", unique).with_attr("op_pattern", 8)
             func = func.with_attr("tirx.is_scheduled", True)
             func = func.with_attr(COST, (cost or kernel_cost(config)).as_text())
+            own = config[0] if isinstance(config, tuple) else config
+            if hasattr(own, "to_json"):
+                text = json.dumps({"kind": type(own).__name__, "config": own.to_json()}, sort_keys=True)
+                func = func.with_attr(KERNEL_ATTR, text)
             gvar = tvm.ir.GlobalVar(unique)
             relax.expr._update_type(gvar, func.ty)
             self.module[gvar] = func

@@ -8,7 +8,7 @@ from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
-from llmc.schedules.attention_config import AttentionConfig
+from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
 from llmc.schedules.attention_tile import Operands, Tile, first_visible
 from llmc.schedules.rope import RopeConfig, RopeOperands, append_all
 from llmc.schedules.vmath import exp_nonpositive
@@ -17,7 +17,6 @@ __all__ = ["AttentionConfig", "attention_decode", "attention_prefill", "kv_appen
 
 _EMPTY = -1e30  # running maximum of a piece of context without keys
 _SERIAL_TOKENS = 4  # appending this few tokens costs less than a parallel launch
-_MIN_SPLIT_KEYS = 128  # a smaller piece of context is not worth a task
 
 
 def kv_append(cfg: AttentionConfig, caps: Capabilities) -> Any:
@@ -78,41 +77,49 @@ def attention_prefill(cfg: AttentionConfig, caps: Capabilities) -> Any:
 
     A task is a tile of one sequence's tokens and one cached head; tiles are numbered through all sequences.
     """
-    group = cfg.heads // cfg.kv_heads
-    tokens = max(1, cfg.tile_rows // group)
-    pages = max(1, cfg.prefill_keys // cfg.page_size)
-    if pages * cfg.page_size % 32:
-        pages *= 2
     built: list[Any] = []
     with e.kernel(built):
         t, b, w, p = (e.dim(name) for name in ("T", "B", "W", "P"))
         args = Operands(cfg, t, b, w, p)
         with e.root():
             args.view()
-            count = e.scratch(1, "int64")
-            e.store(count, 0, e.i64(0), 1)
-            with e.loop(b) as i:
-                e.store(count, 0, count[0] + _tiles(args, i, tokens), 1)
-            tiles = e.let(count[0])
-            with e.parallel(tiles * cfg.kv_heads, caps) as task:
-                kv_head = e.let(task // tiles)
-                order = e.let(task % tiles)
-                # late tiles see more keys: alternate, so that neighbouring tasks cost the same on average
-                number = e.let(T.Select(order % 2 == 0, order // 2, tiles - 1 - order // 2))
-                sequence, first = _find_tile(args, number, tokens)
-                start = e.let(e.i64(args.query_start[sequence]))
-                length = e.let(e.i64(args.query_start[sequence + 1]) - start)
-                used = e.let(T.min(e.i64(tokens), length - first))
-                position = e.let(e.i64(args.context_len[sequence]) - length + first)
-                tile = Tile(cfg, caps, args, tokens, pages, direct=False)
-                tile.start(e.let(start + first), kv_head, e.let(used * group))
-                low = e.let(first_visible(cfg, position) // cfg.page_size * cfg.page_size)
-                high = e.let(position + used)
-                table = e.let(sequence * w)
-                with e.loop(e.ceildiv(high - low, tile.block)) as i:
-                    tile.visit(table, e.let(low + i * tile.block), high, position)
-                tile.finish(e.let(start + first))
+            cfg.prefill.emit(t, lambda schedule, _: _prefill(cfg, caps, args, schedule))
     return built[0]
+
+
+def _prefill(cfg: AttentionConfig, caps: Capabilities, args: Operands, schedule: PrefillSchedule) -> None:
+    group = cfg.heads // cfg.kv_heads
+    tokens = max(1, schedule.tile_rows // group)
+    pages = _pages(cfg, schedule.keys)
+    count = e.scratch(1, "int64")
+    e.store(count, 0, e.i64(0), 1)
+    with e.loop(args.b) as i:
+        e.store(count, 0, count[0] + _tiles(args, i, tokens), 1)
+    tiles = e.let(count[0])
+    with e.parallel(tiles * cfg.kv_heads, caps) as task:
+        kv_head = e.let(task // tiles)
+        order = e.let(task % tiles)
+        # late tiles see more keys: alternate, so that neighbouring tasks cost the same on average
+        number = e.let(T.Select(order % 2 == 0, order // 2, tiles - 1 - order // 2))
+        sequence, first = _find_tile(args, number, tokens)
+        start = e.let(e.i64(args.query_start[sequence]))
+        length = e.let(e.i64(args.query_start[sequence + 1]) - start)
+        used = e.let(T.min(e.i64(tokens), length - first))
+        position = e.let(e.i64(args.context_len[sequence]) - length + first)
+        tile = Tile(cfg, caps, args, tokens, pages, schedule, direct=False)
+        tile.start(e.let(start + first), kv_head, e.let(used * group))
+        low = e.let(first_visible(cfg, position) // cfg.page_size * cfg.page_size)
+        high = e.let(position + used)
+        table = e.let(sequence * args.width)
+        with e.loop(e.ceildiv(high - low, tile.block)) as i:
+            tile.visit(table, e.let(low + i * tile.block), high, position)
+        tile.finish(e.let(start + first))
+
+
+def _pages(cfg: AttentionConfig, keys: int) -> int:
+    """Cache pages per block of about `keys` keys, whose number is a multiple of 32."""
+    pages = max(1, keys // cfg.page_size)
+    return pages * 2 if pages * cfg.page_size % 32 else pages
 
 
 def _tiles(args: Operands, sequence: Any, tokens: int) -> Any:
@@ -150,9 +157,6 @@ def attention_decode(cfg: AttentionConfig, caps: Capabilities, rope: RopeConfig 
     With `rope`, the arguments of rope_append up to the slots take the place of q: the kernel rotates, and appends first.
     """
     group = cfg.heads // cfg.kv_heads
-    pages = max(1, cfg.decode_keys // cfg.page_size)
-    if pages * cfg.page_size % 32:
-        pages *= 2
     built: list[Any] = []
     with e.kernel(built):
         b, w, p = (e.dim(name) for name in ("B", "W", "P"))
@@ -165,37 +169,47 @@ def attention_decode(cfg: AttentionConfig, caps: Capabilities, rope: RopeConfig 
             part = e.flat(partial, b * cfg.kv_heads * cfg.splits * group * width)
             if ops is not None and args.slots is not None:
                 append_all(ops, args.slots, args.k, args.v, args.layer)
-            with e.parallel(b * cfg.kv_heads * cfg.splits, caps) as task:
-                split = e.let(task % cfg.splits)
-                kv_head = e.let(task // cfg.splits % cfg.kv_heads)
-                sequence = e.let(task // (cfg.splits * cfg.kv_heads))
-                low, per_split, high = _pieces(cfg, args, sequence)
-                begin = e.let(low + split * per_split)
-                end = e.let(T.min(high, begin + per_split))
-                with T.If(begin < end), T.Then():
-                    tile = Tile(cfg, caps, args, 1, pages, direct=True)
-                    tile.start(sequence, kv_head, e.i64(group))
-                    table = e.let(sequence * w)
-                    with e.loop(e.ceildiv(end - begin, tile.block)) as i:
-                        tile.visit(table, e.let(begin + i * tile.block), end, e.let(high - 1))
-                    with T.If(per_split >= high - low):
-                        with T.Then():
-                            tile.finish(sequence)
-                        with T.Else():
-                            _store_partial(tile, part, task * group, width)
-            with e.loop(b * cfg.kv_heads) as i:
-                low, per_split, high = _pieces(cfg, args, e.let(i // cfg.kv_heads))
-                with T.If(per_split < high - low), T.Then():
-                    tile = Tile(cfg, caps, args, 1, pages, direct=True)
-                    _merge(tile, part, i, e.let(e.ceildiv(high - low, per_split)), width)
+            cfg.decode.emit(b, lambda schedule, _: _decode(cfg, caps, args, schedule, part, width))
     return built[0]
 
 
-def _pieces(cfg: AttentionConfig, args: Operands, sequence: Any) -> tuple[Any, Any, Any]:
+def _decode(
+    cfg: AttentionConfig, caps: Capabilities, args: Operands, schedule: DecodeSchedule, part: Any, width: int
+) -> None:
+    group = cfg.heads // cfg.kv_heads
+    pages = _pages(cfg, schedule.keys)
+    with e.parallel(args.b * cfg.kv_heads * cfg.splits, caps) as task:
+        split = e.let(task % cfg.splits)
+        kv_head = e.let(task // cfg.splits % cfg.kv_heads)
+        sequence = e.let(task // (cfg.splits * cfg.kv_heads))
+        low, per_split, high = _pieces(cfg, args, schedule, sequence)
+        begin = e.let(low + split * per_split)
+        end = e.let(T.min(high, begin + per_split))
+        with T.If(begin < end), T.Then():
+            tile = Tile(cfg, caps, args, 1, pages, schedule, direct=True)
+            tile.start(sequence, kv_head, e.i64(group))
+            table = e.let(sequence * args.width)
+            with e.loop(e.ceildiv(end - begin, tile.block)) as i:
+                tile.visit(table, e.let(begin + i * tile.block), end, e.let(high - 1))
+            with T.If(per_split >= high - low):
+                with T.Then():
+                    tile.finish(sequence)
+                with T.Else():
+                    _store_partial(tile, part, task * group, width)
+    with e.loop(args.b * cfg.kv_heads) as i:
+        low, per_split, high = _pieces(cfg, args, schedule, e.let(i // cfg.kv_heads))
+        with T.If(per_split < high - low), T.Then():
+            tile = Tile(cfg, caps, args, 1, pages, schedule, direct=True)
+            _merge(tile, part, i, e.let(e.ceildiv(high - low, per_split)), width)
+
+
+def _pieces(
+    cfg: AttentionConfig, args: Operands, schedule: DecodeSchedule, sequence: Any
+) -> tuple[Any, Any, Any]:
     """(first key, keys per piece, end of keys): whole pages, at most `splits` pieces, none very small."""
     high = e.let(e.i64(args.context_len[sequence]))
     low = e.let(first_visible(cfg, high - 1) // cfg.page_size * cfg.page_size)
-    least = -(-_MIN_SPLIT_KEYS // cfg.page_size) * cfg.page_size
+    least = -(-schedule.least_keys // cfg.page_size) * cfg.page_size
     per = e.ceildiv(e.ceildiv(high - low, cfg.splits), cfg.page_size) * cfg.page_size
     return low, e.let(T.max(e.i64(least), per)), high
 

@@ -5,6 +5,48 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from llmc.schedules.choice import ByRows
+
+
+@dataclass(frozen=True)
+class PrefillSchedule:
+    """How the attention kernel of ``step`` is cut.
+
+    Attributes:
+        tile_rows: query rows (tokens x heads per cached head) of a tile.
+        keys: keys per block of the running softmax.
+        row_tile: most rows whose sums are in registers together.
+        vectors: vectors of keys or dims per register tile; 0 = what the registers allow.
+    """
+
+    tile_rows: int = 64
+    keys: int = 64
+    row_tile: int = 6
+    vectors: int = 0
+
+
+@dataclass(frozen=True)
+class DecodeSchedule:
+    """How the attention kernel of ``decode`` is cut.
+
+    Attributes:
+        splits: most pieces that one sequence's context is cut into. It sizes the scratch argument, so all schedules
+            of one kernel agree in it.
+        keys: keys per block of the running softmax.
+        least_keys: a smaller piece of context is not worth a task.
+        row_tile, vectors: as in PrefillSchedule.
+    """
+
+    splits: int = 8
+    keys: int = 256
+    least_keys: int = 128
+    row_tile: int = 6
+    vectors: int = 0
+
+
+_PREFILL = ByRows((PrefillSchedule(),))
+_DECODE = ByRows((DecodeSchedule(),))
+
 
 @dataclass(frozen=True)
 class AttentionConfig:
@@ -20,9 +62,8 @@ class AttentionConfig:
         scale, window, chunk, softcap, has_sinks, has_alibi: as in AttentionAttrs.
         sinks_dtype: of the sinks operand; "" = dtype.
         token_major: queries are [1, T, heads, key_dim] instead of [1, heads, T, key_dim].
-        splits: most pieces that decode cuts one sequence's context into.
-        tile_rows: query rows (tokens x heads per cached head) of a prefill tile.
-        prefill_keys, decode_keys: keys per block of the running softmax.
+        prefill: a schedule per number of new tokens.
+        decode: a schedule per number of sequences.
     """
 
     heads: int
@@ -41,22 +82,31 @@ class AttentionConfig:
     has_alibi: bool = False
     sinks_dtype: str = ""
     token_major: bool = False
-    splits: int = 8
-    tile_rows: int = 64
-    prefill_keys: int = 64
-    decode_keys: int = 256
+    prefill: ByRows[PrefillSchedule] = _PREFILL
+    decode: ByRows[DecodeSchedule] = _DECODE
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads are no multiple of {self.kv_heads} cached heads")
         if self.page_size % 16:
             raise ValueError(f"page_size {self.page_size} is no multiple of 16")
+        if len({choice.splits for choice in self.decode.choices}) > 1:
+            raise ValueError(
+                "all schedules of a decode kernel must have the same splits: they size its scratch"
+            )
         if not self.sinks_dtype:
             object.__setattr__(self, "sinks_dtype", self.dtype)
 
+    @property
+    def splits(self) -> int:
+        """Most pieces that decode cuts one sequence's context into."""
+        return self.decode.choices[0].splits
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "prefill": self.prefill.to_json(), "decode": self.decode.to_json()}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> AttentionConfig:
-        return AttentionConfig(**values)
+        prefill = ByRows.from_json(PrefillSchedule, values["prefill"])
+        decode = ByRows.from_json(DecodeSchedule, values["decode"])
+        return AttentionConfig(**{**values, "prefill": prefill, "decode": decode})

@@ -21,7 +21,7 @@ from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
-from llmc.schedules.attention_config import AttentionConfig
+from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
 from llmc.schedules.attention_pages import PageReader, in_groups
 from llmc.schedules.rope import RopeOperands, rotate_query
 from llmc.schedules.vmath import exp_nonpositive, tanh
@@ -79,6 +79,7 @@ class Tile(PageReader):
     Args:
         tokens: most query tokens of the tile.
         pages: cache pages per block.
+        schedule: row_tile and vectors of the register tiles.
         direct: read pages in place instead of laying them out in scratch; needs `can_be_direct`.
     """
 
@@ -89,6 +90,7 @@ class Tile(PageReader):
         args: Operands,
         tokens: int,
         pages: int,
+        schedule: PrefillSchedule | DecodeSchedule,
         direct: bool,
     ) -> None:
         self.cfg, self.caps, self.args = cfg, caps, args
@@ -97,9 +99,9 @@ class Tile(PageReader):
         self.pages, self.direct = pages, direct and can_be_direct(cfg, caps)
         self.group = cfg.heads // cfg.kv_heads
         self.block = pages * cfg.page_size
-        self.vectors = 4 if caps.vector_registers >= 32 else 2
+        self.vectors = schedule.vectors or (4 if caps.vector_registers >= 32 else 2)
         self.rows = tokens * self.group
-        groups = -(-self.rows // 6)
+        groups = -(-self.rows // schedule.row_tile)
         self.row_tile = -(-self.rows // groups)
         self.rows_padded = -(-self.rows // self.row_tile) * self.row_tile
         self.pack = 2 if self.dot else 1

@@ -89,12 +89,12 @@ class BlockedLayout:
         return BlockedLayout(int(match[1]), int(match[2]))
 
 
-def linear_layout(dtype: str, caps: Capabilities) -> BlockedLayout:
+def linear_layout(dtype: str, caps: Capabilities, vectors: int = 0) -> BlockedLayout:
     """The layout that the linear kernel wants for weights of `dtype` on a machine.
 
-    Four vectors of outputs per block where there are 32 registers, else two: with six or fewer rows of activations
-    the accumulators then fill the register file. bf16 is kept in pairs also without a dot product instruction,
-    because pairs in 32-bit lanes become two float32 vectors by a shift and a mask.
+    `vectors` vectors of outputs per block; by default four where there are 32 registers, else two: with six or fewer
+    rows of activations the accumulators then fill the register file. bf16 is kept in pairs also without a dot product
+    instruction, because pairs in 32-bit lanes become two float32 vectors by a shift and a mask.
     """
-    vectors = 4 if caps.vector_registers >= 32 else 2
+    vectors = vectors or (4 if caps.vector_registers >= 32 else 2)
     return BlockedLayout(vectors * caps.lanes_f32, 2 if dtype == "bfloat16" else 1)

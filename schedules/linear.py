@@ -10,6 +10,7 @@ from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
+from llmc.schedules.choice import ByRows
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.gather import EmbeddingConfig, GatherConfig, embedding, gather_rows
 from llmc.schedules.layout import BlockedLayout, linear_layout
@@ -18,11 +19,41 @@ __all__ = [
     "EmbeddingConfig",
     "GatherConfig",
     "LinearConfig",
+    "LinearSchedule",
     "MicroKernel",
     "embedding",
     "gather_rows",
     "linear",
 ]
+
+_ANY = 1 << 30  # more rows than any step has
+
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    """How a linear kernel goes through its loops.
+
+    Attributes:
+        vectors: vectors of outputs per weight block; 0 = linear_layout's. Decides the packed layout, so all schedules
+            of one weight agree in it.
+        rows_tile: rows that share one pass over a weight block; 0 = what the registers allow.
+        k_block: columns per pass, so that a piece of a weight block stays in the second-level cache.
+        t_block: rows of one task.
+        unroll: k steps per turn of the inner loop; 0 = 4 for one row, else 1.
+        prefetch: bytes that the weight stream is asked for ahead of its use; 0 = never.
+        block_fast: neighbouring tasks take the same rows and the next weight block, instead of the next rows.
+    """
+
+    vectors: int = 0
+    rows_tile: int = 0
+    k_block: int = 2048
+    t_block: int = 240
+    unroll: int = 0
+    prefetch: int = 2304
+    block_fast: bool = False
+
+
+_DEFAULT = ByRows((LinearSchedule(),))
 
 
 @dataclass(frozen=True)
@@ -35,11 +66,8 @@ class LinearConfig:
         out_dtype: of y; float32 or in_dtype.
         has_bias: a bias[n] (gated: [2n]) of in_dtype follows the weight.
         lead: unit dimensions before T in x and y.
-        layout: of the packed weight; None = linear_layout's.
-        rows_tile: rows that share one pass over a weight block; 0 = what the registers allow.
-        k_block: columns per pass, so that a piece of a weight block stays in the second-level cache.
-        t_block: rows of one task.
-        prefetch: bytes that the weight stream is asked for ahead of its use.
+        layout: of the packed weight; None = what the schedules say.
+        schedule: a LinearSchedule per number of rows; all with the same `vectors`.
         activation, gated, gate_second: see LinearAttrs in llmc/ops.py; a gated weight holds 2n rows.
         has_residual: a residual of y's shape and in_dtype follows the bias.
     """
@@ -52,30 +80,39 @@ class LinearConfig:
     has_bias: bool = False
     lead: int = 0
     layout: BlockedLayout | None = None
-    rows_tile: int = 0
-    k_block: int = 2048
-    t_block: int = 240
-    prefetch: int = 2304
+    schedule: ByRows[LinearSchedule] = _DEFAULT
     activation: str = ""
     gated: bool = False
     gate_second: bool = False
     has_residual: bool = False
 
+    def __post_init__(self) -> None:
+        if len({choice.vectors for choice in self.schedule.choices}) > 1:
+            raise ValueError("all schedules of a weight must have the same vectors: it is packed once")
+
+    def weight_layout(self, caps: Capabilities) -> BlockedLayout:
+        """Layout of the packed weight."""
+        if self.layout is not None:
+            return self.layout
+        return linear_layout(self.weight_dtype, caps, self.schedule.choices[0].vectors)
+
     def packed_shape(self, caps: Capabilities) -> tuple[int, int, int, int]:
         """Shape of the packed weight; a gated one has gate and up in turns, half a block of each."""
-        layout = self.layout or linear_layout(self.weight_dtype, caps)
+        layout = self.weight_layout(caps)
         if not self.gated:
             return layout.packed_shape(self.n, self.k)
         blocks = -(-self.n // (layout.n_block // 2))
         return (blocks, *layout.packed_shape(layout.n_block, self.k)[1:])
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "schedule": self.schedule.to_json()}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> LinearConfig:
         layout = values.get("layout")
-        return LinearConfig(**{**values, "layout": BlockedLayout(**layout) if layout else None})
+        schedule = ByRows.from_json(LinearSchedule, values["schedule"])
+        layout = BlockedLayout(**layout) if layout else None
+        return LinearConfig(**{**values, "layout": layout, "schedule": schedule})
 
 
 class MicroKernel:
@@ -86,11 +123,21 @@ class MicroKernel:
         w: flat view of the weight, as int32 pairs for bf16, else as elements.
         k: columns of x (its row stride).
         dtype: of both.
+        prefetch, unroll: see LinearSchedule.
     """
 
     def __init__(
-        self, caps: Capabilities, layout: BlockedLayout, dtype: str, k: int, x: Any, w: Any, prefetch: int
+        self,
+        caps: Capabilities,
+        layout: BlockedLayout,
+        dtype: str,
+        k: int,
+        x: Any,
+        w: Any,
+        prefetch: int,
+        unroll: int = 0,
     ) -> None:
+        self.unroll = unroll
         self.caps, self.layout, self.dtype, self.k, self.x, self.w = caps, layout, dtype, k, x, w
         self.lanes = caps.lanes_f32
         if layout.n_block % self.lanes:
@@ -114,7 +161,7 @@ class MicroKernel:
 
         The caller has laid `row_base` and `w_base` at the first step.
         """
-        unroll = 4 if rows == 1 else 1
+        unroll = self.unroll or (4 if rows == 1 else 1)
         whole = steps // unroll
         with e.loop(whole) as j:
             for u in range(unroll):
@@ -242,13 +289,12 @@ def linear(cfg: LinearConfig, caps: Capabilities) -> Any:
     Rows are taken in tiles whose accumulators stay in registers; a task is a weight block times t_block rows, so
     one row (GEMV) streams the weight once over all threads, and many rows reuse a piece of it from the cache.
     """
-    layout = cfg.layout or linear_layout(cfg.weight_dtype, caps)
+    layout = cfg.weight_layout(caps)
     if cfg.in_dtype != cfg.weight_dtype:
         raise ValueError(f"x is {cfg.in_dtype}, the weight {cfg.weight_dtype}; they must be the same")
     n, k = cfg.n, cfg.k
     blocks, steps, nb, kp = cfg.packed_shape(caps)
     rows_n = 2 * n if cfg.gated else n
-    epilogue = Epilogue(n, nb, cfg.in_dtype, cfg.out_dtype, cfg.activation, cfg.gated, cfg.gate_second)
     built: list[Any] = []
     with e.kernel(built):
         t = e.dim("T")
@@ -261,68 +307,100 @@ def linear(cfg: LinearConfig, caps: Capabilities) -> Any:
         with e.root():
             pairs = kp == 2
             xf, x_stride = row_view(x, t * k, k, pairs)
-            wf = weight_view(w, blocks * steps * nb * kp, pairs)
-            bias = e.flat(bias, rows_n) if bias is not None else None
-            residual = e.flat(residual, t * n) if residual is not None else None
-            yf = e.flat(y, t * n)
-            micro = MicroKernel(caps, layout, cfg.in_dtype, k, xf, wf, cfg.prefetch)
-            tile = cfg.rows_tile or micro.max_rows()
-            t_block = -(-cfg.t_block // tile) * tile
-            # columns of an odd k are paired up from the row's beginning: such rows are not cut
-            chunk = steps if pairs and k % 2 else min(steps, max(1, cfg.k_block // kp))
-            chunks = -(-steps // chunk)
-            row_blocks = (t + (t_block - 1)) // t_block
-            with e.parallel(blocks * row_blocks, caps) as task:
-                block = e.let(task // row_blocks)
-                first = e.let(task % row_blocks * t_block)
-                count = e.let(T.min(e.i64(t_block), t - first))
-                # with an activation too: its polynomial is then in the code once, not per row of the tiles
-                partial = e.workspace(t_block * nb) if chunks > 1 or cfg.activation else None
-
-                def tile_of(rows: int, start: Any, begin: Any, size: Any) -> None:
-                    """`rows` rows from `start` of the task over k steps [begin, begin + size)."""
-                    acc = micro.new_accumulators(rows)
-                    lanes = micro.lanes
-                    for r in range(rows):
-                        for v in range(micro.vectors):
-                            value = e.splat(0.0, lanes)
-                            if partial is not None:
-                                value = e.load(partial, (start + r) * nb + v * lanes, lanes)
-                            e.store(acc[r][v], 0, value, lanes)
-                    bases = [e.let((first + start + r) * x_stride + begin) for r in range(rows)]
-                    micro.accumulate(acc, rows, bases, e.let((block * steps + begin) * nb), size)
-                    if partial is None:
-                        out = [e.let(first + start + r) for r in range(rows)]
-                        store_rows(epilogue, micro, acc, out, block, yf, bias, residual)
-                        return
-                    for r in range(rows):
-                        for v in range(micro.vectors):
-                            at = (start + r) * nb + v * lanes
-                            e.store(partial, at, e.load(acc[r][v], 0, lanes), lanes)
-
-                def all_rows(begin: Any, size: Any) -> None:
-                    with e.loop(count // tile) as i:
-                        tile_of(tile, i * tile, begin, size)
-                    done = e.let(count // tile * tile)
-                    rest = e.let(count - done)
-                    for rows in row_sizes(tile):
-                        with T.If(T.bitwise_and(rest, e.i64(rows)) != 0), T.Then():
-                            above = T.bitwise_and(rest, e.i64(~(2 * rows - 1)))
-                            tile_of(rows, e.let(done + above), begin, size)
-
-                if partial is None:
-                    all_rows(e.i64(0), steps)
-                else:
-                    with e.loop(count * micro.vectors) as i:
-                        e.store(partial, i * micro.lanes, e.splat(0.0, micro.lanes), micro.lanes)
-                    with e.loop(chunks) as c:
-                        begin = e.let(c * chunk)
-                        all_rows(begin, e.let(T.min(e.i64(chunk), steps - begin)))
-                    with e.loop(count) as r:
-                        acc = micro.new_accumulators(1)
-                        for v in range(micro.vectors):
-                            value = e.load(partial, r * nb + v * micro.lanes, micro.lanes)
-                            e.store(acc[0][v], 0, value, micro.lanes)
-                        row = [e.let(first + r)]
-                        store_rows(epilogue, micro, acc, row, block, yf, bias, residual)
+            args = _Operands(
+                x=xf,
+                x_stride=x_stride,
+                w=weight_view(w, blocks * steps * nb * kp, pairs),
+                bias=e.flat(bias, rows_n) if bias is not None else None,
+                residual=e.flat(residual, t * n) if residual is not None else None,
+                y=e.flat(y, t * n),
+            )
+            cfg.schedule.emit(t, lambda schedule, most: _all_rows(cfg, caps, layout, args, t, schedule, most))
     return built[0]
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """Flat views of a linear kernel's arguments; elements of x per row."""
+
+    x: Any
+    x_stride: int
+    w: Any
+    bias: Any
+    residual: Any
+    y: Any
+
+
+def _all_rows(
+    cfg: LinearConfig,
+    caps: Capabilities,
+    layout: BlockedLayout,
+    args: _Operands,
+    t: Any,
+    schedule: LinearSchedule,
+    most: int,
+) -> None:
+    """All t rows by one schedule; `most` bounds them (0 = any number)."""
+    n, k = cfg.n, cfg.k
+    blocks, steps, nb, kp = cfg.packed_shape(caps)
+    epilogue = Epilogue(n, nb, cfg.in_dtype, cfg.out_dtype, cfg.activation, cfg.gated, cfg.gate_second)
+    micro = MicroKernel(caps, layout, cfg.in_dtype, k, args.x, args.w, schedule.prefetch, schedule.unroll)
+    lanes = micro.lanes
+    tile = min(schedule.rows_tile or micro.max_rows(), most or _ANY)
+    t_block = -(-min(schedule.t_block, most or _ANY) // tile) * tile
+    # columns of an odd k are paired up from the row's beginning: such rows are not cut
+    chunk = steps if kp == 2 and k % 2 else min(steps, max(1, schedule.k_block // kp))
+    chunks = -(-steps // chunk)
+    row_blocks = (t + (t_block - 1)) // t_block
+    with e.parallel(blocks * row_blocks, caps) as task:
+        block = e.let(task % blocks if schedule.block_fast else task // row_blocks)
+        first = e.let((task // blocks if schedule.block_fast else task % row_blocks) * t_block)
+        count = e.let(T.min(e.i64(t_block), t - first))
+        # with an activation too: its polynomial is then in the code once, not per row of the tiles
+        partial = e.workspace(t_block * nb) if chunks > 1 or cfg.activation else None
+
+        def tile_of(rows: int, start: Any, begin: Any, size: Any) -> None:
+            """`rows` rows from `start` of the task over k steps [begin, begin + size)."""
+            acc = micro.new_accumulators(rows)
+            for r in range(rows):
+                for v in range(micro.vectors):
+                    value = e.splat(0.0, lanes)
+                    if partial is not None:
+                        value = e.load(partial, (start + r) * nb + v * lanes, lanes)
+                    e.store(acc[r][v], 0, value, lanes)
+            bases = [e.let((first + start + r) * args.x_stride + begin) for r in range(rows)]
+            micro.accumulate(acc, rows, bases, e.let((block * steps + begin) * nb), size)
+            if partial is None:
+                out = [e.let(first + start + r) for r in range(rows)]
+                store_rows(epilogue, micro, acc, out, block, args.y, args.bias, args.residual)
+                return
+            for r in range(rows):
+                for v in range(micro.vectors):
+                    at = (start + r) * nb + v * lanes
+                    e.store(partial, at, e.load(acc[r][v], 0, lanes), lanes)
+
+        def all_rows(begin: Any, size: Any) -> None:
+            with e.loop(count // tile) as i:
+                tile_of(tile, i * tile, begin, size)
+            done = e.let(count // tile * tile)
+            rest = e.let(count - done)
+            for rows in row_sizes(tile):
+                with T.If(T.bitwise_and(rest, e.i64(rows)) != 0), T.Then():
+                    above = T.bitwise_and(rest, e.i64(~(2 * rows - 1)))
+                    tile_of(rows, e.let(done + above), begin, size)
+
+        if partial is None:
+            all_rows(e.i64(0), steps)
+            return
+        with e.loop(count * micro.vectors) as i:
+            e.store(partial, i * lanes, e.splat(0.0, lanes), lanes)
+        with e.loop(chunks) as c:
+            begin = e.let(c * chunk)
+            all_rows(begin, e.let(T.min(e.i64(chunk), steps - begin)))
+        with e.loop(count) as r:
+            acc = micro.new_accumulators(1)
+            for v in range(micro.vectors):
+                value = e.load(partial, r * nb + v * lanes, lanes)
+                e.store(acc[0][v], 0, value, lanes)
+            row = [e.let(first + r)]
+            store_rows(epilogue, micro, acc, row, block, args.y, args.bias, args.residual)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmc.caps import Capabilities
 from llmc.errors import LlmcError
+
+if TYPE_CHECKING:
+    from llmc.schedules.tunable import Tunable
+    from llmc.targets.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,9 @@ class Backend:
         capabilities: preset (or "" for what this machine has) -> Capabilities.
         tvm_target: Capabilities -> tvm.target.Target for host and device code.
         missing: Capabilities -> what this machine lacks to run such code; empty if it can.
+        tunables: the kernel classes that its compiles use and the tuner searches, imported when called.
+        runner: Capabilities -> what the tuner runs candidates with; None = this target cannot be tuned here.
+        device: name of the device that the tuner would measure on.
     """
 
     name: str
@@ -28,6 +35,9 @@ class Backend:
     capabilities: Callable[[str], Capabilities]
     tvm_target: Callable[[Capabilities], Any]
     missing: Callable[[Capabilities], tuple[str, ...]]
+    tunables: Callable[[], tuple[Tunable, ...]] = tuple
+    runner: Callable[[Capabilities], Runner] | None = None
+    device: Callable[[], str] = str
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or not self.presets:

@@ -63,7 +63,8 @@ ALLOWED: dict[str, set[str]] = {
     "quant": {*BASE, "evaluate", "frontend", "reference"},
     "schedules": {*BASE, "quant.schemes", "quant.weight"},
     "passes": {*BASE, "schedules", "frontend.graph", "quant.schemes"},
-    "targets": {*BASE, "passes", "schedules"},
+    # the tuner's runner places weights as the runtime does
+    "targets": {*BASE, "passes", "schedules", "runtime.library", "runtime.memory"},
     "runtime": {"artifact", "errors", "host", "knobs", "kv_plan"},
     "reproducer": set(BASE),
     "stages": {*BASE, "reproducer", "runtime.memory"},

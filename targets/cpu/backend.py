@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from llmc import knobs
 from llmc.caps import Capabilities
 from llmc.errors import LlmcError
-from llmc.host import architecture, features
+from llmc.host import architecture, default_threads, features, processor_name
 from llmc.targets.backend import Backend
+
+if TYPE_CHECKING:
+    from llmc.schedules.tunable import Tunable
+    from llmc.targets.runner import Runner
 
 # psABI micro-architecture levels in /proc/cpuinfo's names (https://gitlab.com/x86-psABIs/x86-64-ABI)
 _V3 = ("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
@@ -117,6 +122,33 @@ def tvm_target(caps: Capabilities) -> Any:
     )
 
 
+def tunables() -> tuple[Tunable, ...]:
+    """The kernel classes that a compile for a CPU uses."""
+    from llmc.schedules.tune_attention import TunableDecode, TunablePrefill
+    from llmc.schedules.tune_linear import TunableLinear
+
+    return (TunableLinear(), TunablePrefill(), TunableDecode())
+
+
+def runner(caps: Capabilities) -> Runner:
+    """Runs candidates in this process."""
+    from llmc.targets.cpu.runner import CpuRunner
+
+    return CpuRunner(caps, tvm_target(caps))
+
+
+def device() -> str:
+    """Processor and worker threads."""
+    return f"{processor_name()}, {knobs.threads() or default_threads()} threads"
+
+
 BACKEND = Backend(
-    name="cpu", presets=tuple(_PRESETS), capabilities=capabilities, tvm_target=tvm_target, missing=missing
+    name="cpu",
+    presets=tuple(_PRESETS),
+    capabilities=capabilities,
+    tvm_target=tvm_target,
+    missing=missing,
+    tunables=tunables,
+    runner=runner,
+    device=device,
 )

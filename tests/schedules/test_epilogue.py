@@ -8,8 +8,9 @@ import torch
 
 from llmc.packing import pack_sources
 from llmc.passes.step_module import PackedParam
+from llmc.schedules.choice import ByRows
 from llmc.schedules.layout import linear_layout
-from llmc.schedules.linear import LinearConfig, linear
+from llmc.schedules.linear import LinearConfig, LinearSchedule, linear
 
 TORCH = {
     "silu": torch.nn.functional.silu,
@@ -78,4 +79,5 @@ def test_residual(tools, caps, dtype):
 
 def test_everything_at_once_in_pieces_of_the_columns(tools, best):
     """Sums that are kept in memory between pieces take the same epilogue."""
-    check(tools, best, n=64, activation="gelu", gated=True, has_bias=True, has_residual=True, k_block=16)
+    pieces = ByRows((LinearSchedule(k_block=16),))
+    check(tools, best, n=64, activation="gelu", gated=True, has_bias=True, has_residual=True, schedule=pieces)

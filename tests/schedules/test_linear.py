@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 
+from llmc.schedules.choice import ByRows
 from llmc.schedules.layout import linear_layout
-from llmc.schedules.linear import LinearConfig, linear
+from llmc.schedules.linear import LinearConfig, LinearSchedule, linear
 
 # (n, k, dtype, out, bias, lead, k_block): sizes that leave tails everywhere, odd k, several k chunks, exact blocks
 CASES = [
@@ -20,7 +21,8 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
 def test_linear_matches_numpy(case, caps, tools):
     n, k, dtype, out_dtype, has_bias, lead, k_block = case
-    cfg = LinearConfig(n, k, dtype, dtype, out_dtype, has_bias, lead, k_block=k_block, t_block=12)
+    schedule = ByRows((LinearSchedule(k_block=k_block, t_block=12),))
+    cfg = LinearConfig(n, k, dtype, dtype, out_dtype, has_bias, lead, schedule=schedule)
     kernel = tools.build(caps, k=linear(cfg, caps))["k"]
     rng = np.random.default_rng(0)
     layout = linear_layout(dtype, caps)

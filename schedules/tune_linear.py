@@ -1,0 +1,184 @@
+"""The linear kernel for the tuner."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from llmc.caps import Capabilities
+from llmc.schedules.choice import ByRows
+from llmc.schedules.linear import LinearConfig, LinearSchedule, linear
+from llmc.schedules.qlayout import turns
+from llmc.schedules.tunable import (
+    BUCKETS,
+    ITEM_BYTES,
+    Arguments,
+    Array,
+    Bucket,
+    Knob,
+    Space,
+    Tunable,
+    Work,
+    balance,
+    empty_result,
+    multiply,
+    random_array,
+)
+
+_WHOLE = 1 << 20  # a k_block that no weight reaches
+
+
+class TunableLinear(Tunable):
+    """y = x @ weight.T with its epilogue, weights in their own dtype."""
+
+    name = "linear"
+    config_type = LinearConfig
+    schedule_type = LinearSchedule
+    shared = ("vectors",)
+
+    def task(self, config: LinearConfig) -> LinearConfig:
+        return replace(config, lead=0, layout=None, schedule=ByRows((LinearSchedule(),)))
+
+    def buckets(self, task: LinearConfig) -> tuple[Bucket, ...]:
+        return BUCKETS
+
+    def space(self, task: LinearConfig, bucket: Bucket, caps: Capabilities) -> Space:
+        registers, usual = caps.vector_registers, 4 if caps.vector_registers >= 32 else 2
+        most = bucket.high or _WHOLE
+        large = most > 16
+
+        def valid(schedule: LinearSchedule) -> bool:
+            vectors = schedule.vectors or usual
+            tile = schedule.rows_tile
+            if vectors * caps.lanes_f32 > max(task.n, usual * caps.lanes_f32) or (task.gated and vectors % 2):
+                return False
+            auto = min(6, (registers - vectors - 2) // vectors)
+            if tile == auto or (tile and tile * vectors + vectors + 1 > registers):
+                return False
+            # one task takes all rows: the order of tasks is then one and the same
+            return not (schedule.block_fast and schedule.t_block >= most)
+
+        knobs = (
+            Knob("vectors", (1, 2, 0, 6, 8) if usual == 4 else (1, 0, 3, 4)),
+            Knob("rows_tile", (0, *(r for r in (1, 2, 3, 4, 5, 6, 8, 12) if r <= most))),
+            Knob("k_block", self._pieces(task.k)),
+            Knob("t_block", (24, 48, 96, 144, 240, 384, 520) if large else (240,)),
+            Knob("unroll", (1, 2, 0, 8) if most == 1 else (0, 2, 4)),
+            Knob("prefetch", (0, 512, 1024, 2304, 4096, 8192)),
+            Knob("block_fast", (False, True) if large else (False,)),
+        )
+        return Space(self.default(task, caps), knobs, valid)
+
+    def _pieces(self, k: int) -> tuple[int, ...]:
+        """k_block values that differ for k columns, the default among them."""
+        below = tuple(v for v in (256, 512, 1024, 2048, 4096) if v < k)
+        return (*below, 2048 if k <= 2048 else _WHOLE)
+
+    def scheduled(self, config: LinearConfig, schedule: ByRows[Any]) -> LinearConfig:
+        return replace(config, schedule=schedule)
+
+    def schedules_of(self, config: LinearConfig) -> ByRows[Any]:
+        return config.schedule
+
+    def build(self, config: LinearConfig, caps: Capabilities) -> Any:
+        return linear(config, caps)
+
+    def case(self, task: LinearConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
+        held = 2 * task.n if task.gated else task.n
+        case = {
+            "x": random_array(rng, (rows, task.k), task.in_dtype),
+            "weight": random_array(rng, (held, task.k), task.weight_dtype),
+        }
+        # sums of about one: activations are then tested where they bend
+        case["x"] = (case["x"].astype(np.float32) / math.sqrt(task.k)).astype(case["x"].dtype)
+        if task.has_bias:
+            case["bias"] = random_array(rng, (held,), task.in_dtype)
+        if task.has_residual:
+            case["residual"] = random_array(rng, (rows, task.n), task.in_dtype)
+        return case
+
+    def arguments(
+        self, task: LinearConfig, schedule: LinearSchedule, case: dict[str, Array], caps: Capabilities
+    ) -> Arguments:
+        layout = replace(task, schedule=ByRows((schedule,))).weight_layout(caps)
+        weight = case["weight"]
+        if task.gated:
+            index = turns(weight.shape[0], layout.n_block)
+            weight = np.where((index >= 0)[:, None], weight[np.maximum(index, 0)], 0).astype(weight.dtype)
+        extra = [case[name] for name in ("bias", "residual") if name in case]
+        y = empty_result((case["x"].shape[0], task.n), task.out_dtype)
+        values = (case["x"], layout.pack(weight), *extra, y)
+        return Arguments(values, (1,), len(values) - 1)
+
+    def reference(self, task: LinearConfig, case: dict[str, Array]) -> Array:
+        return finish(task, multiply(case["x"], case["weight"]), case)
+
+    def work(self, task: LinearConfig, rows: int) -> Work:
+        held = 2 * task.n if task.gated else task.n
+        item = ITEM_BYTES[task.weight_dtype]
+        moved = held * task.k * item + rows * task.k * ITEM_BYTES[task.in_dtype]
+        moved += rows * task.n * (ITEM_BYTES[task.out_dtype] + item * task.has_residual)
+        return Work(moved, 2.0 * rows * held * task.k, task.weight_dtype)
+
+    def terms(
+        self, task: LinearConfig, schedule: LinearSchedule, rows: int, caps: Capabilities
+    ) -> dict[str, float]:
+        scheduled = replace(task, schedule=ByRows((schedule,)))
+        blocks, _, nb, _ = scheduled.packed_shape(caps)
+        vectors = nb // caps.lanes_f32
+        auto = max(1, min(6, (caps.vector_registers - vectors - 2) // vectors))
+        tile = min(schedule.rows_tile or auto, rows)
+        piece, rows_of_task = min(schedule.k_block, task.k), min(schedule.t_block, rows)
+        tasks = blocks * -(-rows // rows_of_task)
+        item = ITEM_BYTES[task.weight_dtype]
+        return {
+            "tasks": tasks / caps.threads,
+            "balance": balance(tasks, caps.threads),
+            "registers": (tile * vectors + vectors + 1) / caps.vector_registers,
+            "updates_per_load": tile * vectors / (tile + vectors),
+            "tail_rows": rows_of_task % tile / rows_of_task,
+            "weight_piece": float(piece * nb * item),
+            "x_piece": float(piece * rows_of_task * item),
+            "partial": float(rows_of_task * nb * 4 if piece < task.k else 0),
+            "pieces": -(-task.k // piece),
+            "padding": blocks * nb / (2 * task.n if task.gated else task.n),
+            "steps_ahead": schedule.prefetch / (nb * item),
+        }
+
+
+def finish(task: Any, sums: Array, case: dict[str, Array]) -> Array:
+    """The epilogue of a linear kernel in numpy: bias, activation, gate, residual (LinearAttrs in llmc/ops.py)."""
+    if "bias" in case:
+        sums = sums + case["bias"].astype(np.float32)
+    if task.gated:
+        first, second = np.split(sums, 2, axis=-1)
+        gate, other = (second, first) if task.gate_second else (first, second)
+        sums = (ACTIVATIONS[task.activation](gate) if task.activation else gate) * other
+    elif task.activation:
+        sums = ACTIVATIONS[task.activation](sums)
+    if "residual" in case:
+        sums = sums + case["residual"].astype(np.float32)
+    return np.asarray(sums, np.float32)
+
+
+def _erf(x: Array) -> Array:
+    return np.asarray(np.frompyfunc(math.erf, 1, 1)(x), np.float32)
+
+
+def _sigmoid(x: Array) -> Array:
+    return np.asarray(1 / (1 + np.exp(-x)))
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": lambda x: x * _sigmoid(x),
+    "gelu": lambda x: 0.5 * x * (1 + _erf(x * math.sqrt(0.5))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "sigmoid": _sigmoid,
+    "tanh": np.tanh,
+}

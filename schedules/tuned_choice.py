@@ -1,0 +1,161 @@
+"""The choice that follows from tuning records: which schedule a kernel gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmc.schedules.choice import ByRows
+from llmc.schedules.records import Record, Status, read_records, task_key
+from llmc.schedules.tunable import BUCKETS, Bucket, Tunable
+
+SHIPPED = Path(__file__).parent / "tuned"  # records that come with llmc, one file per machine
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the records say about a task.
+
+    Attributes:
+        schedule: for every number of rows.
+        records: that it rests on.
+    """
+
+    schedule: ByRows[Any]
+    records: tuple[Record, ...]
+
+
+class Tuned:
+    """Tuning records for one machine and one version of TVM: the schedules that passes choose for kernels.
+
+    Args:
+        sources: records in order, e.g. of files; where two sources know a task, the later one decides.
+        preset, tvm: what code is generated for and by; records for another preset or version do not count.
+        device: records of this device are preferred; without any, those of the device that was recorded last.
+        tunables: of the target.
+
+    Attributes:
+        used: records that choices were made from, in order of first use.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Iterable[Record]] = (),
+        preset: str = "",
+        tvm: str = "",
+        device: str = "",
+        tunables: Sequence[Tunable] = (),
+    ) -> None:
+        self.tunables = tuple(tunables)
+        self.used: dict[str, Record] = {}
+        self._preset = preset
+        self._by_task: dict[str, list[Record]] = {}
+        for source in sources:
+            found: dict[str, dict[str, list[Record]]] = {}
+            for record in source:
+                if record.preset == preset and record.tvm == tvm and record.status is Status.OK:
+                    found.setdefault(record.task_key, {}).setdefault(record.device, []).append(record)
+            for key, devices in found.items():
+                self._by_task[key] = devices.get(device) or list(devices.values())[-1]
+
+    def tunable_of(self, config: Any, name: str = "") -> Tunable | None:
+        """The kernel class of a config; `name` decides where one config has several kernels."""
+        for tunable in self.tunables:
+            if type(config) is tunable.config_type and name in ("", tunable.name):
+                return tunable
+        return None
+
+    def apply(self, config: Any, name: str = "", shared: Mapping[str, int] | None = None) -> Any:
+        """The config with tuned schedules where something is known that beats the default.
+
+        Args:
+            name: of the Tunable, where a config has several.
+            shared: values of shared fields that are decided already (the weight is packed for another kernel).
+        """
+        tunable = self.tunable_of(config, name)
+        if tunable is None:
+            return config
+        task = tunable.task(config)
+        key = task_key(tunable.name, tunable.version, tunable.to_values(task), self._preset)
+        choice = choose(tunable, task, self._by_task.get(key, []), shared)
+        if choice is None:
+            return config
+        for record in choice.records:
+            self.used.setdefault(record.identity, record)
+        return tunable.scheduled(config, choice.schedule)
+
+    def shared(self, config: Any) -> dict[str, int]:
+        """What a config's schedules agree in."""
+        tunable = self.tunable_of(config)
+        if tunable is None:
+            return {}
+        first = tunable.schedules_of(config).choices[0]
+        return {name: int(getattr(first, name)) for name in tunable.shared}
+
+
+def shipped_records() -> list[Record]:
+    """The records that come with llmc."""
+    return [record for path in sorted(SHIPPED.glob("*.jsonl")) for record in read_records(path)]
+
+
+def choose(
+    tunable: Tunable, task: Any, records: Iterable[Record], shared: Mapping[str, int] | None = None
+) -> Choice | None:
+    """The best schedule of each bucket that agree in the shared fields; None if the default is as good.
+
+    The shared fields take the values with the least time over all buckets, each weighted by its share of the step.
+    Values that some bucket was not measured with do not compete, but for the default's, whose time is known.
+    """
+    groups: dict[tuple[int, ...], dict[Bucket, Record]] = {}
+    shares: dict[Bucket, float] = {}
+    for record in records:
+        if record.bucket not in BUCKETS or record.status is not Status.OK or record.ratio <= 0:
+            continue
+        group = groups.setdefault(tuple(record.schedule.get(n, 0) for n in tunable.shared), {})
+        shares[record.bucket] = max(shares.get(record.bucket, 0.0), record.share)
+        best = group.get(record.bucket)
+        if best is None or record.ratio < best.ratio:
+            group[record.bucket] = record
+    plain = tunable.schedule_type()
+    usual = tuple(int(getattr(plain, name)) for name in tunable.shared)
+    if shared:
+        key: tuple[int, ...] | None = tuple(int(shared[name]) for name in tunable.shared)
+    else:
+        key = _best_group(groups, shares, usual)
+    if key is None:
+        return None
+    group = groups.get(key, {})
+    fallback = replace(plain, **dict(zip(tunable.shared, key, strict=True)))
+    known: dict[Bucket, Any] = {}
+    used: list[Record] = []
+    for bucket in tunable.buckets(task):
+        known[bucket] = fallback
+        if bucket in group and (group[bucket].ratio < 1 or key != usual):
+            known[bucket] = tunable.schedule_type(**group[bucket].schedule)
+            used.append(group[bucket])
+    # rows that no bucket of the kernel class covers go with the nearest that does
+    order = list(known)
+    near = lambda b: min(order, key=lambda o: abs(BUCKETS.index(o) - BUCKETS.index(b)))  # noqa: E731
+    pairs = [(bucket.high, known[near(bucket)]) for bucket in BUCKETS]
+    return Choice(ByRows.of(pairs), tuple(used))
+
+
+def _best_group(
+    groups: Mapping[tuple[int, ...], Mapping[Bucket, Record]],
+    shares: Mapping[Bucket, float],
+    usual: tuple[int, ...],
+) -> tuple[int, ...] | None:
+    """Values of the shared fields with the least time; None if nothing beats the default schedule."""
+    best, least = None, 0.0
+    for key, group in groups.items():
+        if key != usual and set(group) != set(shares):
+            continue
+        gain = 0.0
+        for bucket, share in shares.items():
+            ratio = group[bucket].ratio if bucket in group else 1.0
+            gain += max(share, 1e-9) * ((min(ratio, 1.0) if key == usual else ratio) - 1.0)
+        if gain < least:
+            best, least = key, gain
+    return best

@@ -1,0 +1,69 @@
+"""Runs candidates of the tuner on this machine's processor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+
+from llmc.caps import Capabilities
+from llmc.host import cache_bytes, default_threads
+from llmc.knobs import threads as wanted_threads
+from llmc.runtime.library import tensor_view
+from llmc.runtime.memory import huge_zeros
+from llmc.schedules.tunable import Arguments
+from llmc.targets.cpu.limits import peak, read_bandwidth
+from llmc.targets.runner import Limits, Runner
+
+_MOST_BYTES = 1 << 30  # of all copies of a cold argument
+
+
+class CpuRunner(Runner):
+    """Kernels as functions of a loaded library; weights on huge pages, as the runtime maps them."""
+
+    def __init__(self, caps: Capabilities, target: Any) -> None:
+        self.caps, self.target = caps, target
+        self.threads = wanted_threads() or default_threads()
+
+    def limits(self) -> Limits:
+        return Limits(read_bandwidth(self.caps, self.target), peak(self.caps, self.target, self.threads))
+
+    def load(self, path: Path) -> Any:
+        return tvm.runtime.load_module(str(path))["k"]
+
+    def place(self, arguments: Arguments) -> Sequence[Sequence[Any]]:
+        cold = sum(arguments.values[i].nbytes for i in arguments.cold)
+        copies = 1
+        if cold:
+            # twice the cache: the next turn finds nothing of the last one in it
+            copies = max(1, min(-(-2 * cache_bytes() // cold), _MOST_BYTES // cold))
+        shared = [v if isinstance(v, int) else _tensor(v) for v in arguments.values]
+        lists = [list(shared)]
+        for _ in range(copies - 1):
+            lists.append(
+                [_tensor(v) if i in arguments.cold else shared[i] for i, v in enumerate(arguments.values)]
+            )
+        return lists
+
+    def result(self, arguments: Arguments, placed: Sequence[Any]) -> np.ndarray[Any, Any]:
+        out = placed[arguments.out]
+        found = np.array(out.numpy())
+        out.copyfrom(arguments.values[arguments.out])
+        return found
+
+    def seconds(self, kernel: Any, placed: Sequence[Any]) -> float:
+        begin = time.perf_counter()
+        kernel(*placed)
+        return time.perf_counter() - begin
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> Any:
+    """A tvm tensor over a copy on huge pages."""
+    raw = huge_zeros(-(-array.nbytes // 64) * 64)
+    raw[: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    name = str(array.dtype)
+    return tensor_view(raw[: array.nbytes], array.shape, name)

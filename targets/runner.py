@@ -1,0 +1,54 @@
+"""How the tuner runs candidates on a target: load, place arguments, time, and the two limits of the machine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.schedules.tunable import Arguments, Work
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a machine reaches at best with a given number of threads, measured.
+
+    Attributes:
+        read: bytes per second read from memory.
+        peak: dtype -> operations per second on registers (a multiply-add is two).
+    """
+
+    read: float
+    peak: Mapping[str, float]
+
+    def least_seconds(self, work: Work) -> float:
+        """No kernel for this work is faster: the time of its memory traffic or of its operations."""
+        return max(work.bytes / self.read, work.operations / self.peak[work.dtype])
+
+
+class Runner(ABC):
+    """Runs kernels in the process that it is made in. Nothing here survives a candidate that crashes."""
+
+    @abstractmethod
+    def limits(self) -> Limits:
+        """Measure the machine's limits."""
+
+    @abstractmethod
+    def load(self, path: Path) -> Any:
+        """The kernel of a library that a build worker wrote."""
+
+    @abstractmethod
+    def place(self, arguments: Arguments) -> Sequence[Sequence[Any]]:
+        """Argument lists; lists differ in their copies of the cold arrays, enough of them to miss every cache."""
+
+    @abstractmethod
+    def result(self, arguments: Arguments, placed: Sequence[Any]) -> np.ndarray[Any, Any]:
+        """The checked output of one argument list, as numpy; cleared to NaN for the next call."""
+
+    @abstractmethod
+    def seconds(self, kernel: Any, placed: Sequence[Any]) -> float:
+        """Wall time of one call."""
