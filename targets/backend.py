@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from llmc.artifact import DeviceCode
 from llmc.caps import Capabilities
 from llmc.errors import LlmcError
+
+
+@dataclass(frozen=True)
+class Built:
+    """What code generation made.
+
+    Attributes:
+        executable: tvm's compiled module, for model.so.
+        files: further files of the artifact.
+        device: what they are, for the manifest.
+    """
+
+    executable: Any
+    files: dict[str, bytes] = field(default_factory=dict)
+    device: DeviceCode | None = None
+
+
+def build_host(module: Any, target: Any, caps: Capabilities) -> Built:
+    """Everything in model.so."""
+    from llmc.targets.codegen import build_executable
+
+    return Built(build_executable(module, target))
 
 
 @dataclass(frozen=True)
@@ -21,6 +44,9 @@ class Backend:
         capabilities: preset (or "" for what this machine has) -> Capabilities.
         tvm_target: Capabilities -> tvm.target.Target for host and device code.
         missing: Capabilities -> what this machine lacks to run such code; empty if it can.
+        build: module in VM form, target, Capabilities -> code.
+        several: presets may be joined with commas into one artifact.
+        on_device: code runs on a device that the compiling machine need not have; what must be run is then left out.
     """
 
     name: str
@@ -28,6 +54,9 @@ class Backend:
     capabilities: Callable[[str], Capabilities]
     tvm_target: Callable[[Capabilities], Any]
     missing: Callable[[Capabilities], tuple[str, ...]]
+    build: Callable[[Any, Any, Capabilities], Built] = build_host
+    several: bool = False
+    on_device: bool = False
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or not self.presets:
@@ -50,9 +79,9 @@ class Backend:
 
 
 # name -> module that exports BACKEND; imported on first use, so that a missing SDK fails only its own target
-_TARGETS = {"cpu": "llmc.targets.cpu.backend"}
+_TARGETS = {"cpu": "llmc.targets.cpu.backend", "cuda": "llmc.targets.cuda.backend"}
 # targets on the road map, and what to say until they exist
-_PLANNED = ("cuda", "vulkan", "android")
+_PLANNED = ("vulkan", "android")
 
 
 def names() -> tuple[str, ...]:
@@ -75,7 +104,8 @@ def get(target: str) -> tuple[Backend, Capabilities]:
             hint="Use --target cpu, or cpu/PRESET.",
         )
     backend: Backend = importlib.import_module(_TARGETS[name]).BACKEND
-    if preset and preset not in backend.presets:
+    parts = preset.split(",") if backend.several else [preset]
+    if preset and not set(parts) <= set(backend.presets):
         raise LlmcError(
             "unknown-preset",
             f"Target {name} has the presets {', '.join(backend.presets)}; found {preset!r}.",
