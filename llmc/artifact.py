@@ -184,6 +184,41 @@ class QualityReport:
 
 
 @dataclass(frozen=True)
+class DeviceKernel:
+    """A compiled device kernel, as the assembler reports it; sizes in bytes per thread, `shared_bytes` per block."""
+
+    name: str
+    arch: str
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    spill_stores: int
+    spill_loads: int
+
+    @property
+    def spill_bytes(self) -> int:
+        return max(self.spill_stores, self.spill_loads)
+
+
+@dataclass(frozen=True)
+class DeviceImage:
+    """Kernels for one architecture: a file beside model.so, in a format of TVM's loader (cubin)."""
+
+    arch: str
+    file: str
+    format: str
+
+
+@dataclass(frozen=True)
+class DeviceCode:
+    """Code that runs on a device beside the host's model.so, and what compiled it."""
+
+    compiler: str
+    images: tuple[DeviceImage, ...]
+    kernels: tuple[DeviceKernel, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything the runtime must know. `files` maps file names to sha256 (model.so and weights; not itself)."""
 
@@ -202,10 +237,12 @@ class Manifest:
     tuning_records: tuple[dict[str, Any], ...] = ()
     versions: dict[str, str] = field(default_factory=dict)  # torch, transformers, ... that compiled it
     files: dict[str, str] = field(default_factory=dict)
+    device: DeviceCode | None = None  # only of targets whose kernels run beside the host
 
     def as_text(self) -> str:
-        """JSON, stable key order."""
-        return json.dumps(to_plain(self), indent=1, sort_keys=True)
+        """JSON, stable key order; what a target does not have is left out."""
+        plain = {key: value for key, value in to_plain(self).items() if value is not None}
+        return json.dumps(plain, indent=1, sort_keys=True)
 
     @staticmethod
     def from_text(text: str, where: str) -> Manifest:

@@ -21,6 +21,11 @@ class Capabilities:
         has_bf16_dot: 2-way bf16 dot product with float32 accumulation (vdpbf16ps).
         has_lookup: a register can be permuted by another one (vpermps, vpermw, tbl): small tables are one instruction.
         threads: worker threads that default schedules are sized for.
+        simt: kernels are blocks of threads with shared memory; else loops over worker threads.
+        shared_bytes: most shared memory of a block.
+        multiprocessors: how many blocks run at a time, at least; default schedules spread work over so many.
+        has_mma_f16, has_mma_bf16: matrix units with float32 accumulation for that type (mma.m16n8k16).
+        has_async_copy: copies to shared memory that do not pass through registers (cp.async).
     """
 
     target: str
@@ -34,6 +39,12 @@ class Capabilities:
     has_bf16_dot: bool = False
     has_lookup: bool = False
     threads: int = 2
+    simt: bool = False
+    shared_bytes: int = 0
+    multiprocessors: int = 0
+    has_mma_f16: bool = False
+    has_mma_bf16: bool = False
+    has_async_copy: bool = False
 
     @property
     def lanes_f32(self) -> int:

@@ -41,3 +41,8 @@ def threads() -> int | None:
 def set_threads(threads: int) -> None:
     """Set TVM's worker count; must run before the first parallel kernel of the process."""
     os.environ["TVM_NUM_THREADS"] = str(threads)
+
+
+def cuda_compiler() -> str:
+    """LLMC_CUDA_COMPILER: nvrtc or nvcc (default: nvrtc if it is installed, else nvcc)."""
+    return os.environ.get("LLMC_CUDA_COMPILER", "")

@@ -25,7 +25,7 @@ from llmc.evaluate_text import check_text
 from llmc.quant.schemes import NONE, RTN, rotates
 from llmc.spec import AUTO, CompileSpec, Verify
 from llmc.stages import STAGES, ProgressReporter, StageRunner, run_passes
-from llmc.targets.backend import get
+from llmc.targets.backend import Backend, Built, get
 from llmc.writer import ArtifactWriter, PackedTensor, check_output, created
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def compile_model(
     output = Path(output).expanduser()
     check_output(output)
     backend, caps = get(spec.target)
-    if (spec.verify is not Verify.OFF and not spec.meta_weights) or spec.eval_text:
+    unchecked = _unchecked(backend, caps, spec)
+    if (spec.verify is not Verify.OFF and not spec.meta_weights and not unchecked) or spec.eval_text:
         backend.require_host(caps)
     for text in filter(None, (spec.calib_text, spec.eval_text)):
         check_text(Path(text))
@@ -110,17 +111,17 @@ def compile_model(
         source, graph = runner.run("capture", _capture, model, spec)
         step = runner.run("lower", _lower, graph, spec, source, caps, target, runner)
         del graph
-        executable = runner.run("build", _build, step, target, runner)
+        built = runner.run("build", _build, step, backend, caps, target, runner)
         made, stream = source, None
         if spec.quant_method != RTN:
             made, stream = runner.run("calibrate", _calibrate, step, source, spec, runner)
         params = runner.run("pack", _pack, step, made, writer, runner)
-        manifest = _manifest(spec, source, caps, step, params)
-        manifest = runner.run("write", _write, writer, executable, manifest, source)
-        quality = runner.run("verify", _verify, writer, source, made, spec, step, params)
+        manifest = _manifest(spec, source, caps, step, params, built)
+        manifest = runner.run("write", _write, writer, built, manifest, source)
+        quality = unchecked or runner.run("verify", _verify, writer, source, made, spec, step, params)
         if spec.eval_text:
             quality = runner.run("evaluate", _evaluate, quality, writer, source, made, stream, spec, runner)
-        manifest = writer.finish(executable, dataclasses.replace(manifest, quality=quality, files={}))
+        manifest = writer.finish(built.executable, dataclasses.replace(manifest, quality=quality, files={}))
         writer.commit()
         done = output
     return CompileResult(done, manifest if done else None, runner, search)
@@ -227,15 +228,25 @@ def _lower(
     return run_passes(runner, "lower", order.step_phase(caps, target, bounds), step)
 
 
-def _build(step: StepModule, target: Any, runner: StageRunner) -> Any:
+def _unchecked(backend: Backend, caps: Capabilities, spec: CompileSpec) -> QualityReport | None:
+    """What the manifest says if the artifact cannot be run here and its target allows for that; None = it can."""
+    if not backend.on_device or spec.verify is Verify.OFF:
+        return None
+    lacks = backend.missing(caps)
+    if not lacks:
+        return None
+    note = f"NOT CHECKED against the source model: this machine cannot run {caps.preset} code; {', '.join(lacks)}"
+    return QualityReport(mode=Verify.OFF.value, note=note)
+
+
+def _build(step: StepModule, backend: Backend, caps: Capabilities, target: Any, runner: StageRunner) -> Built:
     """Relax VM bytecode and machine code."""
     from llmc.passes import order
-    from llmc.targets.codegen import build_executable
 
     module = step.module
     with target:
         module = run_passes(runner, "build", order.build_phase(), module)
-    return runner.run_pass("build", "codegen", lambda m: build_executable(m, target), module)
+    return runner.run_pass("build", "codegen", lambda m: backend.build(m, target, caps), module)
 
 
 def _calibrate(
@@ -287,10 +298,11 @@ def _pack(
     return tuple(shards.entries)
 
 
-def _write(writer: ArtifactWriter, executable: Any, manifest: Manifest, source: SourceModel) -> Manifest:
-    """Tokenizer files, model.so and manifest, into the temporary folder."""
+def _write(writer: ArtifactWriter, built: Built, manifest: Manifest, source: SourceModel) -> Manifest:
+    """Tokenizer files, device code, model.so and manifest, into the temporary folder."""
     writer.copy_tokenizer(source.folder)
-    return writer.finish(executable, manifest)
+    writer.add_files(built.files)
+    return writer.finish(built.executable, manifest)
 
 
 def _verify(
@@ -378,6 +390,7 @@ def _manifest(
     caps: Capabilities,
     step: StepModule,
     params: tuple[ParamEntry, ...],
+    built: Built,
 ) -> Manifest:
     import tvm
 
@@ -405,6 +418,7 @@ def _manifest(
         params=params,
         quality=NO_CHECK,
         versions=versions(),
+        device=built.device,
     )
 
 

@@ -22,7 +22,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 _SHARD_NAME = re.compile(r"weights-\d{5}\.safetensors")
+_KERNELS_NAME = re.compile(r"kernels-\w+\.bin")
 
 
 def created() -> str:
@@ -79,7 +80,8 @@ def check_output(output: Path) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (MANIFEST, LIBRARY, *TOKENIZER_FILES) or bool(_SHARD_NAME.fullmatch(name))
+    known = (_SHARD_NAME, _KERNELS_NAME)
+    return name in (MANIFEST, LIBRARY, *TOKENIZER_FILES) or any(k.fullmatch(name) for k in known)
 
 
 class ArtifactWriter:
@@ -141,6 +143,12 @@ class ArtifactWriter:
                     shutil.copyfile(path, self.folder / name)
                 copied.append(name)
         return tuple(copied)
+
+    def add_files(self, files: Mapping[str, bytes]) -> None:
+        """Write further files of the artifact, e.g. device code."""
+        for name, data in files.items():
+            with disk_errors(self.folder / name):
+                (self.folder / name).write_bytes(data)
 
     def finish(self, executable: Any, manifest: Manifest) -> Manifest:
         """Link model.so with the manifest inside, write manifest.json, and return what that holds.

@@ -271,7 +271,9 @@ class QuantBlocks:
             e.store(totals, i * lanes, e.splat(0.0, lanes), lanes)
         with e.loop(-(-self.pieces // per_chunk)) as c:
             first = e.let(c * per_chunk)
-            inside = per_chunk if self.pieces % per_chunk == 0 else e.let(T.min(per_chunk, self.pieces - first))
+            inside = (
+                per_chunk if self.pieces % per_chunk == 0 else e.let(T.min(per_chunk, self.pieces - first))
+            )
             with e.loop(inside) as q:
                 place = codes.place(base, e.let(first + q))
                 with e.loop(self.steps) as s:
@@ -280,7 +282,9 @@ class QuantBlocks:
                     scale = e.let(codes.scale(place.scales, v * lanes, lanes, place.tops))
                     e.store(scales, q * nb + v * lanes, scale, lanes)
                     if shifts is not None:
-                        e.store(shifts, q * nb + v * lanes, codes.shift(place, v * lanes, lanes, scale), lanes)
+                        e.store(
+                            shifts, q * nb + v * lanes, codes.shift(place, v * lanes, lanes, scale), lanes
+                        )
             with e.loop(tiles) as i:
                 start = e.let(i * tile)
                 # the last tile is filled up with its last row, whose further totals are not used
@@ -298,7 +302,9 @@ class QuantBlocks:
                             to = e.let((start + r) * nb + v * lanes)
                             value = e.load(totals, to, lanes) + e.load(acc[r][v], 0, lanes) * scale
                             if shift is not None:
-                                value = value + shift * e.splat(x.sums[rows[r] * self.pieces + first + q], lanes)
+                                value = value + shift * e.splat(
+                                    x.sums[rows[r] * self.pieces + first + q], lanes
+                                )
                             e.store(totals, to, value, lanes)
         self._write_rows(micro, totals, count, write)
 
@@ -346,4 +352,3 @@ def _loop_or_once(turns: int) -> Iterator[Any]:
         return
     with e.loop(turns) as i:
         yield i
-

@@ -216,7 +216,9 @@ class Step:
         layout, lanes, nb = codes.layout, codes.lanes, codes.layout.n_block
         if codes.in_bytes:
             at = place.units + (place.step + s) * (2 * nb) + row
-            bytes_ = [[e.load(codes.signed, at + p * nb + v * lanes, lanes) for p in (0, 1)] for v in range(vectors)]
+            bytes_ = [
+                [e.load(codes.signed, at + p * nb + v * lanes, lanes) for p in (0, 1)] for v in range(vectors)
+            ]
             self._bytes = [[e.let(b) for b in pair] for pair in bytes_]
             return
         widest = max(layout.planes)

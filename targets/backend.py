@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llmc.artifact import DeviceCode
 from llmc.caps import Capabilities
 from llmc.errors import LlmcError
 
 if TYPE_CHECKING:
     from llmc.schedules.tunable import Tunable
     from llmc.targets.runner import Runner
+
+
+@dataclass(frozen=True)
+class Built:
+    """What code generation made.
+
+    Attributes:
+        executable: tvm's compiled module, for model.so.
+        files: further files of the artifact.
+        device: what they are, for the manifest.
+    """
+
+    executable: Any
+    files: dict[str, bytes] = field(default_factory=dict)
+    device: DeviceCode | None = None
+
+
+def build_host(module: Any, target: Any, caps: Capabilities) -> Built:
+    """Everything in model.so."""
+    from llmc.targets.codegen import build_executable
+
+    return Built(build_executable(module, target))
 
 
 @dataclass(frozen=True)
@@ -28,6 +51,9 @@ class Backend:
         tunables: the kernel classes that its compiles use and the tuner searches, imported when called.
         runner: Capabilities -> what the tuner runs candidates with; None = this target cannot be tuned here.
         device: name of the device that the tuner would measure on.
+        build: module in VM form, target, Capabilities -> code.
+        several: presets may be joined with commas into one artifact.
+        on_device: code runs on a device that the compiling machine need not have; what must be run is then left out.
     """
 
     name: str
@@ -38,6 +64,9 @@ class Backend:
     tunables: Callable[[], tuple[Tunable, ...]] = tuple
     runner: Callable[[Capabilities], Runner] | None = None
     device: Callable[[], str] = str
+    build: Callable[[Any, Any, Capabilities], Built] = build_host
+    several: bool = False
+    on_device: bool = False
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or not self.presets:
@@ -60,9 +89,9 @@ class Backend:
 
 
 # name -> module that exports BACKEND; imported on first use, so that a missing SDK fails only its own target
-_TARGETS = {"cpu": "llmc.targets.cpu.backend"}
+_TARGETS = {"cpu": "llmc.targets.cpu.backend", "cuda": "llmc.targets.cuda.backend"}
 # targets on the road map, and what to say until they exist
-_PLANNED = ("cuda", "vulkan", "android")
+_PLANNED = ("vulkan", "android")
 
 
 def names() -> tuple[str, ...]:
@@ -85,7 +114,8 @@ def get(target: str) -> tuple[Backend, Capabilities]:
             hint="Use --target cpu, or cpu/PRESET.",
         )
     backend: Backend = importlib.import_module(_TARGETS[name]).BACKEND
-    if preset and preset not in backend.presets:
+    parts = preset.split(",") if backend.several else [preset]
+    if preset and not set(parts) <= set(backend.presets):
         raise LlmcError(
             "unknown-preset",
             f"Target {name} has the presets {', '.join(backend.presets)}; found {preset!r}.",

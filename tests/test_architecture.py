@@ -21,7 +21,19 @@ ROOT = Path(__file__).resolve().parent.parent
 MAPPED = ("passes", "schedules", "runtime", "targets")
 
 # base modules: the standard library and each other; `ir` wraps tvm for all compiler code
-BASE = ("errors", "knobs", "caps", "spec", "ops", "kv_plan", "artifact", "ir", "host", "kernel_work")
+BASE = (
+    "errors",
+    "knobs",
+    "caps",
+    "spec",
+    "ops",
+    "kv_plan",
+    "artifact",
+    "ir",
+    "host",
+    "kernel_work",
+    "cuda_driver",
+)
 # what the driver is made of, beside the pipeline; each may be imported by pipeline and cli
 DRIVER = ("stages", "reproducer", "shards", "link", "writer", "packing", "inspect", "doctor")
 CAPTURE_PASSES = ("rewrite", "raise_attention", "match_attention", "resolve_mask", "relax_eval")
@@ -65,8 +77,22 @@ ALLOWED: dict[str, set[str]] = {
     "passes": {*BASE, "schedules", "frontend.graph", "quant.schemes"},
     # the tuner's runner places weights as the runtime does
     "targets": {*BASE, "passes", "schedules", "runtime.library", "runtime.memory"},
-    "runtime": {"artifact", "errors", "host", "knobs", "kv_plan"},
+    "runtime": {"artifact", "cuda_driver", "errors", "host", "knobs", "kv_plan"},
+    # kernels come in lowered; running a whole step needs what lowers and lays out
+    "simulate": {
+        *BASE,
+        "passes",
+        "schedules",
+        "targets",
+        "frontend",
+        "quant",
+        "packing",
+        "pipeline",
+        "reference",
+    },
     "reproducer": set(BASE),
+    # kernels that measure the machine, run as the runtime runs kernels
+    "limits": {*BASE, "runtime.library", "runtime.memory", "schedules", "targets"},
     "stages": {*BASE, "reproducer", "runtime.memory"},
     "shards": set(BASE),
     "link": {*BASE, "runtime.embedded"},

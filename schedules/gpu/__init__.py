@@ -1,0 +1,1 @@
+"""Kernels for machines with blocks, warps and shared memory (Capabilities.simt)."""

@@ -1,0 +1,129 @@
+"""Words to write block-and-thread TIR with, beside those of schedules/emit.py.
+
+A kernel writes its barriers itself: nothing is inserted behind its back (llmc/targets/simt.py), and the simulator
+(llmc/simulate) finds a barrier that is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tvm import tirx
+from tvm.backend.cuda.op import cuda_func_call
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+from llmc.schedules import emit as e
+
+WARP = 32
+
+
+@contextmanager
+def launch(grid: Any, threads: int) -> Iterator[tuple[Any, Any]]:
+    """A launch of `grid` blocks of `threads` threads: (block as int64, thread as int32)."""
+    with (
+        T.launch_thread("blockIdx.x", e.i64(grid)) as block,
+        T.launch_thread("threadIdx.x", threads) as thread,
+    ):
+        yield block, thread
+
+
+def named(name: str, buffer: Any) -> Any:
+    """The buffer with a name, for the generated source and the simulator's messages."""
+    return IRBuilder.name(name, buffer)
+
+
+def tensor(name: str, shape: Sequence[Any], dtype: str) -> Any:
+    """Declare a tensor argument, as emit.tensor does, with its name."""
+    return named(name, e.tensor(name, shape, dtype))
+
+
+def shared(size: int, dtype: str = "float32", name: str = "shared") -> Any:
+    """Memory that the threads of a block share."""
+    return named(name, T.alloc_buffer((size,), dtype, scope="shared"))
+
+
+def local(size: int, dtype: str = "float32") -> Any:
+    """Registers of a thread; index it with constants only, else it goes to memory."""
+    return T.alloc_buffer((size,), dtype, scope="local")
+
+
+def barrier() -> None:
+    """All threads of the block meet."""
+    T.evaluate(T.tvm_storage_sync("shared"))
+
+
+def i32(value: Any) -> Any:
+    """An int32 expression."""
+    if isinstance(value, int):
+        return tirx.IntImm("int32", value)
+    return value if str(value.ty.dtype) == "int32" else tirx.Cast("int32", value)
+
+
+def across(value: Any, offset: int) -> Any:
+    """The value of the thread whose number in the warp differs in the bit `offset`."""
+    return T.tvm_warp_shuffle_xor(tirx.IntImm("uint32", 0xFFFFFFFF), value, offset, WARP, WARP)
+
+
+def warp_reduce(register: Any, op: Callable[[Any, Any], Any], first: int = WARP // 2, last: int = 1) -> None:
+    """Combine register[0] over threads whose numbers differ in the bits first..last; all of them get the result."""
+    offset = first
+    while offset >= last:
+        other = e.let(across(register[0], offset))
+        e.store(register, 0, op(register[0], other), 1)
+        offset //= 2
+
+
+def block_reduce(
+    register: Any, scratch: Any, thread: Any, threads: int, op: Callable[[Any, Any], Any]
+) -> None:
+    """Combine register[0] over the threads of a block; all get the result.
+
+    Args:
+        scratch: shared memory of threads / 32 elements; its earlier content is not used.
+    """
+    warp_reduce(register, op)
+    warps = threads // WARP
+    if warps == 1:
+        return
+    barrier()  # the last reader of scratch may still be at it
+    with T.If(thread % WARP == 0), T.Then():
+        e.store(scratch, thread // WARP, register[0], 1)
+    barrier()
+    e.store(register, 0, scratch[0], 1)
+    for w in range(1, warps):
+        e.store(register, 0, op(register[0], scratch[w]), 1)
+
+
+def add(a: Any, b: Any) -> Any:
+    return a + b
+
+
+def strided(first: Any, count: Any, step: int, body: Callable[[Any], None]) -> None:
+    """body(i) for i = first, first + step, ... < count."""
+    first = e.i64(first)
+    with e.loop((e.i64(count) - first + (step - 1)) // step) as i:
+        body(e.let(first + i * step))
+
+
+def when(condition: Any) -> Any:
+    """`with when(c):` executes the body where c holds."""
+
+    @contextmanager
+    def scope() -> Iterator[None]:
+        with T.If(condition), T.Then():
+            yield
+
+    return scope()
+
+
+def address(buffer: Any, index: Any) -> Any:
+    """The address of an element, for device functions."""
+    return T.address_of(buffer[index])
+
+
+def device_call(name: str, source: str, *args: Any, result: str = "void") -> Any:
+    """Call of a device function that is given as CUDA source; llmc/simulate/intrinsics.py has its model."""
+    return cuda_func_call(name, *args, source_code=source, return_type=result)
