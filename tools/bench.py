@@ -224,8 +224,8 @@ def worker(options: argparse.Namespace) -> None:
         print(json.dumps({**asdict(done), "peak_rss": peak_rss()}), file=answers, flush=True)
 
 
-def make_model(shape: str, dtype: str, folder: Path) -> None:
-    """Write a Hugging Face folder with random weights, unless it is there already."""
+def make_model(shape: str, dtype: str, folder: Path, layers: int = 0) -> None:
+    """Write a Hugging Face folder with random weights, unless it is there already; `layers` instead of the shape's."""
     if (folder / "config.json").exists():
         return
     import torch
@@ -233,7 +233,8 @@ def make_model(shape: str, dtype: str, folder: Path) -> None:
 
     print(f"bench: making random weights in {folder}", file=sys.stderr)
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(**SHAPES[shape], bos_token_id=0, eos_token_id=None)
+    values = {**SHAPES[shape], **({"num_hidden_layers": layers} if layers else {})}
+    config = transformers.AutoConfig.for_model(**values, bos_token_id=0, eos_token_id=None)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, TORCH_NAMES[dtype]))
     partial = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     model.save_pretrained(partial)
@@ -265,7 +266,7 @@ def compile_artifact(options: argparse.Namespace, model: Path, artifact: Path) -
 def in_process(function: str, *arguments: str) -> None:
     """Run a function of this file in a process of its own: torch's memory goes back to the system afterwards."""
     code = f"import sys; from pathlib import Path; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench"
-    code += f"; bench.{function}(sys.argv[1], sys.argv[2], Path(sys.argv[3]))"
+    code += f"; bench.{function}(sys.argv[1], sys.argv[2], Path(sys.argv[3]), *map(int, sys.argv[4:]))"
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdin=subprocess.DEVNULL)
 
 
