@@ -189,6 +189,7 @@ class HeadsAttrs:
     Attributes:
         heads, dim: of the result.
         runs: the rotation; they cover every element of a head once.
+        norm: each head of `norm_width` elements is normalised first; weight and bias of that width follow x.
     """
 
     heads: int
@@ -198,10 +199,17 @@ class HeadsAttrs:
     head_stride: int
     head_major: bool
     runs: tuple[Run, ...]
+    norm: NormAttrs | None = None
+    norm_width: int = 0
 
     @property
     def rotates(self) -> bool:
         return any(run.pair for run in self.runs)
+
+    @property
+    def vectors(self) -> int:
+        """Operands of the norm."""
+        return 0 if self.norm is None else self.norm.has_weight + self.norm.has_bias
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -209,4 +217,5 @@ class HeadsAttrs:
     @staticmethod
     def from_json(text: str) -> HeadsAttrs:
         values = json.loads(text)
-        return HeadsAttrs(**{**values, "runs": tuple(Run(**r) for r in values["runs"])})
+        norm = NormAttrs(**values["norm"]) if values["norm"] else None
+        return HeadsAttrs(**{**values, "runs": tuple(Run(**r) for r in values["runs"]), "norm": norm})

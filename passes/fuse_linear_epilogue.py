@@ -84,11 +84,20 @@ def _activation(graph: Graph, value: Any) -> tuple[str | None, Any]:
     if name is not None:
         # relu2 is taken as a whole
         return name, graph.source(value.args[0])
-    if ir.is_op(value, "relax.multiply") and graph.source(value.args[0]) == graph.source(value.args[1]):
-        inner = graph.source(value.args[0])
-        if ir.is_op(graph.definition(inner), "relax.nn.relu") and graph.uses.get(inner, 0) == 2:
-            return "relu2", graph.source(graph.definition(inner).args[0])
+    inner, reads = _squared(graph, value)
+    positive = graph.definition(inner)
+    if ir.is_op(positive, "relax.nn.relu") and graph.uses.get(inner, 0) == reads:
+        return "relu2", graph.source(positive.args[0])
     return None, None
+
+
+def _squared(graph: Graph, value: Any) -> tuple[Any, int]:
+    """(x, how often it is read) if `value` is x squared."""
+    if ir.is_op(value, "relax.square"):
+        return graph.source(value.args[0]), 1
+    if ir.is_op(value, "relax.multiply") and graph.source(value.args[0]) == graph.source(value.args[1]):
+        return graph.source(value.args[0]), 2
+    return None, 0
 
 
 def _plain(graph: Graph, var: Any, weights: set[Any]) -> _Call | None:

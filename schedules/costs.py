@@ -84,7 +84,7 @@ def _(config: GatherConfig) -> KernelCost:
 
 @kernel_cost.register
 def _(config: RopeConfig) -> KernelCost:
-    first = len(config.sources) + len(config.tensors) + 1  # of the pools, behind the slots
+    first = config.operands + 1  # of the pools, behind the slots
     pools = () if config.k is None else _appended(config.attention, first)
     return KernelCost("rope" if config.k is None else "rope + append", _rotation(config), written=pools)
 
@@ -104,11 +104,13 @@ def attention_cost(config: AttentionConfig, rope: RopeConfig | None = None) -> K
     at, kind = 1, "attention"
     written: tuple[tuple[int, Formula], ...] = ()
     if rope is not None:
-        at = len(rope.sources) + len(rope.tensors)
-        kind = "rope + attention"
+        at = rope.operands
+        parts = ["norm"] * any(s.attrs.norm is not None for s in rope.sources)
+        parts += ["rope"] * any(s.attrs.rotates for s in rope.sources) + ["append"] * (rope.k is not None)
+        kind = " + ".join([*parts, kind])
         operations += _rotation(rope)
         if rope.k is not None:
-            at, kind = at + 1, "rope + append + attention"
+            at += 1
             written = _appended(config, at)
     read = ((at, Formula.of(keys, cached)), (at + 1, Formula.of(values, cached)), (at + 4, Formula()))
     # the second result is scratch
@@ -189,13 +191,10 @@ def _experts(kind: str, experts: int, n: int, k: int, size: int) -> KernelCost:
 
 
 def _rotation(config: RopeConfig) -> Formula:
-    elements = sum(
-        source.attrs.heads * run.count * 3
-        for source in config.sources
-        for run in source.attrs.runs
-        if run.pair
-    )
-    return Formula.of(elements, "T")
+    each = 0
+    for attrs in (source.attrs for source in config.sources):
+        each += attrs.heads * (sum(3 * run.count for run in attrs.runs if run.pair) + 4 * attrs.norm_width)
+    return Formula.of(each, "T")
 
 
 def _appended(config: AttentionConfig, at: int) -> tuple[tuple[int, Formula], ...]:

@@ -87,11 +87,11 @@ def _row(cfg: NormConfig, caps: Capabilities, base: Any, views: list[Any], vecto
             value = read(x, base + j, n, cfg.dtype) + read(addend, base + j, n, cfg.dtype)
             e.store(total, base + j, e.narrow(e.let(value), cfg.dtype, n, caps), n)
 
-        _along(k, caps, add)
+        along(k, caps, add)
         x = total
     mean = None
     if attrs.center:
-        mean = e.let(_sum(k, caps, lambda j, n: read(x, base + j, n, cfg.dtype)) * e.f32(1.0 / k))
+        mean = e.let(sum_along(k, caps, lambda j, n: read(x, base + j, n, cfg.dtype)) * e.f32(1.0 / k))
 
     def centered(j: Any, n: int) -> Any:
         value = read(x, base + j, n, cfg.dtype)
@@ -101,7 +101,7 @@ def _row(cfg: NormConfig, caps: Capabilities, base: Any, views: list[Any], vecto
         value = centered(j, n)
         return value * value
 
-    variance = e.let(_sum(k, caps, square) * e.f32(1.0 / k))
+    variance = e.let(sum_along(k, caps, square) * e.f32(1.0 / k))
     scale = e.let(e.f32(1.0) / T.sqrt(variance + e.f32(attrs.eps)))
 
     def write(j: Any, n: int) -> None:
@@ -115,10 +115,10 @@ def _row(cfg: NormConfig, caps: Capabilities, base: Any, views: list[Any], vecto
             value = value + read(bias, j, n, cfg.weight_dtype)
         e.store(y, base + j, e.narrow(e.let(value), cfg.dtype, n, caps), n)
 
-    _along(k, caps, write)
+    along(k, caps, write)
 
 
-def _along(k: int, caps: Capabilities, body: Callable[[Any, int], None]) -> None:
+def along(k: int, caps: Capabilities, body: Callable[[Any, int], None]) -> None:
     """body(first, lanes) for all elements of a row."""
     lanes = caps.lanes_f32
     with e.loop(k // lanes) as i:
@@ -128,7 +128,7 @@ def _along(k: int, caps: Capabilities, body: Callable[[Any, int], None]) -> None
             body(j, 1)
 
 
-def _sum(k: int, caps: Capabilities, term: Callable[[Any, int], Any]) -> Any:
+def sum_along(k: int, caps: Capabilities, term: Callable[[Any, int], Any]) -> Any:
     """Sum of a row's terms: four vectors side by side, as an addition takes four cycles."""
     lanes = caps.lanes_f32
     parts = [e.scratch(lanes) for _ in range(4)]

@@ -45,12 +45,12 @@ from tools.bench_sides.shapes import SHAPES, TORCH_NAMES, prompt_of  # noqa: E40
 _REST = 0.5
 
 
-def checkpoint(shape: str, dtype: str, cache: Path) -> Path:
-    """The folder with random weights, made if it is not there."""
-    folder = cache / f"{shape}-{dtype}"
+def checkpoint(shape: str, dtype: str, cache: Path, layers: int = 0) -> Path:
+    """The folder with random weights, made if it is not there; `layers` of them, not the shape's if not 0."""
+    folder = cache / (f"{shape}-{dtype}-{layers}" if layers else f"{shape}-{dtype}")
     if not (folder / "config.json").exists():
         cache.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "tools.bench_sides.shapes", shape, dtype, str(folder)]
+        command = [sys.executable, "-m", "tools.bench_sides.shapes", shape, dtype, str(folder), str(layers)]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL, cwd=ROOT)
     return folder
 

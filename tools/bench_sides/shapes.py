@@ -79,8 +79,8 @@ CHECKED = ("check-llama", "check-qwen")
 TORCH_NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
-def make_model(shape: str, dtype: str, folder: Path) -> None:
-    """Write a Hugging Face folder with random weights, unless it is there already."""
+def make_model(shape: str, dtype: str, folder: Path, layers: int = 0) -> None:
+    """Write a Hugging Face folder with random weights, unless it is there; `layers` of them, not the shape's if not 0."""
     if (folder / "config.json").exists():
         return
     import torch
@@ -88,7 +88,8 @@ def make_model(shape: str, dtype: str, folder: Path) -> None:
 
     print(f"bench: making random weights in {folder}", file=sys.stderr)
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(**SHAPES[shape], bos_token_id=0, eos_token_id=None)
+    values = {**SHAPES[shape], **({"num_hidden_layers": layers} if layers else {})}
+    config = transformers.AutoConfig.for_model(**values, bos_token_id=0, eos_token_id=None)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, TORCH_NAMES[dtype]))
     if shape in CHECKED:
         with torch.no_grad():
@@ -108,4 +109,4 @@ def prompt_of(shape: str, length: int, start: int = 1) -> list[int]:
 
 
 if __name__ == "__main__":  # in a process of its own: torch's memory goes back to the system afterwards
-    make_model(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    make_model(sys.argv[1], sys.argv[2], Path(sys.argv[3]), *map(int, sys.argv[4:]))
