@@ -91,7 +91,7 @@ class CompiledEngine:
         pages: tuple[int, ...],
     ) -> None:
         self._functions = {name: library.function(name) for name in functions}
-        self._library = library
+        self.library = library
         self._weights = weights
         self._pools: list[Bytes] = []
         tensors: list[Any] = []

@@ -19,6 +19,7 @@ from llmc.runtime.engine import CompiledEngine, Engine, Floats, input_names
 from llmc.runtime.generate import TextStream, generate
 from llmc.runtime.library import Library, tvm_version, use_threads
 from llmc.runtime.pages import PageAllocator, plan_pages, pool_bytes
+from llmc.runtime.profile import Profiler
 from llmc.runtime.request import Defaults, Stop, make_request
 from llmc.runtime.results import GenerateResult, Memory
 from llmc.runtime.sequence import Sequence
@@ -362,6 +363,16 @@ class Model:
             for _ in pieces:
                 pass
         return pieces.result
+
+    def profiler(self) -> Profiler:
+        """Times steps kernel by kernel.
+
+        Raises:
+            LlmcError: the model's engine is not a compiled one.
+        """
+        if not isinstance(self._engine, CompiledEngine):
+            raise LlmcError("no-profile", "Only a compiled model can be profiled.")
+        return Profiler(self._stepper, self._engine.library)
 
     def memory(self) -> Memory:
         """What the model takes."""

@@ -34,7 +34,7 @@ _INSTRUMENT = ctypes.CFUNCTYPE(
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Times of repeated equal steps, seconds.
+    """Times of repeated equal steps, seconds, each the median over the steps.
 
     Attributes:
         function: the compiled function that ran.
@@ -57,12 +57,12 @@ class StepTimes:
 
     @property
     def python_seconds(self) -> float:
-        """Time of a step in Python: checks, page tables, sampling."""
+        """Time of a step in Python: checks, page tables, the choice of the token."""
         return self.wall - self.engine
 
     @property
     def vm_seconds(self) -> float:
-        """Time of a step in the virtual machine, between kernels."""
+        """Time of a step in the virtual machine, between kernels; on a busy machine noise can make it negative."""
         return self.engine - self.kernel_seconds
 
     @property
@@ -121,7 +121,14 @@ class Profiler:
         finally:
             self._library.instrument(None)
             self._stepper.engine = timed.inner
-        return _times(timed.functions.pop(), names, wall, engine, np.array(calls))
+        kernels = _kernels(names, np.array(calls) * 1e-9)
+        return StepTimes(
+            timed.functions.pop(),
+            statistics.median(wall),
+            statistics.median(engine),
+            kernels,
+            len(names) - sum(count for count, _ in kernels.values()),
+        )
 
     def _names(self, step: Callable[[], object]) -> list[str]:
         """What a step calls, in order."""
@@ -149,14 +156,14 @@ class Profiler:
         return found
 
 
-def _times(
-    function: str,
-    names: list[str],
-    wall: list[float],
-    engine: list[float],
-    calls: npt.NDArray[np.int64],
-) -> StepTimes:
-    medians = np.median(calls, axis=0) * 1e-9
+def _kernels(names: list[str], calls: npt.NDArray[Any]) -> dict[str, tuple[int, float]]:
+    """Kernels as in StepTimes, without the instrument's own time.
+
+    Args:
+        names: of the calls of a step.
+        calls: f64[steps, calls] seconds between the two readings of a call.
+    """
+    medians = np.median(calls, axis=0)
     nothing = [s for name, s in zip(names, medians, strict=True) if name == _NOTHING]
     cost = statistics.median(nothing) if nothing else float(medians.min(initial=0.0))
     kernels: dict[str, tuple[int, float]] = {}
@@ -164,13 +171,7 @@ def _times(
         if not name.startswith(_NOT_KERNELS):
             count, total = kernels.get(name, (0, 0.0))
             kernels[name] = (count + 1, total + max(float(seconds) - cost, 0.0))
-    return StepTimes(
-        function,
-        statistics.median(wall),
-        statistics.median(engine),
-        kernels,
-        len(names) - sum(count for count, _ in kernels.values()),
-    )
+    return kernels
 
 
 def _clock(stamps: list[int]) -> Any:

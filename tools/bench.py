@@ -129,8 +129,9 @@ class Case:
     def start(self, name: str) -> Worker:
         """A worker of that side, loaded."""
         python, folder = self._loads[name]
-        module = "llmc_side" if name == "llmc" else PEERS[name].side
-        extra = {"dtype": TORCH_NAMES[self.options.dtype], "attention": self.options.attention}
+        module = llmc_side.__name__ if name == "llmc" else PEERS[name].side
+        o = self.options
+        extra = {"dtype": TORCH_NAMES[o.dtype], "attention": o.attention, "longest": str(o.prompt + o.tokens)}
         return Worker(name, python, module, folder, self.options.threads, extra)
 
 

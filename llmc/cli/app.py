@@ -233,6 +233,40 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
+    prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt (default: up to 512).")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate per round.")] = 64,
+    rounds: Annotated[int, typer.Option(help="How often.")] = 5,
+    batch: Annotated[int, typer.Option(help="Sequences side by side.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="Worker threads (default: all cores).")] = None,
+    roofline: Annotated[
+        bool,
+        typer.Option("--roofline", help="Also each kernel's time, beside what this machine can do at most."),
+    ] = False,
+    json: Annotated[Path | None, typer.Option(help="Also write all figures there.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the roofline there (.png, .svg); implies --roofline.")
+    ] = None,
+) -> None:
+    """Measure how fast an artifact reads prompts and generates tokens on this machine."""
+    with guard():
+        from llmc.cli.bench import run_bench
+
+        run_bench(
+            artifact,
+            prompt=prompt,
+            tokens=tokens,
+            rounds=rounds,
+            batch=batch,
+            threads=threads,
+            roofline=roofline,
+            json_file=json,
+            plot=plot,
+        )
+
+
+@app.command()
 def inspect(
     artifact: Annotated[Path, typer.Argument(help="Artifact folder, or its model.so.")],
     json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,

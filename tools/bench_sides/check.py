@@ -31,7 +31,9 @@ def run(peers: Sequence[str], threads: int, cache: Path, checkpoint: Callable[[s
         prompt = prompt_of(shape, _PROMPT)
         shuffled = [*prompt[-2::-1], prompt[-1]]
         plain = {"dtype": "float32", "attention": "eager"}
-        reference = Worker("transformers", Path(sys.executable), "transformers_side", folder, threads, plain)
+        reference = Worker(
+            "transformers", Path(sys.executable), PEERS["transformers"].side, folder, threads, plain
+        )
         expected, other = (np.array(reference.logits(p)) for p in (prompt, shuffled))
         reference.close()
         for name in peers:

@@ -6,12 +6,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# tokens that the context can hold, and that one call computes
-CONTEXT, STEP = 4096, 512
+# tokens that one call computes
+STEP = 512
 
 
 class Side:
-    """See protocol.Side; `model` is the folder with model.gguf."""
+    """See protocol.Side; `model` is the folder with model.gguf. Option: longest, tokens of the longest sequence."""
 
     def __init__(self, model: Path, threads: int, options: dict[str, str]) -> None:
         import llama_cpp
@@ -24,7 +24,7 @@ class Side:
         if not self._model:
             raise SystemExit(f"llama.cpp cannot load {model}")
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = CONTEXT, STEP, STEP
+        params.n_ctx, params.n_batch, params.n_ubatch = int(options.get("longest", 1024)), STEP, STEP
         params.n_threads = params.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))

@@ -35,13 +35,13 @@ class Peer:
 
     Attributes:
         name: as given to --against.
-        side: module of this package with its Side.
+        side: dotted name of the module with its Side.
         requirements: pinned packages for its environment; none = it runs in this one.
         source_only: packages that are built from source.
         unwanted: packages that are removed again: nothing here needs them, and a build that does not fit breaks others.
         formats: bits of llmc's weights -> the peer's name for the nearest format of its own.
-        convert: module of this package that converts a checkpoint, run in the peer's environment as
-            `python -m tools.bench_sides.MODULE CHECKPOINT FORMAT OUTPUT`; "" = it reads the checkpoint itself.
+        convert: dotted name of the module that converts a checkpoint, run in the peer's environment as
+            `python -m MODULE CHECKPOINT FORMAT OUTPUT`; "" = it reads the checkpoint itself.
         conversion: version of that module's results; older ones in the cache are not used.
     """
 
@@ -60,16 +60,16 @@ PEERS = {
     for peer in (
         Peer(
             "llama.cpp",
-            "llama_cpp_side",
+            "tools.bench_sides.llama_cpp_side",
             ("llama-cpp-python==0.3.36", "gguf==0.19.0"),
             ("llama-cpp-python",),
             (),
             {4: "Q4_0", 8: "Q8_0", 16: "BF16"},
-            "llama_cpp_convert",
+            "tools.bench_sides.llama_cpp_convert",
         ),
         Peer(
             "openvino",
-            "openvino_side",
+            "tools.bench_sides.openvino_side",
             (
                 "openvino==2026.4.1",
                 "optimum==2.3.0",
@@ -82,10 +82,10 @@ PEERS = {
             # optimum-intel asks for it; made for another build of torch it stops transformers from importing
             ("torchvision",),
             {4: "int4", 8: "int8", 16: "fp16"},
-            "openvino_convert",
+            "tools.bench_sides.openvino_convert",
         ),
         # it has no 4-bit kernels for the CPU: whatever llmc's format, it runs the checkpoint's own 16 bits
-        Peer("transformers", "transformers_side", formats={4: "16", 8: "16", 16: "16"}),
+        Peer("transformers", "tools.bench_sides.transformers_side", formats={4: "16", 8: "16", 16: "16"}),
     )
 }
 
@@ -156,7 +156,7 @@ def converted(peer: Peer, python: Path, model: Path, kind: str) -> Path:
     partial = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     partial.mkdir(parents=True)
     log = model.parent / f"{output.name}.log"
-    command = [str(python), "-m", f"tools.bench_sides.{peer.convert}", str(model), kind, str(partial)]
+    command = [str(python), "-m", peer.convert, str(model), kind, str(partial)]
     try:
         with log.open("w", encoding="utf-8") as out:
             code = subprocess.run(

@@ -65,7 +65,7 @@ class Worker:
     Args:
         name: for messages.
         python: interpreter of the environment that the side lives in.
-        module: module of the side in this package.
+        module: dotted name of the side's module.
         model: what it shall load.
         threads: of its kernels.
         options: more of its options.
@@ -151,7 +151,7 @@ def serve(module: str, model: Path, threads: int, options: dict[str, str]) -> No
     """Body of a worker process: answer until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not mix with the answers
-    side: Side = importlib.import_module(f"tools.bench_sides.{module}").Side(model, threads, options)
+    side: Side = importlib.import_module(module).Side(model, threads, options)
     print(json.dumps({"versions": side.versions()}), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)

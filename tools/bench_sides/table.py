@@ -85,13 +85,21 @@ def notes(result: dict[str, Any]) -> list[str]:
     """What must be said beside the table."""
     lines = []
     own = result["sides"]["llmc"]["bits_per_weight"]
+    same = dict(result["ratios"])
     for name, side in result["sides"].items():
         differs = side["bits_per_weight"] / own - 1
         if abs(differs) > _SAME_BITS:
+            same.pop(name, None)
             lines.append(
                 f"not the same size: {name} has {side['bits_per_weight']:.2f} bits per weight, "
                 f"{100 * differs:+.0f} % of llmc's {own:.2f}"
             )
+    if same:
+        best = [
+            f"{key} {min(r[key] for r in same.values()):.2f} ({min(same, key=lambda n: same[n][key])})"
+            for key in ("prefill", "decode")
+        ]
+        lines.append(f"against the fastest side of the same size: {', '.join(best)}")
     for name, why in result["missing"].items():
         lines.append(f"{name} was not measured: {why.splitlines()[0]}")
     if "batch" in result:
