@@ -19,6 +19,7 @@ from llmc.evaluate import cut, evaluate
 from llmc.pipeline import compile_model
 from tests.e2e.conftest import DEMO, ROOT
 from tests.texts import sequence_logits
+from tools.tiny_configs import tiny_model
 
 pytestmark = pytest.mark.e2e
 
@@ -121,20 +122,20 @@ def test_any_flipped_byte_is_refused(artifact: Path, tmp_path: Path) -> None:
 
 
 def test_a_wrong_artifact_is_never_delivered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that drops its window would pass unnoticed without the check; here a wrong weight layout."""
+    """A kernel that drops its window would pass unnoticed without the check; here a wrong weight layout in one layer."""
     from llmc import packing
 
     right = packing.pack_tensor
 
     def wrong(param, tensor):
         array = right(param, tensor)
-        return array[::-1].copy() if param.source.endswith("layers.3.mlp.down_proj.weight") else array
+        return np.roll(array, 1) if param.source.endswith("layers.1.mlp.down_proj.weight") else array
 
     monkeypatch.setattr(packing, "pack_tensor", wrong)
     with pytest.raises(LlmcError) as caught:
-        compile_model(str(DEMO), tmp_path / "artifact", target="cpu")
+        compile_model(tiny_model("llama"), tmp_path / "artifact", target="cpu")
     assert caught.value.ref == "verify-failed"
-    assert "model.layers.3" in str(caught.value)
+    assert "model.layers.1" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
