@@ -21,7 +21,8 @@ from typing import Any
 from llmc.errors import LlmcError
 from llmc.kv_plan import KVPlan
 
-SCHEMA = 1
+# raised by every change of what a manifest holds or means; tests/test_manifest.py notices new fields (docs/design/004)
+SCHEMA = 2
 MANIFEST = "manifest.json"
 LIBRARY = "model.so"
 # files that describe the checkpoint's tokenizer; copied as they are
@@ -260,11 +261,17 @@ class Manifest:
                 hint="Compile the model again.",
             ) from None
         found = raw.get("schema") if isinstance(raw, dict) else None
+        if type(found) is not int:
+            raise LlmcError(
+                "manifest-corrupt", f"{where} has no schema number.", hint="Compile the model again."
+            )
         if found != SCHEMA:
+            writer = f"llmc {raw['llmc_version']}" if isinstance(raw.get("llmc_version"), str) else "the llmc"
+            age = "a newer" if found > SCHEMA else "an older"
             raise LlmcError(
                 "manifest-version",
-                f"{where} has manifest schema {found!r}; this llmc reads schema {SCHEMA}.",
-                hint="Compile the model again with this llmc, or install the llmc that wrote it.",
+                f"{where} is of {age} llmc: it has manifest schema {found}; this llmc reads schema {SCHEMA}.",
+                hint=f"Compile the model again with this llmc, or install {writer} that wrote it.",
             )
         try:
             return typing.cast(Manifest, from_plain(Manifest, raw))

@@ -14,52 +14,16 @@ from pathlib import Path
 import pytest
 
 from llmc.artifact import MANIFEST, Manifest
-
-ROOT = Path(__file__).resolve().parents[2]
-DEMO = ROOT / "examples" / "models" / "stdlib-llama"
-ENV = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "SOURCE_DATE_EPOCH": "1"}
+from tests.e2e.conftest import DEMO, ROOT, CompiledDemo, llmc_command
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Reproducers of failing tests stay with the tests."""
-    ENV["LLMC_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-
-
-def llmc(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "llmc", *map(str, arguments)],
-        cwd=ROOT,
-        env=ENV,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
 
 
 def digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(artifact, what the compile printed)."""
-    output = tmp_path_factory.mktemp("dist") / "demo"
-    dump = output.parent / "ir"
-    done = llmc("compile", DEMO, "--target", "cpu", "-o", output, "--time-passes", "--dump-ir", dump)
-    # the artifact must not depend on where it was compiled
-    moved = output.parent / "elsewhere"
-    output.rename(moved)
-    return moved, done.stdout + done.stderr
-
-
-def test_compile_tells_what_it_did(compiled: tuple[Path, str]) -> None:
-    folder, printed = compiled
+def test_compile_tells_what_it_did(demo: CompiledDemo) -> None:
     for text in (
         "[1/6] capture",
         "[6/6] verify",
@@ -68,35 +32,35 @@ def test_compile_tells_what_it_did(compiled: tuple[Path, str]) -> None:
         "checked (sample",
         "LlamaForCausalLM",
     ):
-        assert text in printed, text
-    manifest = Manifest.from_text((folder / MANIFEST).read_text(), "x")
+        assert text in demo.printed, text
+    manifest = Manifest.from_text((demo.artifact / MANIFEST).read_text(), "x")
     assert manifest.quality.mode == "sample" and manifest.quality.prefill_max_abs_error is not None
-    dumps = sorted(p.name for p in (folder.parent / "ir").iterdir())
+    dumps = sorted(p.name for p in demo.dumps.iterdir())
     assert dumps[0].startswith("000_capture_") and any("_lower_LowerLinear" in name for name in dumps)
 
 
-def test_run_streams_text_and_a_line_of_figures(compiled: tuple[Path, str]) -> None:
-    done = llmc("run", compiled[0], "def read_file(path):", "--max-tokens", "24", "--threads", "1")
+def test_run_streams_text_and_a_line_of_figures(artifact: Path) -> None:
+    done = llmc_command("run", artifact, "def read_file(path):", "--max-tokens", "24", "--threads", "1")
     assert len(done.stdout.strip()) > 20
     assert "tok/s | decode 23 steps" in done.stderr and "memory" in done.stderr
-    again = llmc("run", compiled[0], "def read_file(path):", "--max-tokens", "24", "--threads", "1")
+    again = llmc_command("run", artifact, "def read_file(path):", "--max-tokens", "24", "--threads", "1")
     assert again.stdout == done.stdout
 
 
-def test_inspect_shows_both_functions(compiled: tuple[Path, str]) -> None:
-    done = llmc("inspect", compiled[0])
+def test_inspect_shows_both_functions(artifact: Path) -> None:
+    done = llmc_command("inspect", artifact)
     for text in ("step", "decode", "block_table_0", "g0", "6 layers", "model.so", "torch"):
         assert text in done.stdout, text
     assert "problem" not in done.stdout
-    inside = json.loads(llmc("inspect", compiled[0] / "model.so", "--json").stdout)
-    beside = json.loads(llmc("inspect", compiled[0], "--json").stdout)
+    inside = json.loads(llmc_command("inspect", artifact / "model.so", "--json").stdout)
+    beside = json.loads(llmc_command("inspect", artifact, "--json").stdout)
     assert inside["files"].items() < beside["files"].items()
     assert {**inside, "files": {}} == {**beside, "files": {}}
 
 
-def test_the_same_spec_gives_the_same_bytes(compiled: tuple[Path, str], tmp_path: Path) -> None:
-    llmc("compile", DEMO, "--target", "cpu", "-o", tmp_path / "demo", "-q")
-    assert digests(tmp_path / "demo") == digests(compiled[0])
+def test_the_same_spec_gives_the_same_bytes(artifact: Path, tmp_path: Path) -> None:
+    llmc_command("compile", DEMO, "--target", "cpu", "-o", tmp_path / "demo", "-q")
+    assert digests(tmp_path / "demo") == digests(artifact)
 
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
@@ -104,7 +68,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "llmc", "compile", str(DEMO), "-o", str(output)],
         cwd=ROOT,
-        env=ENV,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -120,14 +84,14 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_a_flipped_byte_is_noticed(compiled: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_flipped_byte_is_noticed(artifact: Path, tmp_path: Path) -> None:
     for name in ("model.so", "weights-00001.safetensors", MANIFEST, "tokenizer.json"):
         copy = tmp_path / name
         copy.mkdir()
-        for file in compiled[0].iterdir():
+        for file in artifact.iterdir():
             (copy / file.name).write_bytes(file.read_bytes())
         raw = bytearray((copy / name).read_bytes())
         raw[len(raw) // 2] ^= 4
         (copy / name).write_bytes(raw)
-        done = llmc("run", copy, "x", "--max-tokens", "1", code=2)
+        done = llmc_command("run", copy, "x", "--max-tokens", "1", code=2)
         assert name in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

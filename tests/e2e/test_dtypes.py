@@ -11,19 +11,20 @@ from llmc.pipeline import compile_model
 from tools.tiny_configs import tiny_model
 
 pytestmark = pytest.mark.e2e
+SLOW = pytest.mark.slow(reason="a compile each, of element types that the others have too")
 
 
 @pytest.mark.parametrize(
     ("architecture", "dtype", "kv_dtype"),
     [
         ("llama", "f16", None),
-        ("llama", "bf16", "f32"),
+        pytest.param("llama", "bf16", "f32", marks=SLOW),
         ("llama", "f32", "f16"),
         ("gemma2", "bf16", None),
         ("qwen3_moe", "bf16", "f16"),
-        ("gpt_oss", "bf16", None),
-        ("gpt2", "bf16", None),
-        ("bloom", "f16", None),
+        pytest.param("gpt_oss", "bf16", None, marks=SLOW),
+        pytest.param("gpt2", "bf16", None, marks=SLOW),
+        pytest.param("bloom", "f16", None, marks=SLOW),
     ],
 )
 def test_full_verification_passes(

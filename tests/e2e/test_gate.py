@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from llmc.artifact import MANIFEST
 from llmc.cli.app import app
 from llmc.errors import LlmcError
 from llmc.pipeline import compile_model
+from tests.shared import made_once
 from tests.texts import random_text, save_tiny
 
 pytestmark = pytest.mark.e2e
@@ -26,10 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 OPTIONS = {"dtype": "bf16", "verify": "off", "max_seq_len": 256, "eval_tokens": 600}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """checkpoint/, text.txt and artifact/, which was compiled with an evaluation."""
-    folder = tmp_path_factory.mktemp("gate")
+def make_folder(folder: Path) -> None:
     save_tiny(folder / "checkpoint")
     (folder / "text.txt").write_text(random_text(4000))
     compile_model(
@@ -40,7 +39,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_ppl_increase="5%",
         **OPTIONS,
     )
-    return folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """checkpoint/, text.txt and artifact/, which was compiled with an evaluation; only to be read."""
+    return made_once(tmp_path_factory, "gate", make_folder)
 
 
 def test_the_manifest_holds_the_figures(folder: Path) -> None:
@@ -58,13 +62,14 @@ def test_the_manifest_holds_the_figures(folder: Path) -> None:
         assert layer.error < 2 * layer.source_error
 
 
-def test_a_bound_that_is_exceeded_leaves_the_old_artifact(folder: Path) -> None:
-    before = {p.name: p.stat().st_mtime_ns for p in (folder / "artifact").iterdir()}
-    beside = sorted(p.name for p in folder.iterdir())
+def test_a_bound_that_is_exceeded_leaves_the_old_artifact(folder: Path, tmp_path: Path) -> None:
+    old = shutil.copytree(folder / "artifact", tmp_path / "artifact")
+    before = {p.name: p.stat().st_mtime_ns for p in old.iterdir()}
+    beside = sorted(p.name for p in tmp_path.iterdir())
     with pytest.raises(LlmcError) as caught:
         compile_model(
             str(folder / "checkpoint"),
-            folder / "artifact",
+            old,
             eval_text=str(folder / "text.txt"),
             max_kl=1e-9,
             **OPTIONS,
@@ -72,11 +77,11 @@ def test_a_bound_that_is_exceeded_leaves_the_old_artifact(folder: Path) -> None:
     assert caught.value.ref == "quality-gate"
     assert "allowed 1e-09" in caught.value.message and "model.layers.0" in caught.value.message
     # two compiles of one spec have the same figures
-    text = llmc.load(folder / "artifact").manifest.quality.text
+    text = llmc.load(old).manifest.quality.text
     assert text is not None and f"divergence is {text.kl_mean:.3g} nats" in caught.value.message
     assert caught.value.context == {layer.path: layer.error for layer in text.layers}
-    assert {p.name: p.stat().st_mtime_ns for p in (folder / "artifact").iterdir()} == before
-    assert sorted(p.name for p in folder.iterdir()) == beside
+    assert {p.name: p.stat().st_mtime_ns for p in old.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == beside
 
 
 def llmc_command(*arguments: str | Path) -> dict[str, object]:

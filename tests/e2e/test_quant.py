@@ -12,15 +12,16 @@ import llmc
 from llmc.artifact import Manifest
 from llmc.errors import LlmcError
 from llmc.evaluate import cut, evaluate
+from llmc.inspect import inspect
 from llmc.packing import packed_tensors
 from llmc.pipeline import compile_model
 from llmc.quantized_source import ArtifactWeights
 from llmc.spec import CompileSpec
+from tests.e2e.conftest import DEMO
 from tests.frontend.tiny import save, tiny_model
+from tests.shared import made_once
 
 pytestmark = pytest.mark.e2e
-
-DEMO = Path(__file__).resolve().parent.parent.parent / "examples" / "models" / "stdlib-llama"
 
 
 def compiled(model: Path, output: Path, **fields) -> Manifest:
@@ -35,18 +36,17 @@ def demo_perplexity(folder: Path) -> float:
     return evaluate(lambda ids: model.logits(list(ids)), cut(ids, max_tokens=4096)).perplexity
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> float:
-    folder = tmp_path_factory.mktemp("plain") / "artifact"
-    compiled(DEMO, folder)
-    return demo_perplexity(folder)
+@pytest.fixture(scope="session")
+def plain(artifact: Path) -> float:
+    """Perplexity of the demo model in bfloat16."""
+    return demo_perplexity(artifact)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def q8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("q8") / "artifact"
-    manifest = compiled(DEMO, folder, quant="q8")
-    assert all(p.layout.startswith("quant(q8") for p in manifest.params if len(p.shape) == 2)
+    folder = made_once(tmp_path_factory, "q8", lambda folder: compiled(DEMO, folder / "a", quant="q8")) / "a"
+    params = inspect(folder).manifest.params
+    assert all(p.layout.startswith("quant(q8") for p in params if len(p.shape) == 2)
     return folder
 
 
@@ -118,7 +118,6 @@ def test_stored_weights_are_those_of_the_source(q8: Path) -> None:
 
 
 def _stored(folder: Path, source) -> ArtifactWeights:
-    from llmc.inspect import inspect
     from llmc.passes.step_module import PackedParam
 
     entries = inspect(folder).manifest.params

@@ -17,6 +17,7 @@ import llmc
 from llmc.errors import LlmcError
 from llmc.pipeline import compile_model
 from llmc.scoring import Continuation, Generation, generate_until, loglikelihoods, rolling, split_pair
+from tests.shared import made_once
 from tests.texts import random_text, save_tiny
 
 pytestmark = pytest.mark.e2e
@@ -24,9 +25,7 @@ pytestmark = pytest.mark.e2e
 LIMIT = 64
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scoring")
+def make_folder(folder: Path) -> None:
     save_tiny(folder / "checkpoint")
     compile_model(
         str(folder / "checkpoint"),
@@ -37,7 +36,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_batch=4,
         page_size=16,
     )
-    return folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """checkpoint/ and artifact/; only to be read."""
+    return made_once(tmp_path_factory, "scoring", make_folder)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,59 @@
+"""The manifest's schema number: raised with every change of the fields; other numbers are refused with a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import typing
+
+import pytest
+
+from llmc.artifact import SCHEMA, Manifest
+from llmc.errors import LlmcError
+
+# schema number -> digest of the fields. Fields changed? Raise SCHEMA in llmc/artifact.py and replace this line.
+FIELDS = {2: "358c1cf3ff7e64d0"}
+
+
+def fields_of(kind: object, seen: dict[str, list[str]]) -> None:
+    """All dataclasses that a type reaches -> "field: type" lines in order."""
+    for part in typing.get_args(kind):
+        fields_of(part, seen)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__name__ not in seen:
+        hints = typing.get_type_hints(kind)
+        names = [f.name for f in dataclasses.fields(kind)]
+        seen[kind.__name__] = [f"{name}: {hints[name]}" for name in names]
+        for name in names:
+            fields_of(hints[name], seen)
+
+
+def test_new_fields_have_a_new_number() -> None:
+    seen: dict[str, list[str]] = {}
+    fields_of(Manifest, seen)
+    assert {"Manifest", "KVGroup", "TextQuality"} <= set(seen)
+    digest = hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
+    assert {SCHEMA: digest} == FIELDS, (
+        "the manifest's fields changed: raise SCHEMA (docs/design/004-artifact.md)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "age"), [(SCHEMA + 1, "a newer"), (SCHEMA - 1, "an older"), (0, "an older")]
+)
+def test_other_numbers_are_refused_by_one_sentence(number: int, age: str) -> None:
+    """Whatever else is in it: fields of another schema are not looked at."""
+    text = json.dumps({"schema": number, "llmc_version": "7.8", "files": 3})
+    with pytest.raises(LlmcError) as refused:
+        Manifest.from_text(text, "dist/manifest.json")
+    assert refused.value.ref == "manifest-version"
+    assert refused.value.message == (
+        f"dist/manifest.json is of {age} llmc: it has manifest schema {number}; this llmc reads schema {SCHEMA}."
+    )
+    assert "install llmc 7.8" in refused.value.hint
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", '{"schema": "2"}', '{"schema": true}', '{"schema": null}'])
+def test_no_number_is_damage(text: str) -> None:
+    with pytest.raises(LlmcError, match="no schema number"):
+        Manifest.from_text(text, "manifest.json")
