@@ -24,8 +24,9 @@ from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
 
 _SERIAL_ROWS = 2  # a parallel launch costs more than preparing this many rows
-_CHUNK = 256  # columns that many rows share unpacked
-_SIZES = (1, 2, 4, 8, 16)
+_CHUNK = 512  # columns that many rows share unpacked
+_SIZES = (1, 2, 4, 8)
+_LONG = 128  # columns of a piece from which on totals need not be in registers
 _ROW_MAJOR = 4  # so many rows are read where they are; more would fall into the same cache sets
 
 Write = Callable[[MicroKernel, list[list[Any]], list[Any]], None]
@@ -48,6 +49,26 @@ class Activations:
     dot: bool
     sums: Any | None
     side: int = 0
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """Pieces of a block as floats.
+
+    Attributes:
+        data: [pieces, steps, n_block]; bf16 pairs as int32, or float32.
+        scales, shifts: float32 [pieces, n_block].
+        steps: of a piece.
+        first: the number of the first piece.
+        pieces: how many.
+    """
+
+    data: Any
+    scales: Any
+    shifts: Any | None
+    steps: int
+    first: Any
+    pieces: Any
 
 
 class QuantBlocks:
@@ -157,14 +178,29 @@ class QuantBlocks:
             with e.loop(valid, padded) as j:
                 e.store(data, place(j), tirx.const(0, str(data.dtype)), 1)
         if sums is not None:
-            piece = self.layout.piece
-            total = e.scratch(1)
-            with e.loop(self.pieces) as p:
-                e.store(total, 0, e.f32(0.0), 1)
-                begin = e.let(p * piece)
-                with e.loop(begin, T.max(begin, T.min(begin + piece, valid))) as j:
-                    e.store(total, 0, total[0] + e.widen(element(j), self.in_dtype, 1), 1)
-                e.store(sums, r * self.pieces + p, total[0], 1)
+            self._sum_pieces(r, element, source, valid, sums)
+
+    def _sum_pieces(self, r: Any, element: Callable[[Any], Any], source: Any, valid: Any, sums: Any) -> None:
+        """sums[r, p] of each piece of a row of x, `valid` elements from `source` on."""
+        piece, lanes = self.layout.piece, self.lanes
+        total, vector = e.scratch(1), e.scratch(lanes)
+        with e.loop(self.pieces) as p:
+            e.store(total, 0, e.f32(0.0), 1)
+            begin = e.let(p * piece)
+            end = e.let(T.max(begin, T.min(begin + piece, valid)))
+            done = begin
+            if self.codes.order is None and piece % lanes == 0:
+                e.store(vector, 0, e.splat(0.0, lanes), lanes)
+                whole = e.let((end - begin) // lanes)
+                with e.loop(whole) as j:
+                    value = e.load(self.x, source + begin + j * lanes, lanes)
+                    value = e.load(vector, 0, lanes) + e.widen(value, self.in_dtype, lanes)
+                    e.store(vector, 0, value, lanes)
+                e.store(total, 0, e.fold(e.load(vector, 0, lanes), lanes, lambda a, b: a + b), 1)
+                done = e.let(begin + whole * lanes)
+            with e.loop(done, end) as j:
+                e.store(total, 0, total[0] + e.widen(element(j), self.in_dtype, 1), 1)
+            e.store(sums, r * self.pieces + p, total[0], 1)
 
     def micro(self, x: Activations, scratch: Any) -> MicroKernel:
         """The plain micro-kernel over unpacked columns; also what stores results."""
@@ -264,7 +300,11 @@ class QuantBlocks:
         scales = e.workspace(per_chunk * nb)
         shifts = e.workspace(per_chunk * nb) if x.sums is not None else None
         micro = self.micro(x, unpacked)
-        tile = micro.max_rows()
+        # long pieces have no totals in registers, and so place for twice as many vectors
+        width = self.vectors if layout.piece >= _LONG else -(-self.vectors // 2)
+        in_registers = self.vectors if layout.piece >= _LONG else 2 * width
+        # sums, totals, weights, a row's value; 6 rows with 32 registers
+        tile = (self.caps.vector_registers - width - 2) // in_registers // 2 * 2
         totals = e.workspace(-(-most // tile) * tile * nb)
         tiles = e.let((count + (tile - 1)) // tile)
         with e.loop(tiles * (tile * self.vectors)) as i:
@@ -286,27 +326,53 @@ class QuantBlocks:
                             shifts, q * nb + v * lanes, codes.shift(place, v * lanes, lanes, scale), lanes
                         )
             with e.loop(tiles) as i:
-                start = e.let(i * tile)
                 # the last tile is filled up with its last row, whose further totals are not used
-                rows = [e.let(row_of(T.min(start + r, count - 1))) for r in range(tile)]
-                with e.loop(inside) as q:
-                    acc = micro.new_accumulators(tile)
-                    for vector in (v for r in acc for v in r):
-                        e.store(vector, 0, e.splat(0.0, lanes), lanes)
-                    starts = [e.let(row * x.stride + (first + q) * steps) for row in rows]
-                    micro.accumulate(acc, tile, starts, e.let(q * steps * nb), steps)
-                    for v in range(self.vectors):
-                        scale = e.let(e.load(scales, q * nb + v * lanes, lanes))
-                        shift = None if shifts is None else e.let(e.load(shifts, q * nb + v * lanes, lanes))
-                        for r in range(tile):
-                            to = e.let((start + r) * nb + v * lanes)
-                            value = e.load(totals, to, lanes) + e.load(acc[r][v], 0, lanes) * scale
-                            if shift is not None:
-                                value = value + shift * e.splat(
-                                    x.sums[rows[r] * self.pieces + first + q], lanes
-                                )
-                            e.store(totals, to, value, lanes)
+                rows = [e.let(row_of(T.min(i * tile + r, count - 1))) for r in range(tile)]
+                for v in range(0, self.vectors, width):
+                    at = e.let(i * (tile * nb) + v * lanes)
+                    kept = Unpacked(unpacked, scales, shifts, steps, first, inside)
+                    self._tile(x, kept, rows, v, min(width, self.vectors - v), totals, at)
         self._write_rows(micro, totals, count, write)
+
+    def _tile(
+        self, x: Activations, kept: Unpacked, rows: list[Any], first: int, width: int, totals: Any, at: Any
+    ) -> None:
+        """Some rows times `width` vectors of unpacked columns, from vector `first` on, added to the totals at `at`.
+
+        Totals stay in registers too, unless pieces are long: stores take more time than the products of a short piece.
+        """
+        lanes, nb = self.lanes, self.layout.n_block
+        all_ = [(r, v) for r in range(len(rows)) for v in range(width)]
+        total = {rv: e.scratch(lanes) for rv in all_ if self.layout.piece < _LONG}
+        part = {rv: e.scratch(lanes) for rv in all_}
+        for r, v in total:
+            e.store(total[r, v], 0, e.load(totals, at + r * nb + v * lanes, lanes), lanes)
+        with e.loop(kept.pieces) as q:
+            for rv in all_:
+                e.store(part[rv], 0, e.splat(0.0, lanes), lanes)
+            starts = [e.let(row * x.stride + (kept.first + q) * kept.steps) for row in rows]
+            base = e.let((q * kept.steps) * nb + first * lanes)
+            with e.loop(kept.steps) as s:
+                weights = [e.let(e.load(kept.data, base + s * nb + v * lanes, lanes)) for v in range(width)]
+                for r, start in enumerate(starts):
+                    a = e.let(e.splat(x.data[start + s], lanes))
+                    for v in range(width):
+                        old = e.load(part[r, v], 0, lanes)
+                        new = e.dot_bf16(old, a, weights[v]) if x.dot else old + a * weights[v]
+                        e.store(part[r, v], 0, new, lanes)
+            for v in range(width):
+                to = e.let(q * nb + (first + v) * lanes)
+                scale = e.let(e.load(kept.scales, to, lanes))
+                shift = None if kept.shifts is None else e.let(e.load(kept.shifts, to, lanes))
+                for r, row in enumerate(rows):
+                    buffer, index = (total[r, v], 0) if total else (totals, e.let(at + r * nb + v * lanes))
+                    value = e.load(buffer, index, lanes) + e.load(part[r, v], 0, lanes) * scale
+                    if shift is not None:
+                        number = row * self.pieces + kept.first + q
+                        value = value + shift * e.splat(x.sums[number], lanes)
+                    e.store(buffer, index, value, lanes)
+        for r, v in total:
+            e.store(totals, at + r * nb + v * lanes, e.load(total[r, v], 0, lanes), lanes)
 
     def _unpack(self, x: Activations, to: Any, place: Any, s: Any, at: Any) -> None:
         """A step of a piece, as the micro-kernel reads it; the piece begins at `at`."""
