@@ -22,7 +22,7 @@ from llmc.artifact import (
 from llmc.caps import Capabilities
 from llmc.errors import LlmcError
 from llmc.evaluate_text import check_text
-from llmc.quant.schemes import NONE, RTN, rotates
+from llmc.quant.schemes import NONE, rotates
 from llmc.spec import AUTO, CompileSpec, Verify
 from llmc.stages import STAGES, ProgressReporter, StageRunner, run_passes
 from llmc.targets.backend import Backend, Built, get
@@ -89,7 +89,7 @@ def compile_model(
         check_text(Path(text))
     left_out = {
         "search": spec.quant != AUTO,
-        "calibrate": spec.quant_method == RTN,
+        "calibrate": not spec.calibrates(),
         "evaluate": not spec.eval_text,
     }
     runner = StageRunner(
@@ -113,7 +113,7 @@ def compile_model(
         del graph
         built = runner.run("build", _build, step, backend, caps, target, runner)
         made, stream = source, None
-        if spec.quant_method != RTN:
+        if spec.calibrates():
             made, stream = runner.run("calibrate", _calibrate, step, source, spec, runner)
         params = runner.run("pack", _pack, step, made, writer, runner)
         manifest = _manifest(spec, source, caps, step, params, built)
@@ -190,12 +190,15 @@ def _search(model: Any, spec: CompileSpec, runner: StageRunner) -> QuantSearch:
 def _capture(model: Any, spec: CompileSpec, *, taps: bool = False) -> tuple[SourceModel, ModelGraph]:
     """Open the model and bring it into Relax."""
     from llmc.frontend.capture import capture
+    from llmc.frontend.low_rank import low_rank
     from llmc.frontend.untie import untied
 
     source = _open(model, spec)
     if rotates(spec.quant_method):
         source = untied(source)
-    return source, capture(source, taps=taps, max_seq_len=spec.max_seq_len)
+    rule = spec.rank_rule()
+    shaped = source if rule is None else low_rank(source, rule)[0]
+    return source, capture(shaped, taps=taps, max_seq_len=spec.max_seq_len)
 
 
 def _lower(
@@ -253,7 +256,7 @@ def _build(step: StepModule, backend: Backend, caps: Capabilities, target: Any, 
 def _calibrate(
     step: StepModule, source: SourceModel, spec: CompileSpec, runner: StageRunner
 ) -> tuple[SourceModel, Rotation | None]:
-    """The source with the weights that the graph wants quantized, quantized by a calibrated method.
+    """The source rotated, pruned or factored as the spec says, with the weights that the graph wants quantized.
 
     Returns:
         that, and the rotation of its hidden states if the method rotates.
@@ -261,7 +264,6 @@ def _calibrate(
     from llmc.quant.methods import Calibration, calibrated
     from llmc.schedules.qlayout import QuantLayout
 
-    assert spec.calib_text is not None
     plan = {
         name: QuantLayout.parse(param.layout).of
         for param in step.params
@@ -271,7 +273,12 @@ def _calibrate(
     made, found = calibrated(
         source,
         plan,
-        Calibration(spec.quant_method, Path(spec.calib_text)),
+        Calibration(
+            spec.quant_method,
+            None if spec.calib_text is None else Path(spec.calib_text),
+            prune=spec.prune_rule(),
+            svd=spec.rank_rule(),
+        ),
         progress=lambda done, total: runner.progress.advance(done, total, "layers"),
     )
     for note in found.notes:

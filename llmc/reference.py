@@ -92,6 +92,8 @@ def _runnable(source: SourceModel, dtype: str, kv_dtype: str | None) -> torch.nn
         return source.program.module()
     if source.folder is not None and isinstance(source.module, PreTrainedModel):
         model: torch.nn.Module = from_config(source.module.config, dtype, cls=type(source.module))
+        if source.restructure is not None:
+            source.restructure(model)
     else:
         model = skeleton(source.module, dtype)
     for config in _configs(model):

@@ -11,6 +11,7 @@ from typing import Any
 
 from llmc.errors import LlmcError
 from llmc.quant.schemes import NONE, QUANT_METHODS, RTN, QuantRules, parse
+from llmc.quant.shrink import PruneRule, RankRule
 
 AUTO = "auto"
 # graph passes (passes/order.py) without which a result is the same, only slower to compute
@@ -81,6 +82,8 @@ class CompileSpec:
         quant_head: scheme of the output projection (and of a tied embedding); None = q8 if quant has 4 bits or fewer, else
             as quant.
         quant_embedding: scheme of an embedding that is not tied to the head; None = not quantized.
+        prune: weights that become zero, ``METHOD:N:M`` or ``METHOD:SHARE`` (llmc/quant/shrink.py); None = none.
+        svd: rank, or share of the weights, of linear layers that become two of low rank; None = none do.
         meta_weights: compile the graph without weights (no weights and no check; for sizing).
         calib_text: text file for methods that look at activations.
         eval_text: text file on which the artifact is compared with the source model at the end.
@@ -112,6 +115,8 @@ class CompileSpec:
     quant_head: str | None = None
     quant_embedding: str | None = None
     disable_passes: tuple[str, ...] = ()
+    prune: str | None = None
+    svd: str | None = None
 
     def __post_init__(self) -> None:
         self._check_passes()
@@ -133,6 +138,7 @@ class CompileSpec:
                 f"max_step_tokens must be at least max_batch ({self.max_batch}), found {self.max_step_tokens}.",
             )
         self._check_method()
+        self._check_transforms()
         self._check_gate()
 
     def _check_passes(self) -> None:
@@ -165,6 +171,41 @@ class CompileSpec:
                 f"The method {self.quant_method} needs weights that a scheme is named for.",
                 hint="Add --quant q4g32, for instance; it goes neither with --meta-weights nor with --quant auto.",
             )
+
+    def _check_transforms(self) -> None:
+        prune, svd = self.prune_rule(), self.rank_rule()
+        if prune is None and svd is None:
+            return
+        if prune is not None and svd is not None:
+            raise LlmcError(
+                "prune-and-svd",
+                "prune and svd were both given; the factors of a pruned weight would not be pruned.",
+                hint="Give one of them.",
+            )
+        if self.calib_text is None and (prune is None or prune.needs_text):
+            raise LlmcError(
+                "method-without-text",
+                f"{f'prune = {prune}' if prune else 'svd'} looks at activations, and no text to calibrate with is given.",
+                hint="Add --calib FILE.",
+            )
+        if self.meta_weights or self.quant == AUTO:
+            raise LlmcError(
+                "transform-without-weights",
+                f"{'prune' if prune else 'svd'} changes weights; it goes neither with meta_weights nor with quant = auto.",
+                hint="Leave one of them away.",
+            )
+
+    def prune_rule(self) -> PruneRule | None:
+        """Which weights become zero; LlmcError if the text is not understood."""
+        return None if self.prune is None else PruneRule.parse(self.prune)
+
+    def rank_rule(self) -> RankRule | None:
+        """How far linear layers are factored; LlmcError if the text is not understood."""
+        return None if self.svd is None else RankRule.parse(str(self.svd))
+
+    def calibrates(self) -> bool:
+        """Whether weights are changed before they are packed."""
+        return self.quant_method != RTN or self.prune is not None or self.svd is not None
 
     def _check_gate(self) -> None:
         for name in ("max_kl", "max_ppl_increase"):
@@ -235,6 +276,8 @@ class CompileSpec:
                 out[key] = _number(key, out[key], percent=key == "max_ppl_increase")
         if "disable_passes" in out:
             out["disable_passes"] = _names("disable_passes", out["disable_passes"])
+        if out.get("svd") is not None:  # TOML has it as a number
+            out["svd"] = str(out["svd"])
         if "quant_rules" in out:
             out["quant_rules"] = _rules(out["quant_rules"])
         if "verify" in out:

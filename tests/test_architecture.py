@@ -57,12 +57,13 @@ COMPILER = (
 # module or package of llmc -> modules of llmc that it may import (itself and what lies below it always)
 ALLOWED: dict[str, set[str]] = {
     **{name: set(BASE) for name in BASE},
-    "spec": {*BASE, "quant.schemes"},
+    "spec": {*BASE, "quant.schemes", "quant.shrink"},
     # a capture ends with the passes that make a ModelGraph of what was exported: masks resolved, attention raised
     # and a checkpoint that is quantized already is opened by its reader
-    "frontend": {*BASE, *(f"passes.{name}" for name in CAPTURE_PASSES), "quant.readers"},
+    "frontend": {*BASE, *(f"passes.{name}" for name in CAPTURE_PASSES), "quant.readers", "quant.shrink"},
     # the scheme table and the canonical quantized weight (numpy); the methods of llmc.quant see the source model
     "quant.schemes": {"errors"},
+    "quant.shrink": {"errors"},
     "quant.weight": {"quant.schemes"},
     "quant.auto": {"errors"},
     "quant.readers": {

@@ -90,6 +90,19 @@ def compile(
     quant_embedding: Annotated[
         str | None, typer.Option(help="Of an embedding that is not tied to the head (default: none).")
     ] = None,
+    prune: Annotated[
+        str | None,
+        typer.Option(
+            help="Set weights to zero: wanda:2:4, sparsegpt:0.5, magnitude:0.3 (needs --calib but for magnitude). They "
+            "stay dense: neither smaller nor faster on targets without sparse units."
+        ),
+    ] = None,
+    svd: Annotated[
+        str | None,
+        typer.Option(
+            help="Factor linear layers into two of low rank: a rank, or the share of weights that is kept. Needs --calib."
+        ),
+    ] = None,
     spec: Annotated[
         Path | None, typer.Option(help="TOML file with the spec; options given here win.")
     ] = None,
@@ -126,6 +139,8 @@ def compile(
                 "quant_method": quant_method,
                 "quant_head": quant_head,
                 "quant_embedding": quant_embedding,
+                "prune": prune,
+                "svd": svd,
                 "revision": revision,
                 "meta_weights": meta_weights or None,
                 "calib_text": calib,

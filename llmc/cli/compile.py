@@ -113,6 +113,8 @@ def spec_table(spec: CompileSpec, output: Path | None) -> Table:
         "max_ppl_increase": "no bound",
         "quant_head": "q8 if quant has 4 bits or fewer, else as quant",
         "quant_embedding": "not quantized",
+        "prune": "no",
+        "svd": "no",
     }
     table = grid(f"spec {spec.hash()}")
     for key, value in spec.to_json().items():

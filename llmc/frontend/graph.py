@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -75,6 +75,7 @@ class SourceModel:
         name: what to call it in messages and the manifest.
         untied: embedding and output projection that the checkpoint holds as one tensor and the module as two
             (llmc/frontend/untie.py); empty if nothing was untied.
+        restructure: makes a module that was built again from the config like `module`, in place; None = it is already.
     """
 
     module: torch.nn.Module
@@ -87,3 +88,4 @@ class SourceModel:
     max_seq_len: int  # the model's own limit; 2**31 - 1 if it has none
     program: torch.export.ExportedProgram | None = None  # what a .pt2 file or exported program held
     untied: tuple[str, ...] = ()
+    restructure: Callable[[torch.nn.Module], None] | None = None

@@ -32,7 +32,7 @@ class GPTQOptions:
 def gptq(
     weight: torch.Tensor, hessian: torch.Tensor, scheme: Scheme, options: GPTQOptions | None = None
 ) -> tuple[torch.Tensor, Grid]:
-    """Round weight [N, K] so that its outputs on the calibration inputs change least.
+    """Round weight [N, K] so that its outputs on the calibration inputs change least; zeros (pruned weights) stay zero.
 
     Args:
         weight: float32 [N, K].
@@ -53,18 +53,19 @@ def gptq(
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     if not options.act_order:
         order = torch.arange(k)
-    inverse = _inverse_factor(hessian[order][:, order], options.damping)
+    inverse = inverse_factor(hessian[order][:, order], options.damping)
     scale, zero = grid.spread(k)
     scale = scale[:, order]
     zero = None if zero is None else zero[:, order]
     rest = weight[:, order].clone()
+    kept = rest != 0
     codes = torch.empty_like(rest, dtype=torch.uint8)
     for start in range(0, k, options.block):
         end = min(start + options.block, k)
         errors = torch.empty((weight.shape[0], end - start))
         for j in range(start, end):
             z = None if zero is None else zero[:, j]
-            code = codes_of(rest[:, j], scale[:, j], z, scheme)
+            code = codes_of(rest[:, j] * kept[:, j], scale[:, j], z, scheme)
             codes[:, j] = code.to(torch.uint8)
             error = (rest[:, j] - values_of(code, scale[:, j], z, scheme)) / inverse[j, j]
             rest[:, j:end] -= error[:, None] * inverse[j, j:end][None]
@@ -75,7 +76,7 @@ def gptq(
     return natural, grid
 
 
-def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """Upper Cholesky factor of the inverse of the damped Hessian, float32 [K, K]; more damping if it needs it."""
     wide = hessian.double()
     eye = torch.eye(len(wide), dtype=torch.float64)

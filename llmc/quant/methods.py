@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from llmc.errors import LlmcError
 from llmc.frontend.graph import SourceModel
 from llmc.quant.awq import AWQ
@@ -13,9 +15,13 @@ from llmc.quant.calibrate import Calibrated, Method, Nearest, calibrate
 from llmc.quant.corpus import calibration_sequences
 from llmc.quant.gptq import GPTQ
 from llmc.quant.orthogonal import Rotation
+from llmc.quant.overlay import OverlayWeights, QuantizedStore, StoredQuantizer
 from llmc.quant.rotate import rotated
-from llmc.quant.schemes import Scheme, rotates
+from llmc.quant.schemes import RTN, Scheme, rotates
+from llmc.quant.shrink import PruneRule, RankRule
 from llmc.quant.smooth import SmoothQuant
+from llmc.quant.stored import stored_schemes
+from llmc.quant.transform import Progress, Transformed, factor, prune
 
 METHODS: dict[str, Callable[[], Method]] = {
     "gptq": GPTQ,
@@ -34,17 +40,20 @@ class Calibration:
     """What to calibrate with.
 
     Attributes:
-        method: a name of METHODS.
-        text: text file.
+        method: a name of METHODS, or rtn: what is pruned or factored is then rounded when it is packed.
+        text: text file; None: only for transforms that look at no activations.
         sequences, length: pieces of the text, and tokens of each (at most what the model takes).
-        seed: of the choice of pieces.
+        seed: of the choice of pieces, and of rotations.
+        prune, svd: weight transforms before the quantization.
     """
 
     method: str
-    text: Path
+    text: Path | None
     sequences: int = 128
     length: int = 512
     seed: int = 0
+    prune: PruneRule | None = None
+    svd: RankRule | None = None
 
 
 def calibrated(
@@ -62,7 +71,7 @@ def calibrated(
     Raises:
         LlmcError: unknown method, no weights, text too short, a model that cannot be rotated.
     """
-    if calibration.method not in METHODS:
+    if calibration.method not in (RTN, *METHODS):
         raise LlmcError(
             "unknown-quant-method",
             f"A quantization method must be one of rtn, {', '.join(METHODS)}; found {calibration.method!r}.",
@@ -72,18 +81,70 @@ def calibrated(
         raise LlmcError(
             "no-weights", f"{source.name} was opened without weights; they are required to calibrate."
         )
-    sequences = calibration_sequences(
+    prepared = _transformed(source, calibration, progress, folder)
+    source, sequences = prepared.source, prepared.sequences
+    assert source.weights is not None
+    if calibration.method == RTN:
+        weights, store = OverlayWeights(source.weights, {}), QuantizedStore(folder)
+        found = Calibrated(weights, StoredQuantizer(store), (), {})
+    else:
+        method = METHODS[calibration.method]()
+        found = calibrate(source, plan, sequences, method, progress=progress, folder=folder)
+    found = replace(
+        found,
+        notes=(*prepared.notes, *found.notes),
+        errors={**prepared.errors, **found.errors},
+        stream=prepared.stream,
+    )
+    return replace(source, weights=found.weights), found
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A model that is ready to be quantized, and what its preparation has to say."""
+
+    source: SourceModel
+    sequences: torch.Tensor
+    stream: Rotation | None
+    notes: tuple[str, ...]
+    errors: dict[str, float]
+
+
+def _transformed(
+    source: SourceModel, calibration: Calibration, progress: Progress | None, folder: Path | None
+) -> _Prepared:
+    """Rotated, then pruned or factored, as far as it is asked for."""
+    assert source.weights is not None
+    transforms = rotates(calibration.method) or calibration.prune or calibration.svd
+    if transforms and stored_schemes(source.weights):
+        raise LlmcError(
+            "already-quantized",
+            f"The weights of {source.name} are quantized already; rotation, --prune and --svd need floating-point ones.",
+            hint="Use the checkpoint that it was quantized from.",
+        )
+    sequences = _sequences(source, calibration)
+    notes: tuple[str, ...] = ()
+    errors: dict[str, float] = {}
+    stream: Rotation | None = None
+    if rotates(calibration.method):
+        source, stream, notes = rotated(source, sequences, seed=calibration.seed)
+    made: Transformed | None = None
+    if calibration.svd is not None:
+        made = factor(source, sequences, calibration.svd, progress=progress, folder=folder)
+    elif calibration.prune is not None:
+        made = prune(source, sequences, calibration.prune, progress=progress, folder=folder)
+    if made is not None:
+        source, errors, notes = made.source, made.errors, (*notes, *made.notes)
+    return _Prepared(source, sequences, stream, notes, errors)
+
+
+def _sequences(source: SourceModel, calibration: Calibration) -> torch.Tensor:
+    if calibration.text is None:  # only to see which weights the layers multiply with
+        return torch.randint(0, 64, (1, 64), generator=torch.Generator().manual_seed(calibration.seed))
+    return calibration_sequences(
         source,
         calibration.text,
         sequences=calibration.sequences,
         length=min(calibration.length, source.max_seq_len),
         seed=calibration.seed,
     )
-    notes: tuple[str, ...] = ()
-    stream: Rotation | None = None
-    if rotates(calibration.method):
-        source, stream, notes = rotated(source, sequences, seed=calibration.seed)
-    method = METHODS[calibration.method]()
-    found = calibrate(source, plan, sequences, method, progress=progress, folder=folder)
-    found = replace(found, notes=(*notes, *found.notes), stream=stream)
-    return replace(source, weights=found.weights), found

@@ -66,6 +66,36 @@ class QuantizedStore:
         return tuple(self._files)
 
 
+class FloatStore(Mapping[str, torch.Tensor]):
+    """Changed floating-point weights in files of a temporary folder, read when they are asked for.
+
+    Args:
+        folder: where to put the temporary folder; None = the system's place.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="llmc-weights-", dir=folder)
+        self._files: dict[str, Path] = {}
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Keep a float32 tensor."""
+        path = self._files.get(name) or Path(self._folder.name) / f"{len(self._files)}.npy"
+        np.save(path, tensor.numpy(), allow_pickle=False)
+        self._files[name] = path
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(np.load(self._files[name]))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
 class OverlayWeights:
     """`base` with some weights replaced; a QuantizedSource.
 
@@ -79,7 +109,7 @@ class OverlayWeights:
         self, base: WeightSource, floats: Mapping[str, torch.Tensor], store: QuantizedStore | None = None
     ) -> None:
         self._base = base
-        self._floats = dict(floats)
+        self._floats = floats
         self._store = store
 
     def names(self) -> tuple[str, ...]:
