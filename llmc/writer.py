@@ -29,7 +29,7 @@ from types import FrameType
 from typing import Any
 
 from llmc import knobs
-from llmc.artifact import LIBRARY, MANIFEST, TOKENIZER_FILES, Manifest, sha256_file
+from llmc.artifact import LIBRARY, MANIFEST, TOKENIZER_FILES, TUNING, Manifest, sha256_file
 from llmc.errors import LlmcError
 from llmc.link import embed_manifest, export_objects, link_library, link_objects, require_cxx
 from llmc.shards import SHARD_BYTES, PackedTensor, ShardWriter, disk_errors
@@ -79,7 +79,7 @@ def check_output(output: Path) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (MANIFEST, LIBRARY, *TOKENIZER_FILES) or bool(_SHARD_NAME.fullmatch(name))
+    return name in (MANIFEST, LIBRARY, TUNING, *TOKENIZER_FILES) or bool(_SHARD_NAME.fullmatch(name))
 
 
 class ArtifactWriter:
@@ -141,6 +141,11 @@ class ArtifactWriter:
                     shutil.copyfile(path, self.folder / name)
                 copied.append(name)
         return tuple(copied)
+
+    def write_text(self, name: str, text: str) -> None:
+        """A small file of the artifact."""
+        with disk_errors(self.folder / name):
+            (self.folder / name).write_text(text, encoding="utf-8")
 
     def finish(self, executable: Any, manifest: Manifest) -> Manifest:
         """Link model.so with the manifest inside, write manifest.json, and return what that holds.

@@ -99,7 +99,9 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": {*BASE, "runtime"},
     "lm_eval_adapter": {*BASE, "runtime", "scoring"},
     "debug_taps": {*BASE, *DRIVER, *COMPILER, "pipeline"},
-    "pipeline": {*BASE, *DRIVER, *COMPILER},
+    # the tuner: what a kernel class is comes from schedules, where it runs from the target
+    "tune": {*BASE, "link", "passes.rewrite", "schedules", "targets"},
+    "pipeline": {*BASE, *DRIVER, *COMPILER, "tune"},
     "cli": {
         *BASE,
         *DRIVER,
@@ -110,6 +112,9 @@ ALLOWED: dict[str, set[str]] = {
         "quant.choose",
         "pipeline",
         "runtime",
+        "schedules.records",
+        "targets",
+        "tune",
     },
     "__main__": {"cli"},
     # the lazy attributes of the package

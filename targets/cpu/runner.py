@@ -20,6 +20,7 @@ from llmc.targets.cpu.limits import peak, read_bandwidth
 from llmc.targets.runner import Limits, Runner
 
 _MOST_BYTES = 1 << 30  # of all copies of a cold argument
+_CACHES = 4  # caches are not strictly last-in-first-out, so twice their size would not do
 
 
 class CpuRunner(Runner):
@@ -39,8 +40,8 @@ class CpuRunner(Runner):
         cold = sum(arguments.values[i].nbytes for i in arguments.cold)
         copies = 1
         if cold:
-            # twice the cache: the next turn finds nothing of the last one in it
-            copies = max(1, min(-(-2 * cache_bytes() // cold), _MOST_BYTES // cold))
+            # several times the cache: the next turn finds nothing of the last one in it
+            copies = max(1, min(-(-_CACHES * cache_bytes() // cold), _MOST_BYTES // cold))
         shared = [v if isinstance(v, int) else _tensor(v) for v in arguments.values]
         lists = [list(shared)]
         for _ in range(copies - 1):
