@@ -70,7 +70,8 @@ def run_tune(
         raise LlmcError("tune-budget", "llmc tune needs a budget of time.", hint="Add --budget 10m.")
     seconds = parse_budget(budget)
     view = TuneView(Console(stderr=True, highlight=False), live=sys.stderr.isatty(), quiet=quiet)
-    if model is not None and (Path(model) / MANIFEST).exists():
+    is_artifact = model is not None and (Path(model) / MANIFEST).exists()
+    if model is not None and is_artifact:
         _tune_artifact(Path(model), options, seconds, database, view)
     else:
         _tune_model(model, options, spec_file, seconds, database, view, quiet)
@@ -78,7 +79,8 @@ def run_tune(
         return
     if not quiet:
         console.print(result_table(view.result))
-    for line in conclusions(view.result, model or "MODEL", database):
+    name = "MODEL" if model is None or is_artifact else model
+    for line in conclusions(view.result, name, database):
         console.print(line, soft_wrap=True)
 
 

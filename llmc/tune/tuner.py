@@ -25,6 +25,7 @@ from llmc.tune.search import propose
 _BATCH = 8
 _CONFIRM = 0.25  # share of the budget that is kept for measuring the winners again
 _CONFIRM_SECONDS = 0.8
+_DEFAULTS = 0.5  # share of the budget that measuring default schedules may take
 _CONFIRMATIONS = 3
 _CALLS_PER_TRIAL = 15  # of the default's length, at least
 _WORTH_CONFIRMING = 0.98  # ratios above are no gain to speak of
@@ -198,7 +199,9 @@ class Tuner:
         self.progress.phase("measuring default schedules")
         shares(self.jobs)
         waiting = [job for job in self.jobs if not job.default_seconds and not job.failure]
-        while waiting and self.clock() < self._end:
+        # what is left waits for the next run: without a search the defaults are of no use
+        end = self.clock() + _DEFAULTS * (self._end - self.clock())
+        while waiting and self.clock() < end:
             job = waiting.pop(waiting.index(max(waiting, key=lambda j: j.share)))
             if job.share < _LEAST_SHARE:
                 break
