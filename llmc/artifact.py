@@ -4,6 +4,7 @@ DIR/model.so                 host code; carries the manifest too (symbol llmc_ma
 DIR/weights-00001.safetensors ...
 DIR/manifest.json            this module's Manifest
 DIR/tokenizer.json ...       tokenizer files, copied from the checkpoint
+DIR/tuning.jsonl             tuning records that schedules were chosen by, if any; a file for --records
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from llmc.kv_plan import KVPlan
 SCHEMA = 2
 MANIFEST = "manifest.json"
 LIBRARY = "model.so"
+TUNING = "tuning.jsonl"
 # files that describe the checkpoint's tokenizer; copied as they are
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -235,7 +237,8 @@ class Manifest:
     functions: tuple[FunctionEntry, ...]
     params: tuple[ParamEntry, ...]
     quality: QualityReport
-    tuning_records: tuple[dict[str, Any], ...] = ()
+    tuning_records: tuple[dict[str, Any], ...] = ()  # that schedules were chosen by
+    kernels: tuple[dict[str, Any], ...] = ()  # what the functions call: llmc.tune.extract.KernelUse
     versions: dict[str, str] = field(default_factory=dict)  # torch, transformers, ... that compiled it
     files: dict[str, str] = field(default_factory=dict)
     device: DeviceCode | None = None  # only of targets whose kernels run beside the host

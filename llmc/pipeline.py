@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import llmc
 from llmc.artifact import (
     SCHEMA,
+    TUNING,
     FunctionEntry,
     Limits,
     Manifest,
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from llmc.passes.step_module import StepModule
     from llmc.quant.choose import QuantSearch
     from llmc.quant.orthogonal import Rotation
+    from llmc.schedules.records import Record
+    from llmc.schedules.tuned_choice import Tuned
+    from llmc.tune.tuner import TuneProgress
 
 NO_CHECK = QualityReport(mode=Verify.OFF.value, note="not checked against the source model")
 
@@ -65,6 +69,7 @@ def compile_model(
     time_passes: bool = False,
     stop_after: str | None = None,
     progress: ProgressReporter | None = None,
+    tune_progress: TuneProgress | None = None,
     **fields: Any,
 ) -> CompileResult:
     """Compile `model` into an artifact folder.
@@ -74,6 +79,7 @@ def compile_model(
         output: folder to write; an artifact that is there is replaced when the new one is whole.
         spec: everything else; or give its fields by name (``target="cpu", dtype="bf16"``).
         dump_ir, time_passes, stop_after, progress: see llmc.stages.StageRunner.
+        tune_progress: is told what the tuner does (``tune="10m"``).
 
     Raises:
         LlmcError: bad input, or the artifact does not compute what the model does; nothing is left behind.
@@ -87,7 +93,9 @@ def compile_model(
         backend.require_host(caps)
     for text in filter(None, (spec.calib_text, spec.eval_text)):
         check_text(Path(text))
+    known = _records(spec, backend, caps)
     left_out = {
+        "tune": spec.tune is None,
         "search": spec.quant != AUTO,
         "calibrate": not spec.calibrates(),
         "evaluate": not spec.eval_text,
@@ -109,15 +117,18 @@ def compile_model(
             search = runner.run("search", _search, model, spec, runner)
             spec = spec.with_(quant=NONE, quant_rules=search.rules())
         source, graph = runner.run("capture", _capture, model, spec)
-        step = runner.run("lower", _lower, graph, spec, source, caps, target, runner)
+        if spec.tune is not None:
+            known = runner.run("tune", _tune, graph, spec, source, backend, caps, tune_progress)
+        tuned = _tuned(backend, caps, known)
+        step = runner.run("lower", _lower, graph, spec, source, caps, target, runner, tuned)
         del graph
         built = runner.run("build", _build, step, backend, caps, target, runner)
         made, stream = source, None
         if spec.calibrates():
             made, stream = runner.run("calibrate", _calibrate, step, source, spec, runner)
         params = runner.run("pack", _pack, step, made, writer, runner)
-        manifest = _manifest(spec, source, caps, step, params, built)
-        manifest = runner.run("write", _write, writer, built, manifest, source)
+        manifest = _manifest(spec, source, caps, step, params, built, tuned)
+        manifest = runner.run("write", _write, writer, built, manifest, source, tuned)
         quality = unchecked or runner.run("verify", _verify, writer, source, made, spec, step, params)
         if spec.eval_text:
             quality = runner.run("evaluate", _evaluate, quality, writer, source, made, stream, spec, runner)
@@ -208,6 +219,7 @@ def _lower(
     caps: Capabilities,
     target: Any,
     runner: StageRunner,
+    tuned: Tuned | None = None,
 ) -> StepModule:
     """Graph passes, KV plan, step functions, schedules."""
     from llmc.passes import order
@@ -224,10 +236,10 @@ def _lower(
     )
     start = LoweredGraph.from_model(graph)
     quantize = QuantizeWeights.of(spec, stored_schemes(source.weights), untied=bool(source.untied))
-    phase = order.graph_phase(caps, quantize, disabled=spec.disable_passes)
+    phase = order.graph_phase(caps, quantize, tuned, spec.disable_passes)
     lowered = run_passes(runner, "lower", phase, start)
     plan = plan_cache(lowered)
-    step = runner.run_pass("lower", "MakeStepFunction", order.make_step(caps, plan), lowered)
+    step = runner.run_pass("lower", "MakeStepFunction", order.make_step(caps, plan, tuned), lowered)
     bounds = {"T": limits.max_step_tokens, "B": limits.max_batch, "R": limits.max_step_tokens}
     return run_passes(runner, "lower", order.step_phase(caps, target, bounds, spec.disable_passes), step)
 
@@ -241,6 +253,58 @@ def _unchecked(backend: Backend, caps: Capabilities, spec: CompileSpec) -> Quali
         return None
     note = f"NOT CHECKED against the source model: this machine cannot run {caps.preset} code; {', '.join(lacks)}"
     return QualityReport(mode=Verify.OFF.value, note=note)
+
+
+def _records(spec: CompileSpec, backend: Backend, caps: Capabilities) -> list[list[Record]]:
+    """Tuning records to choose schedules by: those shipped, then the file of the spec; refused before the long work."""
+    from llmc.schedules.tuned_choice import shipped_records
+    from llmc.tune.session import check_tunable
+    from llmc.tune.sources import records_for_compile
+
+    if spec.tune is not None:
+        check_tunable(backend, caps)
+    elif spec.records is not None:
+        return [shipped_records(), records_for_compile(Path(spec.records), backend, caps)]
+    return [shipped_records()]
+
+
+def _tuned(backend: Backend, caps: Capabilities, known: list[list[Record]]) -> Tuned:
+    """The schedules that the records choose."""
+    from llmc.tune.sources import tuned_for
+
+    return tuned_for(backend, caps, known)
+
+
+def _tune(
+    graph: ModelGraph,
+    spec: CompileSpec,
+    source: SourceModel,
+    backend: Backend,
+    caps: Capabilities,
+    progress: TuneProgress | None,
+) -> list[list[Record]]:
+    """Measure schedules for the kernels that the graph will call; the records to choose by."""
+    from llmc.schedules.records import read_records
+    from llmc.schedules.tuned_choice import shipped_records
+    from llmc.tune.extract import kernel_uses
+    from llmc.tune.session import tune_kernels
+    from llmc.tune.sources import default_database
+
+    assert spec.tune is not None
+    step = _lower(graph, spec, source, caps, backend.tvm_target(caps), StageRunner(spec))
+    limits = _limits(spec, source)
+    database = Path(spec.records) if spec.records else default_database()
+    tune_kernels(
+        kernel_uses(step.module),
+        backend,
+        caps,
+        max_batch=limits.max_batch,
+        max_step_tokens=limits.max_step_tokens,
+        budget=spec.tune,
+        database=database,
+        progress=progress,
+    )
+    return [shipped_records(), read_records(database) if database.exists() else []]
 
 
 def _build(step: StepModule, backend: Backend, caps: Capabilities, target: Any, runner: StageRunner) -> Built:
@@ -306,10 +370,17 @@ def _pack(
     return tuple(shards.entries)
 
 
-def _write(writer: ArtifactWriter, built: Built, manifest: Manifest, source: SourceModel) -> Manifest:
-    """Tokenizer files, device code, model.so and manifest, into the temporary folder."""
+def _write(
+    writer: ArtifactWriter, built: Built, manifest: Manifest, source: SourceModel, tuned: Tuned
+) -> Manifest:
+    """Tokenizer files, tuning records, device code, model.so and manifest, into the temporary folder."""
+    from llmc.schedules.records import header_line, record_line
+
     writer.copy_tokenizer(source.folder)
     writer.add_files(built.files)
+    if tuned.used:
+        text = header_line() + "".join(map(record_line, tuned.used.values()))
+        writer.add_files({TUNING: text.encode()})
     return writer.finish(built.executable, manifest)
 
 
@@ -399,10 +470,12 @@ def _manifest(
     step: StepModule,
     params: tuple[ParamEntry, ...],
     built: Built,
+    tuned: Tuned,
 ) -> Manifest:
     import tvm
 
     from llmc.passes.count_kernels import CountKernels
+    from llmc.tune.extract import kernel_uses
 
     def versions() -> dict[str, str]:
         import torch
@@ -425,6 +498,8 @@ def _manifest(
         functions=functions,
         params=params,
         quality=NO_CHECK,
+        tuning_records=tuple(record.to_json() for record in tuned.used.values()),
+        kernels=tuple(use.to_json() for use in kernel_uses(step.module)),
         versions=versions(),
         device=built.device,
     )

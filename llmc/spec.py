@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -91,6 +93,8 @@ class CompileSpec:
         max_kl: the compile fails if the mean KL divergence on eval_text (nats) is larger.
         max_ppl_increase: the compile fails if the perplexity on eval_text grows by more (percent; in TOML also "1%").
         disable_passes: graph passes to leave out, of OPTIONAL_PASSES; to measure or to find what one of them does.
+        records: file of tuning records to choose schedules by, beside those shipped; with `tune` also where it writes.
+        tune: seconds to tune the kernels for before they are built (in TOML also "10m"); None = not at all.
     """
 
     model: str
@@ -117,6 +121,8 @@ class CompileSpec:
     disable_passes: tuple[str, ...] = ()
     prune: str | None = None
     svd: str | None = None
+    records: str | None = None
+    tune: float | None = None
 
     def __post_init__(self) -> None:
         self._check_passes()
@@ -137,6 +143,8 @@ class CompileSpec:
                 "bound",
                 f"max_step_tokens must be at least max_batch ({self.max_batch}), found {self.max_step_tokens}.",
             )
+        if self.tune is not None and not self.tune > 0:
+            raise LlmcError("tune-budget", f"A tuning budget must be more than zero; found {self.tune}.")
         self._check_method()
         self._check_transforms()
         self._check_gate()
@@ -278,6 +286,8 @@ class CompileSpec:
             out["disable_passes"] = _names("disable_passes", out["disable_passes"])
         if out.get("svd") is not None:  # TOML has it as a number
             out["svd"] = str(out["svd"])
+        if isinstance(out.get("tune"), str):
+            out["tune"] = parse_budget(out["tune"])
         if "quant_rules" in out:
             out["quant_rules"] = _rules(out["quant_rules"])
         if "verify" in out:
@@ -311,6 +321,33 @@ class CompileSpec:
     def hash(self) -> str:
         """Stable identifier of this spec (hex, 16 digits)."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([smh]?)")
+
+
+def parse_budget(text: str) -> float:
+    """Seconds of ``90s``, ``10m``, ``1.5h`` or ``600``.
+
+    Raises:
+        LlmcError: not such a text, or no time at all.
+    """
+    match = _BUDGET.fullmatch(text.strip().lower())
+    seconds = float(match[1]) * _UNITS[match[2]] if match else math.nan
+    if math.isnan(seconds):
+        raise LlmcError(
+            "tune-budget",
+            f"A tuning budget is a time such as 10m, 90s or 1h; found {text!r}.",
+            hint="Use --budget 10m.",
+        )
+    if seconds <= 0:
+        raise LlmcError(
+            "tune-budget",
+            f"A tuning budget must be more than zero; found {text}.",
+            hint="Without a budget, leave tuning out: default schedules and known records are used.",
+        )
+    return seconds
 
 
 def _number(key: str, value: Any, *, percent: bool) -> float:

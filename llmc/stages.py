@@ -28,7 +28,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 # the stages of a compile, in order; pipeline.py runs exactly these
-STAGES = ("search", "capture", "lower", "build", "calibrate", "pack", "write", "verify", "evaluate")
+STAGES = ("search", "capture", "tune", "lower", "build", "calibrate", "pack", "write", "verify", "evaluate")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from types import FrameType
 from typing import Any
 
 from llmc import knobs
-from llmc.artifact import LIBRARY, MANIFEST, TOKENIZER_FILES, Manifest, sha256_file
+from llmc.artifact import LIBRARY, MANIFEST, TOKENIZER_FILES, TUNING, Manifest, sha256_file
 from llmc.errors import LlmcError
 from llmc.link import embed_manifest, export_objects, link_library, link_objects, require_cxx
 from llmc.shards import SHARD_BYTES, PackedTensor, ShardWriter, disk_errors
@@ -81,7 +81,7 @@ def check_output(output: Path) -> None:
 
 def _is_ours(name: str) -> bool:
     known = (_SHARD_NAME, _KERNELS_NAME)
-    return name in (MANIFEST, LIBRARY, *TOKENIZER_FILES) or any(k.fullmatch(name) for k in known)
+    return name in (MANIFEST, LIBRARY, TUNING, *TOKENIZER_FILES) or any(k.fullmatch(name) for k in known)
 
 
 class ArtifactWriter:

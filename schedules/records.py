@@ -214,7 +214,8 @@ class RecordFile:
 
     def append(self, records: Iterable[Record]) -> int:
         """Write records; returns how many were not in the file as they are."""
-        new = [r for r in records if self.records.get(r.identity) != r]
+        wanted = {record.identity: record for record in records}
+        new = [record for identity, record in wanted.items() if self.records.get(identity) != record]
         if not new:
             return 0
         try:

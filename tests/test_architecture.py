@@ -125,11 +125,12 @@ ALLOWED: dict[str, set[str]] = {
     "gate": {*BASE, "evaluate", "evaluate_text", "frontend", "runtime", "verify", "verify_compare"},
     "scoring": {*BASE, "runtime"},
     "lm_eval_adapter": {*BASE, "runtime", "scoring"},
-    "limits": {*BASE, "runtime.library", "runtime.memory", "schedules", "targets"},
     "roofline": {*BASE, "inspect", "kernel_work", "limits", "quant.schemes", "runtime.profile"},
     "bench": {*BASE, "kernel_work", "limits", "roofline", "runtime"},
     "debug_taps": {*BASE, *DRIVER, *COMPILER, "pipeline"},
-    "pipeline": {*BASE, *DRIVER, *COMPILER},
+    # the tuner: what a kernel class is comes from schedules, where it runs from the target
+    "tune": {*BASE, "link", "passes.rewrite", "schedules", "targets"},
+    "pipeline": {*BASE, *DRIVER, *COMPILER, "tune"},
     "cli": {
         *BASE,
         *DRIVER,
@@ -143,6 +144,9 @@ ALLOWED: dict[str, set[str]] = {
         "quant.choose",
         "pipeline",
         "runtime",
+        "schedules.records",
+        "targets",
+        "tune",
     },
     "__main__": {"cli"},
     # the lazy attributes of the package

@@ -113,6 +113,12 @@ def compile(
     disable_pass: Annotated[
         list[str] | None, typer.Option(help="Leave out this graph pass (a fusion); may be given often.")
     ] = None,
+    tune: Annotated[
+        str | None, typer.Option(help="Tune the kernels for so long before building them, e.g. 10m.")
+    ] = None,
+    records: Annotated[
+        Path | None, typer.Option(help="Tuning records to choose schedules by (llmc tune writes them).")
+    ] = None,
     dump_ir: Annotated[Path | None, typer.Option(help="Write NNN_stage_Pass.py files there.")] = None,
     time_passes: Annotated[
         bool, typer.Option("--time-passes", help="Print what each stage and pass took.")
@@ -149,6 +155,8 @@ def compile(
                 "max_kl": max_kl,
                 "max_ppl_increase": max_ppl_increase,
                 "disable_passes": disable_pass or None,
+                "tune": tune,
+                "records": str(records) if records else None,
             },
             spec_file=spec,
             output=output,
@@ -278,6 +286,60 @@ def bench(
             roofline=roofline,
             json_file=json,
             plot=plot,
+        )
+
+
+@app.command()
+def tune(
+    model: Annotated[
+        str | None, typer.Argument(help="Hugging Face folder or hub id, or an artifact.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Time to spend, e.g. 10m or 90s.")] = None,
+    target: Annotated[str | None, typer.Option(help="cpu, or a preset such as cpu/x86-64-v4.")] = None,
+    records: Annotated[
+        Path | None, typer.Option(help="Database to read and write (default: in the cache folder).")
+    ] = None,
+    list_records: Annotated[bool, typer.Option("--list", help="List what the database knows.")] = False,
+    merge: Annotated[
+        list[Path] | None, typer.Option(help="Add this file's records to the database; may be given often.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="f32, bf16 or f16 (default: the checkpoint's).")] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="Of the KV cache (default: --dtype).")] = None,
+    quant: Annotated[str | None, typer.Option(help="Scheme of the weights, as for llmc compile.")] = None,
+    quant_head: Annotated[str | None, typer.Option(help="Of the output projection.")] = None,
+    max_seq_len: Annotated[int | None, typer.Option(help="Longest sequence (default: the model's).")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Most sequences in one step.")] = None,
+    max_step_tokens: Annotated[int | None, typer.Option(help="Most tokens in one step.")] = None,
+    spec: Annotated[
+        Path | None, typer.Option(help="TOML file with the spec; options given here win.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the conclusions only.")] = False,
+) -> None:
+    """Find fast schedules for the kernels of MODEL on this machine, or list and merge tuning records.
+
+    Ctrl-C keeps what was found; a later run goes on from there.
+    """
+    with guard():
+        from llmc.cli.tune import run_tune
+
+        run_tune(
+            model,
+            {
+                "target": target,
+                "dtype": dtype,
+                "kv_dtype": kv_dtype,
+                "quant": quant,
+                "quant_head": quant_head,
+                "max_seq_len": max_seq_len,
+                "max_batch": max_batch,
+                "max_step_tokens": max_step_tokens,
+            },
+            budget=budget,
+            spec_file=spec,
+            records=records,
+            list_records=list_records,
+            merge_files=merge or [],
+            quiet=quiet,
         )
 
 

@@ -62,6 +62,12 @@ def run_compile(
     # torch and tvm come in here, after everything that can be refused without them
     from llmc.pipeline import compile_model
 
+    view = None
+    if spec.tune is not None:
+        from llmc.cli.tune import TuneView
+
+        view = TuneView(Console(stderr=True, highlight=False), live=sys.stderr.isatty(), quiet=quiet)
+        view.beside(show)
     with tempfile.TemporaryDirectory(prefix="llmc-") if output is None else nullcontext("") as nowhere:
         result = compile_model(
             spec.model,
@@ -71,7 +77,12 @@ def run_compile(
             time_passes=time_passes,
             stop_after=stop_after,
             progress=show,
+            tune_progress=view,
         )
+    if view is not None and view.result is not None and not quiet:
+        from llmc.cli.tune import result_table
+
+        console.print(result_table(view.result))
     if result is not None and result.search is not None:
         show_search(result.search, console, plot, quiet=quiet)
     if quiet:
@@ -115,6 +126,8 @@ def spec_table(spec: CompileSpec, output: Path | None) -> Table:
         "quant_embedding": "not quantized",
         "prune": "no",
         "svd": "no",
+        "records": "those shipped with llmc",
+        "tune": "no",
     }
     table = grid(f"spec {spec.hash()}")
     for key, value in spec.to_json().items():

@@ -99,30 +99,27 @@ def kernel_uses(module: Any) -> tuple[KernelUse, ...]:
 
 def _rows_of(ty: Any) -> tuple[str, int] | None:
     """(T or R, rows per such row) of a result's type: its first symbolic dimension."""
-    from tvm import arith, relax, tirx
+    from tvm import relax
 
     if isinstance(ty, relax.TupleType):
         return next((rows for field in ty.fields if (rows := _rows_of(field)) is not None), None)
     for dim in getattr(ty, "shape", None) or ():
-        names = [v for v in _variables(dim)]
-        if len(names) == 1 and names[0].name in ("T", "R", "num_tokens", "n", "s"):
-            one = arith.Analyzer().simplify(
-                tirx.stmt_functor.substitute(dim, {names[0]: tirx.IntImm("int64", 1)})
-            )
-            return ("R" if names[0].name == "R" else "T"), int(one)
-        if names:
-            return None
+        name, per = _factors(dim)
+        if name:
+            return ("R" if name == "R" else "T"), per
     return None
 
 
-def _variables(dim: Any) -> list[Any]:
+def _factors(dim: Any) -> tuple[str, int]:
+    """(name of the variable, constant factor) of a product; ("", value) of a constant."""
     from tvm import tirx
 
-    found: list[Any] = []
-    tirx.stmt_functor.post_order_visit(
-        dim, lambda node: found.append(node) if isinstance(node, tirx.Var) else None
-    )
-    return list(dict.fromkeys(found))
+    if isinstance(dim, tirx.Var):
+        return str(dim.name), 1
+    if isinstance(dim, tirx.Mul):
+        (a, m), (b, n) = _factors(dim.a), _factors(dim.b)
+        return a or b, m * n
+    return "", int(dim) if isinstance(dim, tirx.IntImm) else 1
 
 
 def jobs_of(

@@ -17,11 +17,12 @@ IMPROVEMENT = 0.01  # a schedule counts as better if it saves this share of the 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What trying a candidate gave; see Record for the fields."""
+    """What trying a candidate gave; see Record for the fields. `default` = seconds of the default measured in turns."""
 
     status: Status
     seconds: float = 0.0
     ratio: float = 0.0
+    default: float = 0.0
     error: float = 0.0
     note: str = ""
 
@@ -113,6 +114,9 @@ class Job:
     def add(self, schedule: Any, outcome: Outcome) -> None:
         """Note what a candidate gave."""
         self.measured[schedule] = outcome
+        if outcome.default:
+            # the least disturbed of all measurements of the default
+            self.default_seconds = min(self.default_seconds or outcome.default, outcome.default)
         self.history.append(min(self.best_ratio, self.history[-1] if self.history else math.inf))
 
     def stale(self) -> int:
@@ -155,7 +159,7 @@ class Job:
             schedule = self.tunable.schedule_type(**record.schedule)
             if schedule not in self.space:
                 continue
-            outcome = Outcome(record.status, record.seconds, record.ratio, record.error, record.note)
+            outcome = Outcome(record.status, record.seconds, record.ratio, 0.0, record.error, record.note)
             self.add(schedule, outcome)
             if schedule == self.space.default:
                 if record.status is Status.OK:

@@ -173,7 +173,7 @@ class ProcessLab(Lab):
             return Outcome(Status.HUNG, note=str(e))
         if "error" in answer and "status" not in answer:
             return Outcome(Status.CRASHED, note=answer["error"])
-        fields = ("seconds", "ratio", "error", "note")
+        fields = ("seconds", "ratio", "default", "error", "note")
         return Outcome(Status(answer["status"]), **{k: answer[k] for k in fields if k in answer})
 
     def _build_all(

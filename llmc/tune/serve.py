@@ -141,7 +141,9 @@ class _Prepared:
         self.default_answer: Answer = {"status": status.value, "error": error}
         if status is Status.OK:
             times = self._times(self.default_kernel, self.default_placed, _SECONDS)
-            self.default_answer.update(seconds=statistics.median(times), ratio=1.0)
+            self.default_answer.update(
+                seconds=statistics.median(times), ratio=1.0, default=undisturbed(times)
+            )
 
     def measure(self, values: dict[str, int], path: Path, seconds: float) -> Answer:
         tunable = self.tunable
@@ -162,6 +164,7 @@ class _Prepared:
             "error": error,
             "seconds": statistics.median(own),
             "ratio": undisturbed(own) / undisturbed(default),
+            "default": undisturbed(default),
         }
 
     def _check(self, kernel: Any, arguments: Arguments, placed: Any) -> tuple[Status, float]:

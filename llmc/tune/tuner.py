@@ -23,8 +23,9 @@ from llmc.tune.scheduler import next_job, settled
 from llmc.tune.search import propose
 
 _BATCH = 8
-_CONFIRM = 0.15  # share of the budget that is kept for measuring the winners again
+_CONFIRM = 0.25  # share of the budget that is kept for measuring the winners again
 _CONFIRM_SECONDS = 0.8
+_DEFAULTS = 0.5  # share of the budget that measuring default schedules may take
 _CONFIRMATIONS = 3
 _CALLS_PER_TRIAL = 15  # of the default's length, at least
 _WORTH_CONFIRMING = 0.98  # ratios above are no gain to speak of
@@ -124,6 +125,7 @@ class Tuner:
                 self._search(self._end - _CONFIRM * budget)
                 self._complete()
                 self._confirm()
+                self._write_defaults()
         except KeyboardInterrupt:
             interrupted = True
         result = TuneResult(
@@ -197,7 +199,9 @@ class Tuner:
         self.progress.phase("measuring default schedules")
         shares(self.jobs)
         waiting = [job for job in self.jobs if not job.default_seconds and not job.failure]
-        while waiting and self.clock() < self._end:
+        # what is left waits for the next run: without a search the defaults are of no use
+        end = self.clock() + _DEFAULTS * (self._end - self.clock())
+        while waiting and self.clock() < end:
             job = waiting.pop(waiting.index(max(waiting, key=lambda j: j.share)))
             if job.share < _LEAST_SHARE:
                 break
@@ -206,18 +210,24 @@ class Tuner:
                 job.failure = f"the default schedule {outcome.status.value}: {outcome.note}"
                 self._failures[outcome.status.value] += 1
             else:
-                job.default_seconds = outcome.seconds
+                job.default_seconds = outcome.default or outcome.seconds
                 outcome = replace(outcome, ratio=1.0)
             job.add(job.space.default, outcome)
             shares(self.jobs)
             self._write(job, job.space.default, outcome)
             self.progress.measured(job, job.space.default, outcome, self._end - self.clock())
+        self._write_defaults()
+
+    def _write_defaults(self) -> None:
+        """The defaults' records again: shares need all times, and the least disturbed time may be a later one."""
         shares(self.jobs)
-        # the shares of the first ones were measured before the others' times were known
+        known = [job for job in self.jobs if job.space.default in job.measured and not job.failure]
+        for job in known:
+            job.measured[job.space.default] = replace(
+                job.measured[job.space.default], seconds=job.default_seconds
+            )
         self.records.append(
-            self._record(job, job.space.default, job.measured[job.space.default])
-            for job in self.jobs
-            if job.space.default in job.measured
+            self._record(job, job.space.default, job.measured[job.space.default]) for job in known
         )
 
     def _search(self, end: float) -> None:

@@ -20,6 +20,9 @@ from llmc.targets.cpu.limits import peak, read_bandwidth
 from llmc.targets.runner import Limits, Runner
 
 _MOST_BYTES = 1 << 30  # of all copies of a cold argument
+_MOST_COPIES = 256
+_ALIGN = 4096  # of each copy
+_CACHES = 4  # caches are not strictly last-in-first-out, so twice their size would not do
 
 
 class CpuRunner(Runner):
@@ -39,15 +42,13 @@ class CpuRunner(Runner):
         cold = sum(arguments.values[i].nbytes for i in arguments.cold)
         copies = 1
         if cold:
-            # twice the cache: the next turn finds nothing of the last one in it
-            copies = max(1, min(-(-2 * cache_bytes() // cold), _MOST_BYTES // cold))
-        shared = [v if isinstance(v, int) else _tensor(v) for v in arguments.values]
-        lists = [list(shared)]
-        for _ in range(copies - 1):
-            lists.append(
-                [_tensor(v) if i in arguments.cold else shared[i] for i, v in enumerate(arguments.values)]
-            )
-        return lists
+            # several times the cache: the next turn finds nothing of the last one in it
+            copies = max(1, min(-(-_CACHES * cache_bytes() // cold), _MOST_BYTES // cold, _MOST_COPIES))
+        held = [
+            v if isinstance(v, int) else _tensors(v, copies if i in arguments.cold else 1)
+            for i, v in enumerate(arguments.values)
+        ]
+        return [[v if isinstance(v, int) else v[n % len(v)] for v in held] for n in range(copies)]
 
     def result(self, arguments: Arguments, placed: Sequence[Any]) -> np.ndarray[Any, Any]:
         out = placed[arguments.out]
@@ -61,9 +62,12 @@ class CpuRunner(Runner):
         return time.perf_counter() - begin
 
 
-def _tensor(array: np.ndarray[Any, Any]) -> Any:
-    """A tvm tensor over a copy on huge pages."""
-    raw = huge_zeros(-(-array.nbytes // 64) * 64)
-    raw[: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    name = str(array.dtype)
-    return tensor_view(raw[: array.nbytes], array.shape, name)
+def _tensors(array: np.ndarray[Any, Any], copies: int) -> list[Any]:
+    """tvm tensors over copies of an array, one behind the other on huge pages."""
+    step = -(-array.nbytes // _ALIGN) * _ALIGN
+    raw = huge_zeros(step * copies)
+    source = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    for i in range(copies):
+        raw[i * step : i * step + array.nbytes] = source
+    parts = (raw[i * step : i * step + array.nbytes] for i in range(copies))
+    return [tensor_view(part, array.shape, str(array.dtype)) for part in parts]

@@ -1,0 +1,97 @@
+"""Where tuning records come from: those shipped with llmc, the user's database, files named on the command line."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmc import knobs
+from llmc.caps import Capabilities
+from llmc.errors import LlmcError
+from llmc.schedules.records import Record, RecordFile, read_records
+from llmc.schedules.tuned_choice import Tuned
+from llmc.targets.backend import Backend
+
+
+def default_database() -> Path:
+    """The user's database, where ``llmc tune`` writes unless told otherwise."""
+    return knobs.cache_dir() / "tuning" / "records.jsonl"
+
+
+def tuned_for(backend: Backend, caps: Capabilities, sources: Sequence[Sequence[Record]]) -> Tuned:
+    """The schedules that records choose for a compile; later sources win over earlier ones."""
+    return Tuned(sources, caps.preset, tvm_version(), backend.device(), backend.tunables())
+
+
+def records_for_compile(path: Path, backend: Backend, caps: Capabilities) -> list[Record]:
+    """The records of a file that a compile is to use.
+
+    Raises:
+        LlmcError: the file is missing or corrupt, or nothing in it is for this target, TVM and kernel versions.
+    """
+    if not path.exists():
+        raise LlmcError(
+            "records-missing",
+            f"There are no tuning records at {path}.",
+            hint="llmc tune MODEL --records FILE",
+        )
+    records = read_records(path)
+    here = [r for r in records if r.preset == caps.preset]
+    if not here:
+        found = ", ".join(sorted({r.preset for r in records})) or "no records"
+        raise LlmcError(
+            "records-other-machine",
+            f"The tuning records must be for {caps.preset}; {path} has {found}.",
+            hint="Compile for such a machine (--target), or tune on this one.",
+        )
+    version = tvm_version()
+    versions = {t.name: t.version for t in backend.tunables()}
+    usable = [r for r in here if r.tvm == version and versions.get(r.rule) == r.version]
+    if not usable:
+        found = ", ".join(sorted({f"TVM {r.tvm}, {r.rule} version {r.version}" for r in here}))
+        raise LlmcError(
+            "records-other-version",
+            f"The tuning records must be of TVM {version} and this llmc's kernels; {path} has {found}.",
+            hint=f"Tune again: llmc tune MODEL --records {path} starts from what they say.",
+        )
+    return usable
+
+
+def merge(into: Path, files: Sequence[Path]) -> tuple[int, int]:
+    """Add the records of `files` to the database `into`; of two measurements of the same, the one added last counts.
+
+    Returns:
+        (records added or replaced, records that were there already as they are).
+
+    Raises:
+        LlmcError: a file is missing or corrupt; then nothing is changed.
+    """
+    read = [record for path in files for record in read_records(path)]
+    database = RecordFile(into)
+    added = database.append(read)
+    return added, len(read) - added
+
+
+def soft_mismatches(records: Sequence[Record], backend: Backend, caps: Capabilities) -> str:
+    """What a database holds that is measured again, in a sentence; "" if nothing."""
+    version, device = tvm_version(), backend.device()
+    others: Counter[str] = Counter()
+    for record in records:
+        if record.preset != caps.preset:
+            continue
+        if record.tvm != version:
+            others[f"TVM {record.tvm}"] += 1
+        elif record.device != device:
+            others[record.device] += 1
+    if not others:
+        return ""
+    said = ", ".join(f"{count} of {name}" for name, count in sorted(others.items()))
+    return f"Records that only seed the search, because they were made elsewhere: {said}."
+
+
+def tvm_version() -> str:
+    """The TVM that generates code here."""
+    import tvm
+
+    return str(tvm.__version__)

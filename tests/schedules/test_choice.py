@@ -1,0 +1,100 @@
+"""Schedules by number of rows: the table, and the kernel that dispatches on it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from llmc.schedules.attention import attention_decode, attention_prefill
+from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
+from llmc.schedules.choice import ByRows
+from llmc.schedules.linear import LinearConfig, LinearSchedule, linear
+
+CHOICES = (
+    LinearSchedule(prefetch=0, unroll=2),
+    LinearSchedule(rows_tile=2, k_block=64),
+    LinearSchedule(rows_tile=3, t_block=9, block_fast=True),
+)
+
+
+def test_the_limits_decide():
+    table = ByRows((1, 2, 3), (1, 16))
+    assert [table.at(rows) for rows in (1, 2, 16, 17, 9999)] == [1, 2, 2, 3, 3]
+    assert ByRows.of([(1, "a"), (4, "b"), (8, "b"), (0, "b")]) == ByRows(("a", "b"), (1,))
+    assert ByRows.of([(1, "a"), (0, "a")]) == ByRows(("a",))
+
+
+def test_json_round_trip():
+    table = ByRows(CHOICES, (1, 8))
+    assert ByRows.from_json(LinearSchedule, table.to_json()) == table
+    config = LinearConfig(8, 8, "float32", "float32", "float32", schedule=table)
+    assert LinearConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("limits", [(1, 2, 3), (4, 2), (0, 2)])
+def test_limits_that_make_no_sense(limits):
+    with pytest.raises(ValueError, match="limits"):
+        ByRows((1, 2, 3)[: 2 if len(limits) == 3 else 3], limits)
+
+
+def test_schedules_of_one_weight_agree_in_its_layout():
+    with pytest.raises(ValueError, match="packed once"):
+        LinearConfig(
+            8,
+            8,
+            "float32",
+            "float32",
+            "float32",
+            schedule=ByRows((LinearSchedule(), LinearSchedule(vectors=2)), (1,)),
+        )
+    with pytest.raises(ValueError, match="scratch"):
+        AttentionConfig(
+            2, 2, 8, 8, "float32", "float32", 16, 1, 1.0,
+            decode=ByRows((DecodeSchedule(), DecodeSchedule(splits=2)), (1,)),
+        )  # fmt: skip
+
+
+def test_dispatch_computes_what_each_schedule_does_alone(best, tools):
+    config = LinearConfig(70, 130, "float32", "float32", "float32", has_bias=True)
+    built = {f"k{i}": linear(replace(config, schedule=ByRows((c,))), best) for i, c in enumerate(CHOICES)}
+    built["all"] = linear(replace(config, schedule=ByRows(CHOICES, (1, 8))), best)
+    library = tools.build(best, **built)
+    rng = np.random.default_rng(0)
+    weight, bias = tools.random(rng, (70, 130), "float32"), tools.random(rng, (70,), "float32")
+    packed = tools.tensor(config.weight_layout(best).pack(weight))
+    for rows, alone in ((1, 0), (2, 1), (8, 1), (9, 2), (31, 2)):
+        x = tools.random(rng, (rows, 130), "float32")
+        results = []
+        for name in ("all", f"k{alone}"):
+            y = tools.tensor(np.full((rows, 70), np.nan, np.float32))
+            library[name](tools.tensor(x), packed, tools.tensor(bias), y)
+            results.append(y.numpy())
+        assert np.array_equal(*results), rows
+        np.testing.assert_allclose(results[0], x @ weight.T + bias, rtol=1e-4, atol=1e-4)
+
+
+def test_a_kernel_for_few_rows_refuses_more(best, tools):
+    config = LinearConfig(16, 8, "float32", "float32", "float32", schedule=ByRows((LinearSchedule(),), (4,)))
+    kernel = tools.build(best, k=linear(config, best))["k"]
+    packed = tools.tensor(config.weight_layout(best).pack(np.ones((16, 8), np.float32)))
+
+    def call(rows):
+        y = tools.tensor(np.zeros((rows, 16), np.float32))
+        kernel(tools.tensor(np.ones((rows, 8), np.float32)), packed, y)
+        return y.numpy()
+
+    assert (call(4) == 8).all()
+    with pytest.raises(Exception, match="fewer rows"):
+        call(5)
+
+
+def test_attention_kernels_dispatch_too(best):
+    config = AttentionConfig(
+        2, 2, 16, 16, "float32", "float32", 16, 1, 0.25,
+        prefill=ByRows((PrefillSchedule(), PrefillSchedule(tile_rows=16)), (64,)),
+        decode=ByRows((DecodeSchedule(), DecodeSchedule(keys=64)), (4,)),
+    )  # fmt: skip
+    assert AttentionConfig.from_json(config.to_json()) == config
+    for build in (attention_prefill, attention_decode):
+        text = build(config, best).script()
+        assert text.count("T.parallel(") == 2

@@ -1,0 +1,104 @@
+"""Every kernel class that can be tuned: its space, its JSON, and its kernels against its reference."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from llmc.schedules.attention_config import AttentionConfig
+from llmc.schedules.linear import LinearConfig
+from llmc.schedules.tunable import BUCKETS, Bucket, bucket_of
+from llmc.schedules.tune_attention import TunableDecode, TunablePrefill
+from llmc.schedules.tune_linear import TunableLinear
+from llmc.targets.backend import get
+from llmc.tune.serve import largest_error
+
+ATTENTION = AttentionConfig(4, 2, 16, 16, "float32", "float32", 16, 3, 0.25, window=20, token_major=True)
+# tunable, config, rows to check
+TASKS = {
+    "linear": (TunableLinear(), LinearConfig(200, 300, "float32", "float32", "float32", has_bias=True, lead=1), 7),
+    "linear-gated": (
+        TunableLinear(),
+        LinearConfig(
+            96, 64, "bfloat16", "bfloat16", "bfloat16",
+            activation="silu", gated=True, gate_second=True, has_bias=True, has_residual=True,
+        ),
+        40,
+    ),
+    "linear-gelu": (TunableLinear(), LinearConfig(64, 48, "float16", "float16", "float32", activation="gelu"), 1),
+    "prefill": (TunablePrefill(), ATTENTION, 40),
+    "decode": (TunableDecode(), ATTENTION, 3),
+}  # fmt: skip
+
+
+def test_buckets_cover_every_number_of_rows():
+    for rows in range(1, 2000):
+        bucket = bucket_of(rows)
+        assert bucket.low <= rows and (rows <= bucket.high or not bucket.high)
+    assert [str(b) for b in BUCKETS] == ["1", "2-4", "5-8", "9-16", "17-64", "65-512", "513+"]
+    assert Bucket(65, 512).rows(300) == 300 and Bucket(513, 0).rows(4096) == 1024
+
+
+def test_the_target_lists_them():
+    names = [tunable.name for tunable in get("cpu")[0].tunables()]
+    assert len(set(names)) == len(names) and {"linear", "attention_prefill", "attention_decode"} <= set(names)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_space(name, caps):
+    tunable, config, _ = TASKS[name]
+    task = tunable.task(config)
+    rng = np.random.default_rng(0)
+    for bucket in tunable.buckets(task):
+        space = tunable.space(task, bucket, caps)
+        members = list(space)
+        assert len(set(members)) == len(members) > 10
+        assert space.default in space and space.default in members
+        assert all(member in space for member in members[:: max(1, len(members) // 50)])
+        for _ in range(20):
+            member = space.random(rng)
+            moved = space.mutate(member, rng)
+            assert member in space and moved in space and space.cross(member, moved, rng) in space
+            assert space.nearest(asdict(member)) == member
+            assert tunable.schedule_type(**json.loads(json.dumps(asdict(member)))) == member
+            assert all(isinstance(v, int) for v in asdict(member).values())
+        terms = tunable.terms(task, members[-1], bucket.low, caps)
+        assert all(np.isfinite(v) for v in terms.values())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_task_as_json(name):
+    tunable, config, _ = TASKS[name]
+    task = tunable.task(config)
+    values = json.loads(json.dumps(tunable.to_values(task)))
+    assert tunable.from_values(values) == task
+    assert tunable.task(task) == task
+    with pytest.raises(ValueError, match="no task"):
+        tunable.from_values({**values, "colour": 3})
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_kernels_compute_the_reference(name, best, tools):
+    tunable, config, rows = TASKS[name]
+    task = tunable.task(config)
+    bucket = bucket_of(rows)
+    space = tunable.space(task, bucket if bucket in tunable.buckets(task) else tunable.buckets(task)[0], best)
+    rng = np.random.default_rng(1)
+    schedules = [space.default, *(space.random(rng) for _ in range(3))]
+    library = tools.build(
+        best, **{f"k{i}": tunable.candidate(task, s, bucket, best) for i, s in enumerate(schedules)}
+    )
+    case = tunable.case(task, rows, rng)
+    expected = tunable.reference(task, case)
+    for i, schedule in enumerate(schedules):
+        arguments = tunable.arguments(task, schedule, case, best)
+        values = [v if isinstance(v, int) else tools.tensor(v) for v in arguments.values]
+        library[f"k{i}"](*values)
+        found = values[arguments.out].numpy().astype(np.float32)
+        assert largest_error(found, expected, tunable.tolerance(task)) < 1, schedule
+        # the check notices what is a little off
+        wrong = found + 3 * tunable.tolerance(task) * np.sqrt(np.mean(expected**2))
+        assert largest_error(wrong, expected, tunable.tolerance(task)) > 1
+    work = tunable.work(task, rows)
+    assert work.bytes > 0 and work.operations > 0
