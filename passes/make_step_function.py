@@ -14,9 +14,10 @@ from llmc.kv_plan import KVPlan
 from llmc.ops import ATTENTION, HEADS, AttentionAttrs, HeadsAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels
 from llmc.passes.step_module import LoweredGraph, StepModule
-from llmc.schedules.attention import AttentionConfig, attention_prefill, kv_append
-from llmc.schedules.gather import GatherConfig, gather_rows
-from llmc.schedules.rope import HeadSource, RopeConfig, rope_append
+from llmc.schedules.attention import AttentionConfig
+from llmc.schedules.gather import GatherConfig
+from llmc.schedules.kernels import builders
+from llmc.schedules.rope import HeadSource, RopeConfig
 
 
 class MakeStepFunction:
@@ -173,7 +174,7 @@ class MakeStepFunction:
             self._append(config, g, k, v, by_name[f"slot_{g}"], current, layer)
             appended.add(attrs.layer)
         gvar = self._kernels.get(
-            config, f"attention_prefill_{g}", lambda: attention_prefill(config, self.caps)
+            config, f"attention_prefill_{g}", lambda: builders(self.caps).attention_prefill(config, self.caps)
         )
         self._attention_configs[gvar.name_hint] = config
         args = [q, *current[g], by_name["query_start"], by_name["context_len"], by_name[f"block_table_{g}"]]
@@ -185,7 +186,9 @@ class MakeStepFunction:
         """Keys and values to their pages."""
         build = self._build
         key = ("append", g, str(k.ty.dtype))
-        gvar = self._kernels.get(key, f"kv_append_{g}", lambda: kv_append(config, self.caps))
+        gvar = self._kernels.get(
+            key, f"kv_append_{g}", lambda: builders(self.caps).kv_append(config, self.caps)
+        )
         call = relax.op.call_tir_inplace(
             gvar,
             relax.Tuple([k, v, slot, *current[g], layer]),
@@ -212,7 +215,7 @@ class MakeStepFunction:
             str(tensors[0].ty.dtype) if tensors else "float32",
         )
         name = f"rope_append_{g}" if len(heads) > 1 else f"rope_{g}"
-        gvar = self._kernels.get(config, name, lambda: rope_append(config, self.caps))
+        gvar = self._kernels.get(config, name, lambda: builders(self.caps).rope_append(config, self.caps))
         self._rope_configs[gvar.name_hint] = config
         tokens = next(d for d in slot.ty.shape)
         q_type = ir.tensor_type([1, tokens, attention.heads, attention.key_dim], attention.dtype)
@@ -235,7 +238,9 @@ class MakeStepFunction:
     def _gather(self, x: Any, rows: Any, row_count: Any) -> Any:
         lead = len(x.ty.shape) - 2
         config = GatherConfig(k=int(x.ty.shape[-1]), dtype=str(x.ty.dtype), lead=lead)
-        gvar = self._kernels.get(config, "gather_rows", lambda: gather_rows(config, self.caps))
+        gvar = self._kernels.get(
+            config, "gather_rows", lambda: builders(self.caps).gather_rows(config, self.caps)
+        )
         out = ir.tensor_type([*[1] * lead, row_count, x.ty.shape[-1]], str(x.ty.dtype))
         return self._build.emit(relax.call_tir(gvar, relax.Tuple([x, rows]), out), "rows")
 

@@ -12,7 +12,8 @@ from llmc import ir
 from llmc.caps import Capabilities
 from llmc.passes.rewrite import Builder, Graph, Kernels
 from llmc.passes.step_module import StepModule
-from llmc.schedules.attention import attention_decode, partial_shape
+from llmc.schedules.attention import partial_shape
+from llmc.schedules.kernels import builders
 from llmc.schedules.rope import RopeConfig
 
 
@@ -52,7 +53,9 @@ class SpecializeDecode:
             gvar = kernels.get(
                 (config, rope.config if rope else None),
                 name.replace("attention_prefill", "attention_decode"),
-                partial(attention_decode, config, self.caps, rope.config if rope else None),
+                partial(
+                    builders(self.caps).attention_decode, config, self.caps, rope.config if rope else None
+                ),
             )
             scratch = ir.tensor_type([tokens, *partial_shape(config)], "float32")
             outputs = [binding.var.ty, scratch]
