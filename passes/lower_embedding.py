@@ -13,9 +13,10 @@ from llmc.caps import Capabilities
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph, PackedParam
 from llmc.quant.schemes import by_name
-from llmc.schedules.gather import EmbeddingConfig, embedding
+from llmc.schedules.gather import EmbeddingConfig
+from llmc.schedules.kernels import builders
 from llmc.schedules.layout import BlockedLayout
-from llmc.schedules.qgather import QuantEmbeddingConfig, quant_embedding
+from llmc.schedules.qgather import QuantEmbeddingConfig
 from llmc.schedules.qlayout import QuantLayout, quant_layout
 
 
@@ -45,6 +46,7 @@ class LowerEmbedding:
                 packed[info.source, info.scheme] = (var, info)
         module = ir.shallow_copy(lowered.module)
         kernels, build = Kernels(module), Builder()
+        build_kernel = builders(self.caps)
         for binding in graph.bindings:
             value = binding.value
             table = self._table(graph, value, index_of)
@@ -62,7 +64,9 @@ class LowerEmbedding:
                 )
                 if (info.source, info.scheme) not in packed:
                     packed[info.source, info.scheme] = _packed(info, config.layout, params, infos)
-                gvar = kernels.get(config, "embedding", partial(quant_embedding, config, self.caps))
+                gvar = kernels.get(
+                    config, "embedding", partial(build_kernel.quant_embedding, config, self.caps)
+                )
                 args = [ids, packed[info.source, info.scheme][0]]
                 build.bind(binding.var, relax.call_tir(gvar, args, binding.var.ty))
                 continue
@@ -78,7 +82,9 @@ class LowerEmbedding:
                 lead=len(ids.ty.shape) - 1,
                 layout=layout,
             )
-            gvar = kernels.get(plain_config, "embedding", partial(embedding, plain_config, self.caps))
+            gvar = kernels.get(
+                plain_config, "embedding", partial(build_kernel.embedding, plain_config, self.caps)
+            )
             build.bind(binding.var, relax.call_tir(gvar, [ids, weight], binding.var.ty))
         new = build.function(params, func.body.body, func.attrs, symbol="main")
         return LoweredGraph(update_function(module, "main", new), tuple(infos))

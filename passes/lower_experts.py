@@ -15,9 +15,10 @@ from llmc.ops import EXPERT_LINEAR, ExpertLinearAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph
 from llmc.quant.schemes import by_name
-from llmc.schedules.experts import ExpertConfig, expert_linear
+from llmc.schedules.experts import ExpertConfig
+from llmc.schedules.kernels import builders
 from llmc.schedules.layout import BlockedLayout, linear_layout
-from llmc.schedules.qexperts import QuantExpertConfig, quant_expert_linear
+from llmc.schedules.qexperts import QuantExpertConfig
 from llmc.schedules.qlayout import QuantLayout, quant_layout
 
 
@@ -75,14 +76,16 @@ class LowerExperts:
                 kernel = kernels.get(
                     quantized,
                     f"expert_linear_{info.scheme}_{n}_{k}",
-                    partial(quant_expert_linear, quantized, self.caps),
+                    partial(builders(self.caps).quant_expert_linear, quantized, self.caps),
                 )
             else:
                 layout = blocked = linear_layout(dtype, self.caps)
                 shape = (experts, *blocked.packed_shape(n, k))
                 config = ExpertConfig(experts=experts, n=n, k=k, weight_dtype=dtype, layout=blocked, **common)
                 kernel = kernels.get(
-                    config, f"expert_linear_{n}_{k}", partial(expert_linear, config, self.caps)
+                    config,
+                    f"expert_linear_{n}_{k}",
+                    partial(builders(self.caps).expert_linear, config, self.caps),
                 )
             key = (weight, attrs.transposed)
             if key not in packed_vars:

@@ -14,10 +14,11 @@ from llmc.ops import LINEAR, LinearAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph, PackedParam
 from llmc.quant.schemes import by_name
+from llmc.schedules.kernels import builders
 from llmc.schedules.layout import BlockedLayout
-from llmc.schedules.linear import LinearConfig, linear
+from llmc.schedules.linear import LinearConfig
 from llmc.schedules.qlayout import QuantLayout, quant_layout
-from llmc.schedules.qlinear import QuantLinearConfig, quant_linear
+from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.tuned_choice import Tuned
 
 
@@ -237,7 +238,8 @@ def _is_packed(packed: dict[tuple[tuple[str, ...], str, bool, bool], Any], sourc
 
 
 def _build(config: LinearConfig | QuantLinearConfig, caps: Capabilities) -> Any:
-    return quant_linear(config, caps) if isinstance(config, QuantLinearConfig) else linear(config, caps)
+    build = builders(caps)
+    return (build.quant_linear if isinstance(config, QuantLinearConfig) else build.linear)(config, caps)
 
 
 def _kernel_name(config: LinearConfig | QuantLinearConfig, k: int) -> str:

@@ -12,7 +12,8 @@ from llmc.caps import Capabilities
 from llmc.ops import NORM, NormAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph
-from llmc.schedules.norm import NormConfig, norm
+from llmc.schedules.kernels import builders
+from llmc.schedules.norm import NormConfig
 
 
 class LowerNorm:
@@ -52,7 +53,7 @@ class LowerNorm:
             name = (
                 f"{'add_' if attrs.adds else ''}{'layer' if attrs.center else 'rms'}_norm_{config.shape[-1]}"
             )
-            gvar = kernels.get(config, name, partial(norm, config, self.caps))
+            gvar = kernels.get(config, name, partial(builders(self.caps).norm, config, self.caps))
             call: Any = relax.call_tir(gvar, operands, types if attrs.adds else types[0])
             build.bind(binding.var, call)
         if not changed:

@@ -15,10 +15,11 @@ from llmc.kv_plan import KVPlan
 from llmc.ops import ATTENTION, HEADS, AttentionAttrs, HeadsAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels
 from llmc.passes.step_module import LoweredGraph, StepModule
-from llmc.schedules.attention import AttentionConfig, attention_prefill, kv_append
+from llmc.schedules.attention import AttentionConfig
 from llmc.schedules.costs import append_cost, attention_cost
-from llmc.schedules.gather import GatherConfig, gather_rows
-from llmc.schedules.rope import HeadSource, RopeConfig, rope_append
+from llmc.schedules.gather import GatherConfig
+from llmc.schedules.kernels import builders
+from llmc.schedules.rope import HeadSource, RopeConfig
 from llmc.schedules.tuned_choice import Tuned
 
 
@@ -181,7 +182,7 @@ class MakeStepFunction:
         gvar = self._kernels.get(
             config,
             f"attention_prefill_{g}",
-            lambda: attention_prefill(config, self.caps),
+            lambda: builders(self.caps).attention_prefill(config, self.caps),
             attention_cost(config),
         )
         self._attention_configs[gvar.name_hint] = config
@@ -194,7 +195,7 @@ class MakeStepFunction:
         """Keys and values to their pages."""
         build = self._build
         key = ("append", g, str(k.ty.dtype))
-        build_it = partial(kv_append, config, self.caps)
+        build_it = partial(builders(self.caps).kv_append, config, self.caps)
         gvar = self._kernels.get(key, f"kv_append_{g}", build_it, append_cost(config))
         call = relax.op.call_tir_inplace(
             gvar,
@@ -227,7 +228,7 @@ class MakeStepFunction:
             str(tensors[0].ty.dtype) if tensors else "float32",
         )
         name = f"rope_append_{g}" if len(heads) > 1 else f"rope_{g}"
-        gvar = self._kernels.get(config, name, lambda: rope_append(config, self.caps))
+        gvar = self._kernels.get(config, name, lambda: builders(self.caps).rope_append(config, self.caps))
         self._rope_configs[gvar.name_hint] = config
         tokens = next(d for d in slot.ty.shape)
         q_type = ir.tensor_type([1, tokens, attention.heads, attention.key_dim], attention.dtype)
@@ -250,7 +251,9 @@ class MakeStepFunction:
     def _gather(self, x: Any, rows: Any, row_count: Any) -> Any:
         lead = len(x.ty.shape) - 2
         config = GatherConfig(k=int(x.ty.shape[-1]), dtype=str(x.ty.dtype), lead=lead)
-        gvar = self._kernels.get(config, "gather_rows", lambda: gather_rows(config, self.caps))
+        gvar = self._kernels.get(
+            config, "gather_rows", lambda: builders(self.caps).gather_rows(config, self.caps)
+        )
         out = ir.tensor_type([*[1] * lead, row_count, x.ty.shape[-1]], str(x.ty.dtype))
         return self._build.emit(relax.call_tir(gvar, relax.Tuple([x, rows]), out), "rows")
 

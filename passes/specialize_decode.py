@@ -12,8 +12,9 @@ from llmc import ir
 from llmc.caps import Capabilities
 from llmc.passes.rewrite import Builder, Graph, Kernels
 from llmc.passes.step_module import StepModule
-from llmc.schedules.attention import attention_decode, partial_shape
+from llmc.schedules.attention import partial_shape
 from llmc.schedules.costs import attention_cost
+from llmc.schedules.kernels import builders
 from llmc.schedules.rope import RopeConfig
 
 
@@ -57,7 +58,9 @@ class SpecializeDecode:
             gvar = kernels.get(
                 (config, rope.config if rope else None),
                 name.replace("attention_prefill", "attention_decode"),
-                partial(attention_decode, config, self.caps, rope.config if rope else None),
+                partial(
+                    builders(self.caps).attention_decode, config, self.caps, rope.config if rope else None
+                ),
                 attention_cost(config, rope.config if rope else None),
             )
             scratch = ir.tensor_type([tokens, *partial_shape(config)], "float32")

@@ -30,6 +30,10 @@ class DefaultSchedule:
         self.caps = caps
 
     def __call__(self, module: Any) -> Any:
+        if self.caps.simt:
+            from llmc.schedules.gpu.generic import schedule_module
+
+            return schedule_module(module)
         use_vector_math()
         out = tvm.IRModule(dict(module.functions.items()), attrs=module.attrs)
         for gvar, func in module.functions.items():

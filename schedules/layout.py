@@ -94,7 +94,11 @@ def linear_layout(dtype: str, caps: Capabilities, vectors: int = 0) -> BlockedLa
 
     `vectors` vectors of outputs per block; by default four where there are 32 registers, else two: with six or fewer
     rows of activations the accumulators then fill the register file. bf16 is kept in pairs also without a dot product
-    instruction, because pairs in 32-bit lanes become two float32 vectors by a shift and a mask.
+    instruction, because pairs in 32-bit lanes become two float32 vectors by a shift and a mask. A machine of threads
+    takes blocks of 8 rows by 16 bytes: a warp then loads 512 consecutive bytes, and 8 x 8 elements of 16 bits are an
+    operand tile.
     """
+    if caps.simt:
+        return BlockedLayout(8, 4 if dtype == "float32" else 8)
     vectors = vectors or (4 if caps.vector_registers >= 32 else 2)
     return BlockedLayout(vectors * caps.lanes_f32, 2 if dtype == "bfloat16" else 1)

@@ -227,7 +227,7 @@ class ExpressionCompiler:
     # -- calls -------------------------------------------------------------------------------------------------------
 
     def _call(self, e: Any) -> Evaluator:
-        name = str(getattr(e.op, "name", "")).removeprefix("tirx.")
+        name = str(getattr(e.op, "name", "")).partition(".")[2]
         pure = _PURE.get(name)
         if pure is not None:
             args = [self.expr(a) for a in e.args]

@@ -1,0 +1,163 @@
+"""Rotating heads and appending keys and values to their pages: a block per token, a thread per element."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llmc.caps import Capabilities
+from llmc.errors import LlmcError
+from llmc.schedules import emit as e
+from llmc.schedules.attention_config import AttentionConfig
+from llmc.schedules.gpu import emit as g
+from llmc.schedules.rope import RopeConfig, RopeOperands
+
+THREADS = 128
+
+
+def rotate(
+    ops: RopeOperands,
+    which: int,
+    token: Any,
+    heads: tuple[Any, int],
+    thread: Any,
+    store: Callable[[Any, Any, Any], None],
+    threads: int = THREADS,
+) -> None:
+    """Rotated elements of neighbouring heads of a token, shared among the threads: store(number, element, float32).
+
+    Args:
+        which: 0 = q, 1 = k, 2 = v.
+        heads: (first head, how many); `number` counts from 0.
+    """
+    source = ops.cfg.sources[which]
+    attrs = source.attrs
+    if attrs.norm is not None:
+        raise LlmcError(
+            "kernel-missing",
+            f"There is no kernel for norms of single heads before their rotation on {ops.caps.preset} yet.",
+            hint="Compile with --disable-pass FuseRoPE, or for the cpu target.",
+        )
+    first, count = heads
+    stride = attrs.head_stride * ops.t if attrs.head_major else e.i64(attrs.head_stride)
+    for run in attrs.runs:
+
+        def element(i: Any, run: Any = run) -> None:
+            number, at = e.let(i // run.count), e.let(i % run.count)
+            base = e.let(token * attrs.token_stride + (first + number) * stride + attrs.offset)
+
+            def read(first: Any, lanes: int) -> Any:
+                return ops._read(ops.sources[which], base + first, lanes, source.dtype)
+
+            store(number, run.to + at * run.to_step, ops._value(run, read, token, at, 1))
+
+        g.strided(thread, count * run.count, threads, element)
+
+
+class Pages:
+    """Where a token's keys and values go."""
+
+    def __init__(
+        self, cfg: AttentionConfig, slots: Any, k_pool: Any, v_pool: Any, layer: Any, caps: Capabilities
+    ) -> None:
+        self.cfg, self.slots, self.k_pool, self.v_pool, self.layer = cfg, slots, k_pool, v_pool, layer
+        self.caps = caps
+
+    def at(self, token: Any) -> None:
+        """Find the token's page; before the stores."""
+        where = e.let(e.i64(self.slots[token]))
+        self._page = e.let((where // self.cfg.page_size * self.cfg.layers + self.layer) * self.cfg.kv_heads)
+        self._offset = e.let(where % self.cfg.page_size)
+
+    def store_key(self, head: Any, d: Any, value: Any) -> None:
+        """Element d of a head's key, from float32; rounded to the model's type first, as if it had been stored so."""
+        cfg = self.cfg
+        at = ((self._page + head) * cfg.key_dim + d) * cfg.page_size + self._offset
+        e.store(self.k_pool, at, self._rounded(value), 1)
+
+    def store_value(self, head: Any, d: Any, value: Any) -> None:
+        """Element d of a head's value, from float32."""
+        cfg = self.cfg
+        at = ((self._page + head) * cfg.page_size + self._offset) * cfg.value_dim + d
+        e.store(self.v_pool, at, self._rounded(value), 1)
+
+    def _rounded(self, value: Any) -> Any:
+        cfg = self.cfg
+        if cfg.dtype != "float32" and cfg.dtype != cfg.kv_dtype:
+            value = e.widen(e.let(e.narrow(e.let(value), cfg.dtype, 1, self.caps)), cfg.dtype, 1)
+        return e.narrow(e.let(value), cfg.kv_dtype, 1, self.caps)
+
+
+def append(ops: RopeOperands, pages: Pages, token: Any, thread: Any) -> None:
+    """Keys (rotated) and values of a token, all heads."""
+    heads = (e.i64(0), pages.cfg.kv_heads)
+    pages.at(token)
+    rotate(ops, 1, token, heads, thread, pages.store_key)
+    rotate(ops, 2, token, heads, thread, pages.store_value)
+
+
+def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
+    """The PrimFunc of llmc.schedules.rope.rope_append, for a machine with threads."""
+    a = cfg.attention
+    hk, dk, dv, ps = a.kv_heads, a.key_dim, a.value_dim, a.page_size
+    built: list[Any] = []
+    with e.kernel(built):
+        t, pages = e.dim("T"), e.dim("P")
+        ops = RopeOperands(cfg, caps, t)
+        if cfg.k is not None:
+            slot = g.tensor("slot", [t], "int32")
+            k_pool = g.tensor("k_pool", [pages, a.layers, hk, dk, ps], a.kv_dtype)
+            v_pool = g.tensor("v_pool", [pages, a.layers, hk, ps, dv], a.kv_dtype)
+            layer = e.scalar_arg("layer")
+        q = g.tensor("q", [1, t, a.heads, dk], a.dtype)
+        with e.root():
+            ops.view()
+            out = e.flat(q, t * a.heads * dk)
+            if cfg.k is not None:
+                slots = e.flat(slot, t)
+                kp = e.flat(k_pool, pages * a.layers * hk * dk * ps)
+                vp = e.flat(v_pool, pages * a.layers * hk * ps * dv)
+            with g.launch(t, THREADS) as (token, thread):
+                if cfg.k is not None:
+                    append(ops, Pages(a, slots, kp, vp, layer, caps), token, thread)
+
+                def store(head: Any, d: Any, value: Any) -> None:
+                    at = (token * a.heads + head) * dk + d
+                    e.store(out, at, e.narrow(e.let(value), a.dtype, 1, caps), 1)
+
+                rotate(ops, 0, token, (e.i64(0), a.heads), thread, store)
+    return built[0]
+
+
+def kv_append(cfg: AttentionConfig, caps: Capabilities) -> Any:
+    """The PrimFunc of llmc.schedules.attention.kv_append, for a machine with threads."""
+    hk, dk, dv, ps, layers = cfg.kv_heads, cfg.key_dim, cfg.value_dim, cfg.page_size, cfg.layers
+    built: list[Any] = []
+    with e.kernel(built):
+        t, pages = e.dim("T"), e.dim("P")
+        k = g.tensor("k", [1, hk, t, dk], cfg.dtype)
+        v = g.tensor("v", [1, hk, t, dv], cfg.dtype)
+        slot = g.tensor("slot", [t], "int32")
+        k_pool = g.tensor("k_pool", [pages, layers, hk, dk, ps], cfg.kv_dtype)
+        v_pool = g.tensor("v_pool", [pages, layers, hk, ps, dv], cfg.kv_dtype)
+        layer = e.scalar_arg("layer")
+        with e.root():
+            slots = e.flat(slot, t)
+            kp = e.flat(k_pool, pages * layers * hk * dk * ps)
+            vp = e.flat(v_pool, pages * layers * hk * ps * dv)
+            sources = [(e.flat(k, hk * t * dk), dk), (e.flat(v, hk * t * dv), dv)]
+            with g.launch(t, THREADS) as (token, thread):
+                to = Pages(cfg, slots, kp, vp, layer, caps)
+                to.at(token)
+                for (source, dim), put in zip(sources, (to.store_key, to.store_value), strict=True):
+
+                    def element(i: Any, source: Any = source, dim: int = dim, put: Any = put) -> None:
+                        head, d = e.let(i // dim), e.let(i % dim)
+                        value = e.let(e.widen(source[(head * t + token) * dim + d], cfg.dtype, 1))
+                        put(head, d, value)
+
+                    g.strided(thread, hk * dim, THREADS, element)
+    return built[0]
+
+
+__all__ = ["Pages", "append", "kv_append", "rope_append", "rotate"]

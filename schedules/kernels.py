@@ -1,0 +1,83 @@
+"""Which builder makes a kernel, by what the machine is like. Passes call builders through this table only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llmc.caps import Capabilities
+from llmc.errors import LlmcError
+from llmc.schedules import attention, experts, gather, linear, norm, qexperts, qgather, qlinear, rope
+from llmc.schedules.gpu import attention as gpu_attention
+from llmc.schedules.gpu import gather as gpu_gather
+from llmc.schedules.gpu import linear as gpu_linear
+from llmc.schedules.gpu import norm as gpu_norm
+from llmc.schedules.gpu import rope as gpu_rope
+
+# (configuration, capabilities) -> PrimFunc
+Builder = Callable[[Any, Capabilities], Any]
+
+
+@dataclass(frozen=True)
+class Builders:
+    """A builder per kernel; the functions of the same name in schedules/ say what each computes."""
+
+    linear: Builder
+    quant_linear: Builder
+    expert_linear: Builder
+    quant_expert_linear: Builder
+    norm: Builder
+    embedding: Builder
+    quant_embedding: Builder
+    gather_rows: Builder
+    kv_append: Builder
+    rope_append: Builder
+    attention_prefill: Builder
+    attention_decode: Callable[[Any, Capabilities, Any], Any]
+
+
+def _not_yet(what: str) -> Builder:
+    def refuse(config: Any, caps: Capabilities) -> Any:
+        raise LlmcError(
+            "kernel-missing",
+            f"There is no kernel for {what} on {caps.preset} yet.",
+            hint="Compile without it, or for the cpu target.",
+        )
+
+    return refuse
+
+
+_LOOPS = Builders(
+    linear=linear.linear,
+    quant_linear=qlinear.quant_linear,
+    expert_linear=experts.expert_linear,
+    quant_expert_linear=qexperts.quant_expert_linear,
+    norm=norm.norm,
+    embedding=gather.embedding,
+    quant_embedding=qgather.quant_embedding,
+    gather_rows=gather.gather_rows,
+    kv_append=attention.kv_append,
+    rope_append=rope.rope_append,
+    attention_prefill=attention.attention_prefill,
+    attention_decode=attention.attention_decode,
+)
+_THREADS = Builders(
+    linear=gpu_linear.linear,
+    quant_linear=_not_yet("quantized weights (--quant)"),
+    expert_linear=_not_yet("mixtures of experts"),
+    quant_expert_linear=_not_yet("mixtures of experts"),
+    norm=gpu_norm.norm,
+    embedding=gpu_gather.embedding,
+    quant_embedding=_not_yet("quantized weights (--quant)"),
+    gather_rows=gpu_gather.gather_rows,
+    kv_append=gpu_rope.kv_append,
+    rope_append=gpu_rope.rope_append,
+    attention_prefill=gpu_attention.attention_prefill,
+    attention_decode=gpu_attention.attention_decode,
+)
+
+
+def builders(caps: Capabilities) -> Builders:
+    """The builders for a machine."""
+    return _THREADS if caps.simt else _LOOPS
