@@ -16,6 +16,7 @@ from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph
 from llmc.quant.schemes import by_name
 from llmc.schedules.experts import ExpertConfig, expert_linear
+from llmc.schedules.iexperts import int_expert_linear
 from llmc.schedules.layout import BlockedLayout, linear_layout
 from llmc.schedules.qexperts import QuantExpertConfig, quant_expert_linear
 from llmc.schedules.qlayout import QuantLayout, quant_layout
@@ -72,10 +73,9 @@ class LowerExperts:
                 layout = packing = quant_layout(by_name(info.scheme), n, k, self.caps)
                 shape: tuple[int, ...] = (experts, *packing.packed_shape)
                 quantized = QuantExpertConfig(experts, packing, **common)
+                builder = int_expert_linear if packing.quads else quant_expert_linear
                 kernel = kernels.get(
-                    quantized,
-                    f"expert_linear_{info.scheme}_{n}_{k}",
-                    partial(quant_expert_linear, quantized, self.caps),
+                    quantized, f"expert_linear_{info.scheme}_{n}_{k}", partial(builder, quantized, self.caps)
                 )
             else:
                 layout = blocked = linear_layout(dtype, self.caps)

@@ -14,6 +14,7 @@ from llmc.ops import LINEAR, LinearAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph, PackedParam
 from llmc.quant.schemes import by_name
+from llmc.schedules.ilinear import int_linear
 from llmc.schedules.layout import BlockedLayout, linear_layout
 from llmc.schedules.linear import LinearConfig, linear
 from llmc.schedules.qlayout import QuantLayout, quant_layout
@@ -231,7 +232,9 @@ def _is_packed(packed: dict[tuple[tuple[str, ...], str, bool, bool], Any], sourc
 
 
 def _build(config: LinearConfig | QuantLinearConfig, caps: Capabilities) -> Any:
-    return quant_linear(config, caps) if isinstance(config, QuantLinearConfig) else linear(config, caps)
+    if not isinstance(config, QuantLinearConfig):
+        return linear(config, caps)
+    return int_linear(config, caps) if config.layout.quads else quant_linear(config, caps)
 
 
 def _kernel_name(config: LinearConfig | QuantLinearConfig, k: int) -> str:

@@ -39,7 +39,7 @@ class QuantCodes:
         self.vectors = layout.n_block // self.lanes
         scheme = layout.of
         self.bytes = e.flat(w, size)
-        signed = layout.planes == (8,) and scheme.code is Code.INT
+        signed = layout.planes == (8,) and scheme.code is Code.INT and not layout.quads
         self._byte_codes = e.flat(w, size, "int8") if layout.planes == (8,) else None
         self._words = e.flat(w, size // 4, "int32") if layout.planes != (8,) else None
         stored = {"float32": ("float32", 4), "float16": ("float16", 2), "e8m0": ("uint8", 1)}
@@ -97,6 +97,8 @@ class QuantCodes:
     def value(self, at: Any, column: Any, row: Any) -> Any:
         """float32 value of one code: column of the unit at byte `at`, row of the block."""
         nb = self.layout.n_block
+        if self.layout.quads:
+            return self._of_quad(at, column, row)
         if self._byte_codes is not None:
             return self._of_bytes(self._byte_codes[at + column * nb + row], 1)
         assert self._words is not None
@@ -111,6 +113,15 @@ class QuantCodes:
             code = part if code is None else T.bitwise_or(code, part)
             low += bits
         return self._of_codes(code, 1)
+
+    def _of_quad(self, at: Any, column: Any, row: Any) -> Any:
+        per_word = 32 // self.layout.of.bits
+        byte = at + (column // per_word * self.layout.n_block + row) * 4 + column % 4
+        code = tirx.Cast("int32", self.bytes[byte])
+        if self.layout.of.bits == 4:
+            shift = tirx.Cast("int32", column % 8 // 4 * 4)
+            code = T.bitwise_and(T.shift_right(code, shift), e.const("int32", 15, 1))
+        return tirx.Cast("float32", code - e.const("int32", self._offset, 1))
 
     def scale(self, at: Any, row: Any, lanes: int) -> Any:
         """float32 scales of `lanes` rows from `row` on; `at` is the byte where the group's scales begin."""

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-# function -> (argument that holds the input, the one that holds the weight, whether the weight is [out, in])
-_PRODUCTS: dict[Callable[..., Any], tuple[int, int, bool]] = {
-    torch.nn.functional.linear: (0, 1, True),
-    torch.matmul: (0, 1, False),
-    torch.mm: (0, 1, False),
-    torch.bmm: (0, 1, False),
-    torch.addmm: (1, 2, False),
-    torch.baddbmm: (1, 2, False),
-    torch.Tensor.matmul: (0, 1, False),
-    torch.Tensor.__matmul__: (0, 1, False),
-    torch.Tensor.mm: (0, 1, False),
-    torch.Tensor.bmm: (0, 1, False),
-    torch.Tensor.addmm: (1, 2, False),
-}
+from llmc.products import Product
 
 
 @dataclass
@@ -204,12 +191,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        product = _PRODUCTS.get(func)
+        product = Product.of(func, args, kwargs)
         if product is not None:
-            i, w, out_in = product
-            names = ("input", "weight" if out_in else "other")
-            x = args[i] if len(args) > i else kwargs.get(names[0])
-            weight = args[w] if len(args) > w else kwargs.get(names[1], kwargs.get("mat2"))
-            if isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor):
-                self._recorder.see(x, weight, out_in, self._alive)
+            self._recorder.see(product.x, product.weight, product.out_in, self._alive)
         return func(*args, **kwargs)
