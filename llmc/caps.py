@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
+
+
+class ByteDot(str, Enum):
+    """How products of bytes are summed in 32-bit lanes."""
+
+    NONE = "none"  # by plain arithmetic
+    WORDS = "words"  # two products of 16-bit words (vpmaddwd)
+    UNSIGNED_SIGNED = "u8s8"  # four products of an unsigned and a signed byte (vpdpbusd)
+    SIGNED = "s8s8"  # four products of signed bytes (sdot)
 
 
 @dataclass(frozen=True)
@@ -20,6 +30,7 @@ class Capabilities:
         vector_registers: how many there are.
         has_bf16_dot: 2-way bf16 dot product with float32 accumulation (vdpbf16ps).
         has_lookup: a register can be permuted by another one (vpermps, vpermw, tbl): small tables are one instruction.
+        byte_dot: the best integer dot product of bytes.
         threads: worker threads that default schedules are sized for.
         simt: kernels are blocks of threads with shared memory; else loops over worker threads.
         shared_bytes: most shared memory of a block.
@@ -38,6 +49,7 @@ class Capabilities:
     vector_registers: int = 16
     has_bf16_dot: bool = False
     has_lookup: bool = False
+    byte_dot: ByteDot = ByteDot.NONE
     threads: int = 2
     simt: bool = False
     shared_bytes: int = 0

@@ -12,6 +12,7 @@ import numpy as np
 from llmc.artifact import ParamEntry
 from llmc.frontend.graph import ParamInfo, SourceModel, WeightSource
 from llmc.passes.step_module import PackedParam
+from llmc.quant.schemes import by_name
 from llmc.quant.weight import QuantizedWeight
 from llmc.schedules.qlayout import QuantLayout, turns
 
@@ -36,6 +37,9 @@ class ArtifactWeights:
     """A WeightSource: quantized weights from an artifact's shards, the others from the source model.
 
     Weights are read back, not quantized again: that is quick whatever method made them.
+
+    Attributes:
+        int8_inputs: names of the weights that the artifact multiplies with int8 activations.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class ArtifactWeights:
                 self._where[name] = (param, by_name[param.name], row)
                 shape = base.info(name).shape
                 row += shape[-1] if param.transposed else shape[-2]
+        self.int8_inputs = frozenset(n for n, (p, _, _) in self._where.items() if is_int8(p.scheme))
 
     def names(self) -> tuple[str, ...]:
         return self._base.names()
@@ -88,6 +93,11 @@ class ArtifactWeights:
     def iterate(self, order: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
         for name in order:
             yield name, self.load(name)
+
+
+def is_int8(scheme: str) -> bool:
+    """Whether weights in a scheme are multiplied with int8 activations."""
+    return bool(scheme) and by_name(scheme).activation_bits == 8
 
 
 def _rows(weight: QuantizedWeight, index: np.ndarray) -> QuantizedWeight:

@@ -20,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 from llmc.errors import LlmcError
 from llmc.frontend.graph import SourceModel, WeightSource
 from llmc.frontend.meta import TORCH_DTYPES, from_config, skeleton
+from llmc.products import RoundedInputs
 
 # weights held at once; smaller models are held whole
 BUDGET = 2 << 30
@@ -48,10 +49,12 @@ def reference_logits(
     kv_dtype: str | None = None,
     taps: tuple[str, ...] = (),
     budget: int = BUDGET,
+    jitter: float = 0.0,
 ) -> ReferenceResult:
     """Run the unmodified source model on one sequence with eager attention and eager experts.
 
-    Weights are read when a module needs them and dropped afterwards; `source.module` itself is not touched.
+    Weights are read when a module needs them and dropped afterwards; `source.module` itself is not touched. What is
+    multiplied with the weights that ``source.weights.int8_inputs`` names, if it has that, is rounded to int8 per token.
 
     Args:
         source: an opened model with weights.
@@ -61,6 +64,7 @@ def reference_logits(
             not route attention through transformers' AttentionInterface.
         taps: modules whose outputs to keep.
         budget: bytes of weights to hold at once; a single module with more is held alone.
+        jitter: change inputs that are rounded to int8 by up to this share of themselves before.
 
     Raises:
         LlmcError: the source has no weights, or a weight is damaged.
@@ -75,7 +79,7 @@ def reference_logits(
     for last, size in zip((False, False, True), budgets, strict=True):
         model = _runnable(source, dtype, kv_dtype if kv_dtype != dtype else None)
         try:
-            return _run(model, source, token_ids, taps, size)
+            return _run(model, source, token_ids, taps, size, jitter)
         except _WeightNotThere:
             if last:
                 raise
@@ -134,6 +138,7 @@ def _run(
     token_ids: Sequence[int],
     taps: tuple[str, ...],
     budget: int,
+    jitter: float,
 ) -> ReferenceResult:
     assert source.weights is not None
     tapped: dict[str, np.ndarray] = {}
@@ -143,6 +148,8 @@ def _run(
             unit = _Unit(loader, tensors, buffers)
             stack.callback(module.register_forward_pre_hook(unit.fill).remove)
             stack.callback(module.register_forward_hook(unit.drop, always_call=True).remove)
+        if loader.int8_inputs:
+            stack.enter_context(RoundedInputs(loader.has_int8_inputs, jitter))
         for path in taps:
             stack.callback(model.get_submodule(path).register_forward_hook(_tap(tapped, path)).remove)
         logits = _call(model, torch.tensor([list(token_ids)], dtype=torch.long))
@@ -225,6 +232,8 @@ class _Loader:
 
     def __init__(self, weights: WeightSource, module: torch.nn.Module) -> None:
         self._weights = weights
+        self.int8_inputs: frozenset[str] = getattr(weights, "int8_inputs", frozenset())
+        self._held: set[int] = set()  # storages of those of them that are in use
         first: dict[int, str] = {}
         self._canonical = {
             name: first.setdefault(id(tensor), name)
@@ -241,6 +250,15 @@ class _Loader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._weights.info(self.canonical(name)).shape
+
+    def hold(self, name: str, tensor: torch.Tensor, held: bool) -> None:
+        """Note that a weight is in use from now on, or no more."""
+        if self.canonical(name) in self.int8_inputs:
+            (self._held.add if held else self._held.discard)(tensor.untyped_storage().data_ptr())
+
+    def has_int8_inputs(self, weight: torch.Tensor) -> bool:
+        """Whether inputs of this weight, or view of one, are rounded."""
+        return weight.untyped_storage().data_ptr() in self._held
 
     def load(self, name: str, dtype: torch.dtype, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """The weight in `dtype`, in `buffer` if that fits and a conversion is needed."""
@@ -298,6 +316,7 @@ class _Unit:
         self._slots = tuple(slots)
         self._buffers = buffers
         self._converted: dict[_Slot, torch.Tensor] = {}
+        self._filled: list[tuple[str, torch.Tensor]] = []
 
     def fill(self, module: torch.nn.Module, args: Any) -> None:
         buffers = self._buffers.take(self._slots)
@@ -309,10 +328,15 @@ class _Unit:
                 if self._loader.converts(slot.name, slot.empty.dtype):
                     self._converted[slot] = loaded[key]
             slot.put(loaded[key])
+            self._loader.hold(slot.name, loaded[key], True)
+            self._filled.append((slot.name, loaded[key]))
 
     def drop(self, module: torch.nn.Module, args: Any, out: Any) -> None:
         for slot in self._slots:
             slot.put(slot.empty)
+        for name, tensor in self._filled:
+            self._loader.hold(name, tensor, False)
+        self._filled = []
         self._buffers.give(self._converted, out)
         self._converted = {}
 

@@ -81,8 +81,8 @@ class CompileSpec:
         quant_method: how quantized weights are made: ``rtn`` (round to nearest), or a calibrated method of
             llmc/quant/methods.py (gptq, awq, ...), which needs calib_text.
         quant_rules: pattern -> scheme for single weights; see QuantRules. The last pattern that matches wins.
-        quant_head: scheme of the output projection (and of a tied embedding); None = q8 if quant has 4 bits or fewer, else
-            as quant.
+        quant_head: scheme of the output projection (and of a tied embedding); None = 8 bits if quant has 4 or fewer (q8, or
+            w8a8 with int8 activations), else as quant.
         quant_embedding: scheme of an embedding that is not tied to the head; None = not quantized.
         prune: weights that become zero, ``METHOD:N:M`` or ``METHOD:SHARE`` (llmc/quant/shrink.py); None = none.
         svd: rank, or share of the weights, of linear layers that become two of low rank; None = none do.
@@ -251,7 +251,9 @@ class CompileSpec:
         if self.quant_head is not None:
             return self.quant_head
         scheme = parse(self.rules().default)
-        return "q8" if scheme is not None and scheme.bits <= 4 else None
+        if scheme is None or scheme.bits > 4:
+            return None
+        return "w8a8" if scheme.activation_bits else "q8"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, fit for JSON and TOML."""

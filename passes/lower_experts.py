@@ -73,10 +73,12 @@ class LowerExperts:
                 layout = packing = quant_layout(by_name(info.scheme), n, k, self.caps)
                 shape: tuple[int, ...] = (experts, *packing.packed_shape)
                 quantized = QuantExpertConfig(experts, packing, **common)
+                build_it = builders(self.caps)
+                builder = build_it.int_expert_linear if packing.quads else build_it.quant_expert_linear
                 kernel = kernels.get(
                     quantized,
                     f"expert_linear_{info.scheme}_{n}_{k}",
-                    partial(builders(self.caps).quant_expert_linear, quantized, self.caps),
+                    partial(builder, quantized, self.caps),
                 )
             else:
                 layout = blocked = linear_layout(dtype, self.caps)

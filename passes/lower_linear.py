@@ -239,7 +239,9 @@ def _is_packed(packed: dict[tuple[tuple[str, ...], str, bool, bool], Any], sourc
 
 def _build(config: LinearConfig | QuantLinearConfig, caps: Capabilities) -> Any:
     build = builders(caps)
-    return (build.quant_linear if isinstance(config, QuantLinearConfig) else build.linear)(config, caps)
+    if not isinstance(config, QuantLinearConfig):
+        return build.linear(config, caps)
+    return (build.int_linear if config.layout.quads else build.quant_linear)(config, caps)
 
 
 def _kernel_name(config: LinearConfig | QuantLinearConfig, k: int) -> str:

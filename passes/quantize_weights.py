@@ -14,7 +14,7 @@ from llmc.ops import EXPERT_LINEAR
 from llmc.passes.lower_linear import weight_behind
 from llmc.passes.rewrite import Graph
 from llmc.passes.step_module import LoweredGraph, PackedParam
-from llmc.quant.schemes import NONE, QuantRules, parse
+from llmc.quant.schemes import NONE, QuantRules, by_name, parse
 from llmc.spec import CompileSpec
 
 _SMALLEST = 32  # narrower weights gain nothing
@@ -45,7 +45,8 @@ class QuantizeWeights:
         rules: default and patterns.
         head: scheme of the output projection; None = the rules' default.
         embedding: scheme of an untied token embedding; None = not quantized.
-        stored: parameter -> scheme that the checkpoint has it in already; only a pattern that matches changes that.
+        stored: parameter -> scheme that the checkpoint has it in already; only a pattern that matches changes that,
+            or a default that is the same but for int8 activations.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class QuantizeWeights:
                 )
             return info
         if info.name in self.stored and named is None:
-            return replace(info, scheme=self.stored[info.name])
+            return replace(info, scheme=self._kept(self.stored[info.name]))
         if var == uses.head:
             scheme = named or self.head or self.rules.default
         elif var in uses.linear or var in uses.experts:
@@ -106,16 +107,18 @@ class QuantizeWeights:
             scheme = named or (NONE if small or router else self.rules.default)
         else:
             scheme = named or self.embedding or NONE
-        parsed = parse(scheme)
-        if parsed is None:
+        if parse(scheme) is None:
             return info
-        if parsed.activation_bits:
-            raise LlmcError(
-                "scheme-not-supported",
-                f"{scheme} quantizes activations too, for which this target has no kernels.",
-                hint=f"Use a scheme that quantizes weights only, such as {'q8' if parsed.bits == 8 else 'q4g32'}.",
-            )
         return replace(info, scheme=scheme)
+
+    def _kept(self, stored: str) -> str:
+        """The scheme of a weight that is stored in one."""
+        default = parse(self.rules.default)
+        if default is not None and default == replace(
+            by_name(stored), name=default.name, activation_bits=default.activation_bits
+        ):
+            return default.name
+        return stored
 
     def _check_patterns(self, params: tuple[PackedParam, ...]) -> None:
         """A pattern that matches nothing is a mistyped one."""

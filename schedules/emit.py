@@ -244,13 +244,13 @@ def prefetch(buffer: Any, index: Any) -> None:
     )
 
 
-def fold(value: Any, lanes: int, op: Any) -> Any:
-    """Reduce the lanes of a vector with a binary function, halving it each time."""
+def fold(value: Any, lanes: int, op: Any, dtype: str = "float32") -> Any:
+    """Reduce the lanes of a vector of `dtype` with a binary function, halving it each time."""
     while lanes > 2:
         lanes //= 2
         value = let(value)
-        low = T.vectorlow(vec("float32", lanes), value)
-        high = T.vectorhigh(vec("float32", lanes), value)
+        low = T.vectorlow(vec(dtype, lanes), value)
+        high = T.vectorhigh(vec(dtype, lanes), value)
         value = op(low, high)
     value = let(value)
     return op(*(tirx.Shuffle([value], [i]) for i in range(2)))

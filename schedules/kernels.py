@@ -8,7 +8,19 @@ from typing import Any
 
 from llmc.caps import Capabilities
 from llmc.errors import LlmcError
-from llmc.schedules import attention, experts, gather, linear, norm, qexperts, qgather, qlinear, rope
+from llmc.schedules import (
+    attention,
+    experts,
+    gather,
+    iexperts,
+    ilinear,
+    linear,
+    norm,
+    qexperts,
+    qgather,
+    qlinear,
+    rope,
+)
 from llmc.schedules.gpu import attention as gpu_attention
 from llmc.schedules.gpu import gather as gpu_gather
 from llmc.schedules.gpu import linear as gpu_linear
@@ -25,8 +37,10 @@ class Builders:
 
     linear: Builder
     quant_linear: Builder
+    int_linear: Builder
     expert_linear: Builder
     quant_expert_linear: Builder
+    int_expert_linear: Builder
     norm: Builder
     embedding: Builder
     quant_embedding: Builder
@@ -51,8 +65,10 @@ def _not_yet(what: str) -> Builder:
 _LOOPS = Builders(
     linear=linear.linear,
     quant_linear=qlinear.quant_linear,
+    int_linear=ilinear.int_linear,
     expert_linear=experts.expert_linear,
     quant_expert_linear=qexperts.quant_expert_linear,
+    int_expert_linear=iexperts.int_expert_linear,
     norm=norm.norm,
     embedding=gather.embedding,
     quant_embedding=qgather.quant_embedding,
@@ -65,8 +81,10 @@ _LOOPS = Builders(
 _THREADS = Builders(
     linear=gpu_linear.linear,
     quant_linear=_not_yet("quantized weights (--quant)"),
+    int_linear=_not_yet("quantized weights (--quant)"),
     expert_linear=_not_yet("mixtures of experts"),
     quant_expert_linear=_not_yet("mixtures of experts"),
+    int_expert_linear=_not_yet("mixtures of experts"),
     norm=gpu_norm.norm,
     embedding=gpu_gather.embedding,
     quant_embedding=_not_yet("quantized weights (--quant)"),

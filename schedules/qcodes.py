@@ -124,6 +124,8 @@ class QuantCodes:
         column = e.let(column + place.step * (2 * self.each))
         at = e.let(place.units + column // UNIT * layout.unit_bytes)
         column = e.let(column % UNIT)
+        if layout.quads:
+            return self._of_quad(at, column, row)
         if self.in_bytes:
             return self.of_bytes(self.signed[at + column * nb + row], 1)
         assert self._words is not None
@@ -138,6 +140,15 @@ class QuantCodes:
             code = part if code is None else T.bitwise_or(code, part)
             low += bits
         return self.of_codes(code, 1)
+
+    def _of_quad(self, at: Any, column: Any, row: Any) -> Any:
+        per_word = 32 // self.layout.of.bits
+        byte = at + (column // per_word * self.layout.n_block + row) * 4 + column % 4
+        code = tirx.Cast("int32", self.bytes[byte])
+        if self.layout.of.bits == 4:
+            shift = tirx.Cast("int32", column % 8 // 4 * 4)
+            code = T.bitwise_and(T.shift_right(code, shift), e.const("int32", 15, 1))
+        return tirx.Cast("float32", code - e.const("int32", int(self.half), 1))
 
     def scale(self, at: Any, row: Any, lanes: int, top: Any = None) -> Any:
         """float32 scales of `lanes` rows from `row` on; a Place says `at` and `top` (of the super-group, if any)."""

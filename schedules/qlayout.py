@@ -12,12 +12,14 @@ import ml_dtypes
 import numpy as np
 
 from llmc.caps import Capabilities
+from llmc.errors import LlmcError
 from llmc.quant.schemes import SCALE_BYTES, Code, Scheme, by_name
 from llmc.quant.weight import QuantizedWeight
 
 Array = np.ndarray[Any, Any]
 
 UNIT = 32  # columns that are packed together: the widest word of one-bit planes
+INT_COLUMNS = 1 << 17  # 2**17 products of at most 128 * 127 fit into 32 bits
 _ROW_PIECE = 64  # columns of a row with a single scale are padded to a multiple of this
 _LONGEST_PIECE = 256
 _TEXT = re.compile(r"quant\(([a-z0-9]+),n=(\d+),of=(\d+)x(\d+)\)")
@@ -39,6 +41,10 @@ class QuantLayout:
     32-bit words word[j, r], j < p, each with 32 / p codes of one row: the low half holds even columns, the high half
     odd ones, so that a word is also a vector of pairs. scales[g, r], zeros[g, r] and offsets[g, r] of a span's groups
     follow the units they belong to; with super-groups they are signed bytes.
+    Schemes with int8 activations have ``quads`` instead, four neighbouring columns of a row in a 32-bit lane, as four-way
+    dot products of bytes want them: 8 bits: unit[k/4, r, k%4]; 4 bits: unit[k/8, r, k%4], the low half of a byte for the
+    first four columns, the high half for the next. Codes stay unsigned. Sixteen rows of the 8-bit form (and of the 4-bit
+    form once its halves are separated) are also the rows of a B tile of AMX (tdpbsud), [k/4][16][4] at a stride of 4 n_block.
     Rows past N and columns past K hold code 0 and scale 0: the kernel pads activations with zeros.
     Schemes with an order of the inputs: after the last block, int32 order[k], which column of x the stored column k is.
 
@@ -62,6 +68,16 @@ class QuantLayout:
     def planes(self) -> tuple[int, ...]:
         """Widths of the bit planes, lower bits first."""
         return _PLANES[self.of.bits]
+
+    @property
+    def quads(self) -> bool:
+        """Whether four columns of a row lie in a lane, for integer dot products."""
+        return self.of.activation_bits > 0
+
+    @property
+    def _flipped(self) -> bool:
+        """Whether codes are stored as signed bytes."""
+        return self.planes == (8,) and self.of.code is Code.INT and not self.quads
 
     @property
     def group(self) -> int:
@@ -183,9 +199,10 @@ class QuantLayout:
         at = 0
         for low, bits in self._shifts():
             size = 4 * bits * nb
-            codes |= self._codes_of_plane(units[..., at : at + size], bits) << low
+            plane = units[..., at : at + size]
+            codes |= self._codes_of_quads(plane) if self.quads else self._codes_of_plane(plane, bits) << low
             at += size
-        if self.planes == (8,) and self.of.code is Code.INT:
+        if self._flipped:
             codes ^= 0x80
 
         def rows(values: Array, per: int, columns: int) -> Array:
@@ -270,14 +287,35 @@ class QuantLayout:
         codes = (words >> shift[..., None]) & ((1 << bits) - 1)
         return codes.astype(np.uint8).reshape(*lead, UNIT, nb).transpose(0, 4, 1, 2, 3)
 
+    def _quads(self, codes: Array) -> Array:
+        """codes [b, nb, g, u, UNIT] -> bytes [b, g, u, unit_bytes] of quads."""
+        lead = (codes.shape[0], self.n_block, *codes.shape[2:4])
+        if self.planes == (8,):
+            bytes_ = codes.reshape(*lead, UNIT // 4, 4)
+        else:
+            halves = codes.reshape(*lead, UNIT // 8, 2, 4)
+            bytes_ = halves[..., 0, :] | halves[..., 1, :] << 4
+        return bytes_.transpose(0, 2, 3, 4, 1, 5).reshape(codes.shape[0], *codes.shape[2:4], -1)
+
+    def _codes_of_quads(self, unit: Array) -> Array:
+        """Inverse of _quads."""
+        lead = unit.shape[:3]
+        bytes_ = unit.reshape(*lead, -1, self.n_block, 4).transpose(0, 4, 1, 2, 3, 5)
+        if self.planes == (4,):
+            bytes_ = np.stack([bytes_ & 15, bytes_ >> 4], axis=-2)
+        return np.asarray(bytes_.reshape(lead[0], self.n_block, *lead[1:], UNIT))
+
     def _pack_rows(self, weight: QuantizedWeight, count: int) -> Array:
         """uint8 [count, block bytes] of the rows of `count` blocks."""
         nb, in_span = self.n_block, self.span // self.group
         codes = _padded(weight.codes, count * nb, self.padded_k)
-        if self.planes == (8,) and self.of.code is Code.INT:
+        if self._flipped:
             codes = codes ^ 0x80
         split = codes.reshape(count, nb, -1, self.span // UNIT, UNIT)
-        units = [self._plane(split, low, bits) for low, bits in self._shifts()]
+        if self.quads:
+            units = [self._quads(split)]
+        else:
+            units = [self._plane(split, low, bits) for low, bits in self._shifts()]
         parts = [np.concatenate(units, axis=-1).reshape(count, split.shape[2], -1)]
 
         def by_block(values: Array, columns: int, per: int) -> Array:
@@ -344,7 +382,16 @@ def quant_layout(scheme: Scheme, n: int, k: int, caps: Capabilities, *, gated: b
 
     Args:
         gated: the weight has 2n rows, which are packed in_turns.
+
+    Raises:
+        LlmcError: more inputs than integer sums of the scheme hold.
     """
+    if scheme.activation_bits and not scheme.group_size and k > INT_COLUMNS:
+        raise LlmcError(
+            "scheme-too-wide",
+            f"{scheme.name} sums products of bytes in 32 bits, which holds up to {INT_COLUMNS} inputs; found {n} x {k}.",
+            hint="Give this weight another scheme, such as q8, by a rule.",
+        )
     n_block = (4 if caps.vector_registers >= 32 else 2) * caps.lanes_f32
     rows = -(-n // (n_block // 2)) * n_block if gated else n
     return QuantLayout(scheme.any_order.name, n_block, rows, k)

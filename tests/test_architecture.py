@@ -46,6 +46,7 @@ COMPILER = (
     "runtime",
     "verify",
     "verify_compare",
+    "products",
     "reference",
     "debug_taps",
     "evaluate",
@@ -73,7 +74,8 @@ ALLOWED: dict[str, set[str]] = {
         "frontend.tensor_files",
         "frontend.weights",
     },
-    "quant": {*BASE, "evaluate", "frontend", "reference"},
+    "products": set(),
+    "quant": {*BASE, "evaluate", "frontend", "products", "reference"},
     "schedules": {*BASE, "quant.schemes", "quant.weight"},
     "passes": {*BASE, "schedules", "frontend.graph", "quant.schemes"},
     # the tuner's runner places weights as the runtime does
@@ -118,7 +120,7 @@ ALLOWED: dict[str, set[str]] = {
         "quant.schemes",
         "schedules.qlayout",
     },
-    "reference": {*BASE, "frontend"},
+    "reference": {*BASE, "frontend", "products"},
     "evaluate": set(BASE),
     # the source model comes in lazily: evaluating an artifact alone needs the runtime only
     "evaluate_text": {*BASE, "evaluate", "frontend", "reference", "runtime"},

@@ -215,3 +215,33 @@ def test_without_weights(tmp_path: Path) -> None:
     tiny_config("llama").save_pretrained(tmp_path)
     with pytest.raises(LlmcError, match="no-weights"):
         reference_logits(open_model(str(tmp_path), dtype=None, meta_weights=True), IDS, "float32")
+
+
+def test_inputs_of_named_weights_are_rounded_to_int8(tmp_path: Path) -> None:
+    """What an integer kernel does to its activations, whatever torch function multiplies."""
+    from llmc.products import Product, RoundedInputs, to_int8
+
+    x = torch.tensor([[1.0, -2.0, 127.4], [0.0, 0.0, 0.0]])
+    expected = torch.round(x * (127 / 127.4)) * (torch.tensor(127.4) / 127)
+    torch.testing.assert_close(to_int8(x), expected * (x != 0), rtol=1e-6, atol=0)
+    weight = torch.randn(4, 3)
+    with RoundedInputs(lambda w: w.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()):
+        for got in (
+            torch.nn.functional.linear(x, weight),
+            x @ weight.T,
+            torch.addmm(torch.zeros(4), x, weight.T),
+            torch.nn.functional.linear(input=x, weight=weight),
+        ):
+            torch.testing.assert_close(got, expected @ weight.T)
+        torch.testing.assert_close(x @ torch.eye(3), x)
+    assert Product.of(torch.add, (x, x), {}) is None
+
+    folder = save(tiny_model("llama"), tmp_path / "model")
+    source = open_model(str(folder), dtype=None)
+    plain = reference_logits(source, IDS, "float32").logits
+    source.weights.int8_inputs = frozenset({"model.layers.0.mlp.up_proj.weight"})
+    for budget in (1, 1 << 30):
+        changed = reference_logits(source, IDS, "float32", budget=budget).logits
+        assert 1e-5 < np.abs(changed - plain).max() / np.abs(plain).max() < 0.05
+    jittered = reference_logits(source, IDS, "float32", jitter=0.01).logits
+    assert 0 < np.abs(jittered - changed).max() < np.abs(plain).max()

@@ -122,7 +122,7 @@ def spec_table(spec: CompileSpec, output: Path | None) -> Table:
         "eval_text": "none",
         "max_kl": "no bound",
         "max_ppl_increase": "no bound",
-        "quant_head": "q8 if quant has 4 bits or fewer, else as quant",
+        "quant_head": "8 bits if quant has 4 or fewer, else as quant",
         "quant_embedding": "not quantized",
         "prune": "no",
         "svd": "no",

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from llmc.quant.recorder import Recorder, Usage, product_of
+from llmc.products import Product
+from llmc.quant.recorder import Recorder, Usage
 
 
 def round_activations(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -62,9 +63,9 @@ class RoundedInputs(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        found = product_of(func, args, kwargs)
+        found = Product.of(func, args, kwargs)
         if found is not None:
             bits = self._bits.get(found.weight.untyped_storage().data_ptr())
             if bits is not None:
-                args = found.with_input(round_activations(found.x, bits), args, kwargs)
+                args, kwargs = found.with_input(round_activations(found.x, bits))
         return func(*args, **kwargs)

@@ -2,65 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-# function -> (argument that holds the input, the one that holds the weight, whether the weight is [out, in])
-_PRODUCTS: dict[Callable[..., Any], tuple[int, int, bool]] = {
-    torch.nn.functional.linear: (0, 1, True),
-    torch.matmul: (0, 1, False),
-    torch.mm: (0, 1, False),
-    torch.bmm: (0, 1, False),
-    torch.addmm: (1, 2, False),
-    torch.baddbmm: (1, 2, False),
-    torch.Tensor.matmul: (0, 1, False),
-    torch.Tensor.__matmul__: (0, 1, False),
-    torch.Tensor.mm: (0, 1, False),
-    torch.Tensor.bmm: (0, 1, False),
-    torch.Tensor.addmm: (1, 2, False),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Product:
-    """A call that multiplies an input with something that may be a parameter.
-
-    Attributes:
-        x: the input.
-        weight: the other factor.
-        out_in: it is [..., out, in].
-        position: index of the input among the positional arguments.
-    """
-
-    x: torch.Tensor
-    weight: torch.Tensor
-    out_in: bool
-    position: int
-
-    def with_input(self, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """The positional arguments with another input; a keyword is replaced in place."""
-        if len(args) > self.position:
-            return (*args[: self.position], x, *args[self.position + 1 :])
-        kwargs["input"] = x
-        return args
-
-
-def product_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product | None:
-    """The product that a call of `func` is; None if it is none."""
-    product = _PRODUCTS.get(func)
-    if product is None:
-        return None
-    i, w, out_in = product
-    names = ("input", "weight" if out_in else "other")
-    x = args[i] if len(args) > i else kwargs.get(names[0])
-    weight = args[w] if len(args) > w else kwargs.get(names[1], kwargs.get("mat2"))
-    if not isinstance(x, torch.Tensor) or not isinstance(weight, torch.Tensor):
-        return None
-    return Product(x, weight, out_in, i)
+from llmc.products import Product
 
 
 @dataclass
@@ -242,7 +191,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        found = product_of(func, args, kwargs)
-        if found is not None:
-            self._recorder.see(found.x, found.weight, found.out_in, self._alive)
+        product = Product.of(func, args, kwargs)
+        if product is not None:
+            self._recorder.see(product.x, product.weight, product.out_in, self._alive)
         return func(*args, **kwargs)

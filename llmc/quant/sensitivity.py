@@ -169,7 +169,11 @@ class Sensitivity:
 
 
 class _Dequantized:
-    """The source's weights, some of them replaced by what their quantized form stands for."""
+    """The source's weights, some of them replaced by what their quantized form stands for.
+
+    Attributes:
+        int8_inputs: names of those whose scheme rounds activations too, for llmc.reference.
+    """
 
     def __init__(
         self,
@@ -179,6 +183,7 @@ class _Dequantized:
     ) -> None:
         self._weights = weights
         self._chosen = chosen
+        self.int8_inputs = frozenset(n for n, (_, scheme) in chosen.items() if scheme.activation_bits == 8)
         self._quantizer = quantizer
         self._kept: dict[str, torch.Tensor] = {}
         self._room = _KEPT

@@ -35,15 +35,20 @@ def stored_schemes(weights: WeightSource | None) -> dict[str, str]:
 def packed_as(scheme: Scheme) -> Scheme | None:
     """The scheme that a weight is packed in; None if there is no layout for it.
 
-    Weights made for 8-bit activations (w8a8) are used with floating-point ones: the same weights, and more exact.
+    Weights made for 8-bit activations (w8a8) are used with floating-point ones, the same weights and more exact, unless
+    the rules name their own scheme.
     """
     if scheme.activation_bits:
-        weights = [s for s in SCHEMES.values() if not s.activation_bits]
-        same = [s for s in weights if replace(scheme, activation_bits=0, name=s.name) == s]
+        same = [s for s in SCHEMES.values() if not s.activation_bits and same_weights(s, scheme)]
         return same[0] if same else None
     known = scheme.name in SCHEMES or scheme.name in STORED_ONLY
     too_small = 0 < scheme.group_size < _SMALLEST_GROUP
     return scheme if known and not scheme.offsets and not too_small else None
+
+
+def same_weights(a: Scheme, b: Scheme) -> bool:
+    """Whether both store a weight in the same codes and scales: they differ at most in what is done to activations."""
+    return replace(a, activation_bits=0, name="") == replace(b, activation_bits=0, name="")
 
 
 class SourceQuantizer:
@@ -60,6 +65,6 @@ class SourceQuantizer:
 
     def quantize(self, source: str, weight: np.ndarray, scheme: Scheme) -> QuantizedWeight:
         found: QuantizedWeight | None = self._quantized(source) if self._quantized is not None else None
-        if found is not None and packed_as(found.scheme) == scheme and found.codes.shape == weight.shape:
+        if found is not None and found.codes.shape == weight.shape and same_weights(found.scheme, scheme):
             return replace(found, scheme=scheme)
         return self._otherwise.quantize(source, weight, scheme)

@@ -7,7 +7,7 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 from llmc import knobs
-from llmc.caps import Capabilities
+from llmc.caps import ByteDot, Capabilities
 from llmc.errors import LlmcError
 from llmc.host import architecture, default_threads, features, processor_name
 from llmc.targets.backend import Backend
@@ -32,6 +32,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         vector_registers=32,
         has_bf16_dot=True,
         has_lookup=True,
+        byte_dot=ByteDot.UNSIGNED_SIGNED,
     ),
     "x86-64-v4": dict(
         machine="x86_64",
@@ -41,6 +42,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         vector_bytes=64,
         vector_registers=32,
         has_lookup=True,
+        byte_dot=ByteDot.WORDS,
     ),
     "x86-64-v3": dict(
         machine="x86_64",
@@ -49,6 +51,17 @@ _PRESETS: dict[str, dict[str, Any]] = {
         vector_bytes=32,
         vector_registers=16,
         has_lookup=True,
+        byte_dot=ByteDot.WORDS,
+    ),
+    "aarch64-dotprod": dict(
+        machine="aarch64",
+        mcpu="generic",
+        mattr=("+neon", "+dotprod"),
+        features=("asimddp",),
+        vector_bytes=16,
+        vector_registers=32,
+        has_lookup=True,
+        byte_dot=ByteDot.SIGNED,
     ),
     "aarch64": dict(
         machine="aarch64",
@@ -103,6 +116,7 @@ def capabilities(preset: str) -> Capabilities:
         vector_registers=facts["vector_registers"],
         has_bf16_dot=facts.get("has_bf16_dot", False),
         has_lookup=facts.get("has_lookup", False),
+        byte_dot=facts.get("byte_dot", ByteDot.NONE),
         threads=os.cpu_count() or 1,
     )
 

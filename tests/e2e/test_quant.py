@@ -88,6 +88,50 @@ def test_schemes(tmp_path: Path, plain: float, scheme: str, most: float) -> None
     assert demo_perplexity(tmp_path / "a") < plain * most
 
 
+def test_integer_activations(tmp_path: Path) -> None:
+    """Both schemes in one model: the check simulates the rounding of activations, and an artifact without it would fail."""
+    folder = save(tiny_model("llama", tie_word_embeddings=True), tmp_path / "model")
+    rules = {"down_proj": "w8a8", "o_proj": "w4a8g64"}
+    manifest = compiled(folder, tmp_path / "a", quant="w4a8", quant_rules=rules, dtype="f32")
+    layouts = {p.name: p.layout for p in manifest.params}
+    assert layouts["model.layers.0.mlp.down_proj.weight"].startswith("quant(w8a8,")
+    assert layouts["model.layers.0.self_attn.o_proj.weight"].startswith("quant(w4a8g64,")
+    assert layouts["model.embed_tokens.weight"].startswith("quant(w8a8,")  # tied to the head
+    assert sum(text.startswith("quant(w4a8,") for text in layouts.values()) >= 4
+    quality = manifest.quality
+    assert 0 < quality.relative_error < quality.tolerance < 0.2
+    assert quality.quant_relative_error > quality.relative_error
+    assert llmc.load(tmp_path / "a").logits([1, 2, 3]).shape[0] == 3
+
+
+@pytest.mark.slow(reason="four compiles, one of them calibrated")
+def test_integer_activations_keep_the_perplexity(tmp_path: Path, plain: float) -> None:
+    """The issue's bounds: w8a8 with SmoothQuant 0.5 %; w4a8 0.3 % of the same weights with float activations."""
+    smooth = dict(quant_method="smooth", calib_text=str(DEMO / "calibration.txt"))
+    found = {}
+    for name, fields in (
+        ("smooth", dict(quant="w8a8", **smooth)),
+        ("w8a8", dict(quant="w8a8")),
+        ("w4a8", dict(quant="w4a8")),
+        ("q4g32", dict(quant="q4g32")),
+    ):
+        compiled(DEMO, tmp_path / name, **fields)
+        found[name] = demo_perplexity(tmp_path / name)
+    assert found["smooth"] < plain * 1.005 and found["w8a8"] < plain * 1.01
+    assert found["w4a8"] < found["q4g32"] * 1.003
+
+
+@pytest.mark.slow(reason="two compiles; kernels and packing of both have tests of their own")
+@pytest.mark.parametrize("name", ["mixtral", "gpt2"])
+@pytest.mark.parametrize("scheme", ["w4a8", "w8a8"])
+def test_experts_with_integer_activations(name: str, scheme: str, tmp_path: Path) -> None:
+    folder = save(tiny_model(name), tmp_path / "model")
+    manifest = compiled(folder, tmp_path / "a", quant=scheme, dtype="f32")
+    assert manifest.quality.relative_error < manifest.quality.tolerance < 0.2
+    layouts = [p.layout for p in manifest.params]
+    assert any(text.startswith(f"quant({scheme},") for text in layouts)
+
+
 @pytest.mark.slow(reason="two compiles; kernels and packing of both have tests of their own")
 @pytest.mark.parametrize("name", ["mixtral", "gpt2"])
 def test_experts_and_weights_stored_in_by_out(name: str, tmp_path: Path) -> None:

@@ -87,7 +87,14 @@ def test_norm_cannot_be_quantized():
     assert "norm" not in schemes(QuantizeWeights(QuantRules("q8", (("*", "q8"),)))(model()))
 
 
-def test_activation_schemes_are_refused():
-    with pytest.raises(LlmcError) as caught:
-        QuantizeWeights(QuantRules("w8a8"))(model())
-    assert caught.value.ref == "scheme-not-supported"
+def test_activation_schemes():
+    out = schemes(QuantizeWeights(QuantRules("w4a8"), head="w8a8")(model()))
+    assert set(out.values()) == {"w4a8", "w8a8"}
+
+
+def test_stored_weights_get_int8_activations_if_asked_for():
+    """The same codes and scales; by default a stored weight is multiplied with floating-point activations."""
+    stored = {"l0.up.weight": "q8"}
+    for default, expected in (("none", "q8"), ("w8a8", "w8a8"), ("q4g32", "q8")):
+        found = schemes(QuantizeWeights(QuantRules(default), stored=stored)(model()))
+        assert found["l0.up"] == expected

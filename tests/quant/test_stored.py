@@ -11,8 +11,9 @@ import llmc
 from llmc.frontend.checkpoint import open_model
 from llmc.pipeline import compile_model
 from llmc.quant.readers.gguf_file import GGUFFile
-from llmc.quant.schemes import SCHEMES, STORED_ONLY, by_name
-from llmc.quant.stored import packed_as, stored_schemes
+from llmc.quant.schemes import SCHEMES, STORED_ONLY, Scheme, by_name
+from llmc.quant.stored import SourceQuantizer, packed_as, stored_schemes
+from llmc.quant.weight import QuantizedWeight
 from llmc.reference import reference_logits
 from tests.frontend.tiny import tiny_model
 from tests.quant.test_gguf import export, random_blocks, write_gguf
@@ -71,9 +72,25 @@ def test_gguf(kind: str, tmp_path: Path) -> None:
     check(path, tmp_path / "out")
 
 
+class _Stored:
+    """A source with one weight whose codes are all 7."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self._scheme = scheme
+
+    def quantized(self, name: str) -> QuantizedWeight:
+        return QuantizedWeight(self._scheme, np.full((2, 32), 7, np.uint8), np.ones((2, 1), np.float32))
+
+
 def test_what_goes_into_an_artifact_as_it_is() -> None:
     assert packed_as(SCHEMES["w8a8"]) is SCHEMES["q8"]
     assert packed_as(SCHEMES["w4a8"]) is SCHEMES["q4g32"]
     assert packed_as(STORED_ONLY["q4k"]) is None and packed_as(STORED_ONLY["q6k"]) is None
+    asked = SourceQuantizer(_Stored(SCHEMES["w8a8"]))
+    weight = np.ones((2, 32), np.float32)
+    for name in ("q8", "w8a8"):
+        made = asked.quantize("w", weight, SCHEMES[name])
+        assert made.scheme is SCHEMES[name] and (made.codes == 7).all()
+    assert (asked.quantize("w", weight, SCHEMES["q8g32"]).codes != 7).all()  # rounded anew
     for name in ("mxfp4", "q4g128a", "nf4f", "q8g64f"):
         assert packed_as(by_name(name)) is by_name(name)

@@ -1,0 +1,116 @@
+"""Rows of activations as int8 with one scale per row: what the integer matmul kernels multiply with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from llmc.caps import Capabilities
+from llmc.schedules import emit as e
+from llmc.schedules.qlayout import QuantLayout
+
+_SERIAL_ROWS = 2  # a parallel launch costs more than preparing this many rows
+# a float32 this large has no fraction: adding it rounds to the nearest integer, ties to even, into the lowest bits
+_ROUND = 1.5 * 2**23
+_SMALLEST = (
+    1e-30  # rows whose largest magnitude is below count as zeros: the inverse of their scale might overflow
+)
+
+
+@dataclass(frozen=True)
+class IntActivations:
+    """x[row, column] is about data * scales[row].
+
+    Attributes:
+        data: flat int32 view of int8 [rows, padded_k]: four columns in each.
+        stride: elements of it per row.
+        scales: float32 [rows]; NaN or infinite where the row has such values.
+        starts: int32 [rows, groups]: -offset times the sum of a group's int8 values.
+    """
+
+    data: Any
+    stride: int
+    scales: Any
+    starts: Any
+
+
+def quantize_rows(
+    caps: Capabilities, layout: QuantLayout, in_dtype: str, x: Any, rows: Any, offset: int
+) -> IntActivations:
+    """Round rows of x to int8, symmetric: scale = largest magnitude / 127, value = round(x * (127 / magnitude)).
+
+    Args:
+        x: flat view in in_dtype, [rows, k]; columns up to padded_k become zeros.
+        offset: of the weights' codes; see IntDot.
+
+    A row of zeros (or of magnitudes below 1e-30) becomes zeros. A few rows are done serially, more over the threads.
+    """
+    k, padded, groups = layout.k, layout.padded_k, layout.groups
+    data = e.workspace(rows * padded, "int8")
+    scales = e.workspace(rows)
+    starts = e.workspace(rows * groups, "int32")
+
+    def row(r: Any) -> None:
+        source, begin = x, e.let(r * k)
+        if k != padded:
+            source = e.workspace(padded, str(x.dtype))
+            with e.loop(k) as j:
+                e.store(source, j, x[begin + j], 1)
+            with e.loop(k, padded) as j:
+                e.store(source, j, tirx.const(0, str(x.dtype)), 1)
+            begin = e.i64(0)
+        inverse = _scale(caps, in_dtype, source, begin, padded, scales, r)
+        with e.loop(groups) as g:
+            at = e.let(g * layout.group)
+            total = _round_group(
+                caps, in_dtype, source, begin + at, layout.group, inverse, data, r * padded + at
+            )
+            e.store(starts, r * groups + g, tirx.Cast("int32", total) * e.const("int32", -offset, 1), 1)
+
+    with T.If(rows <= _SERIAL_ROWS):
+        with T.Then(), e.loop(rows) as r:
+            row(r)
+        with T.Else(), e.parallel(rows, caps) as r:
+            row(r)
+    return IntActivations(e.flat(data, rows * (padded // 4), "int32"), padded // 4, scales, starts)
+
+
+def _scale(caps: Capabilities, in_dtype: str, source: Any, begin: Any, size: int, scales: Any, r: Any) -> Any:
+    """Store the row's scale; 127 / magnitude, or 0.
+
+    Magnitudes are compared as bits: those of NaN are above those of infinity, and no NaN gets lost.
+    """
+    lanes = caps.lanes_f32
+    largest = e.scratch(lanes, "int32")
+    e.store(largest, 0, e.const("int32", 0, lanes), lanes)
+    with e.loop(size // lanes) as j:
+        value = e.widen(e.load(source, begin + j * lanes, lanes), in_dtype, lanes)
+        bits = T.reinterpret(e.vec("int32", lanes), value)
+        magnitude = T.bitwise_and(bits, e.const("int32", 0x7FFFFFFF, lanes))
+        e.store(largest, 0, T.max(e.load(largest, 0, lanes), magnitude), lanes)
+    most = e.let(T.reinterpret("float32", e.let(e.fold(e.load(largest, 0, lanes), lanes, T.max, "int32"))))
+    e.store(scales, r, most / e.f32(127.0), 1)
+    return e.let(tirx.Select(most > e.f32(_SMALLEST), e.f32(127.0) / most, e.f32(0.0)))
+
+
+def _round_group(
+    caps: Capabilities, in_dtype: str, source: Any, begin: Any, size: int, inverse: Any, data: Any, to: Any
+) -> Any:
+    """Round `size` elements; their sum as float32, which is exact."""
+    lanes = caps.lanes_f32
+    total = e.scratch(lanes)
+    e.store(total, 0, e.splat(0.0, lanes), lanes)
+    factor, begin, to = e.let(e.splat(inverse, lanes)), e.let(begin), e.let(to)
+    fma = T.llvm_lookup_intrinsic_id("llvm.fma")
+    with e.loop(size // lanes) as j:
+        value = e.widen(e.load(source, begin + j * lanes, lanes), in_dtype, lanes)
+        magic = e.splat(_ROUND, lanes)
+        moved = e.let(T.call_llvm_pure_intrin(e.vec("float32", lanes), fma, value, factor, magic))
+        # the low byte of the sum's bits is the integer; infinities and NaN leave some byte, and the scale tells
+        low = tirx.Cast(e.vec("int8", lanes), T.reinterpret(e.vec("int32", lanes), moved))
+        e.store(data, to + j * lanes, low, lanes)
+        e.store(total, 0, e.load(total, 0, lanes) + (moved - magic), lanes)
+    return e.let(e.fold(e.load(total, 0, lanes), lanes, lambda a, b: a + b))

@@ -1,0 +1,62 @@
+"""Linear layers of a mixture of experts with integer arithmetic: rows are rounded to int8 before they go to their experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from llmc.caps import Capabilities
+from llmc.schedules import emit as e
+from llmc.schedules.epilogue import Epilogue
+from llmc.schedules.experts import sort_rows
+from llmc.schedules.ilinear import FEW, IntBlocks, Vectors
+from llmc.schedules.qexperts import QuantExpertConfig
+from llmc.schedules.qlinear import for_tiles
+
+_ROWS = 240  # rows of an expert that are taken together
+
+
+def int_expert_linear(cfg: QuantExpertConfig, caps: Capabilities) -> Any:
+    """The PrimFunc (x[N,k], ids[N], w packed, [bias[E,n]], y[N,n]) with symbolic N; ids must lie in [0, experts).
+
+    As quant_expert_linear: rows are sorted by expert; a task is one weight block of one expert that has rows.
+    """
+    layout, experts = cfg.layout, cfg.experts
+    n, k, blocks = layout.n, layout.k, layout.blocks
+    epilogue = Epilogue(n, layout.n_block, cfg.in_dtype, cfg.out_dtype)
+    built: list[Any] = []
+    with e.kernel(built):
+        rows = e.dim("N")
+        x = e.tensor("x", [rows, k], cfg.in_dtype)
+        ids = e.tensor("ids", [rows], cfg.ids_dtype)
+        w = e.tensor("w", [experts, *layout.packed_shape], "uint8")
+        bias = e.tensor("bias", [experts, n], cfg.in_dtype) if cfg.has_bias else None
+        y = e.tensor("y", [rows, n], cfg.out_dtype)
+        with e.root():
+            bf = e.flat(bias, experts * n) if bias is not None else None
+            yf = e.flat(y, rows * n)
+            order, begin, active, count = sort_rows(e.flat(ids, rows), rows, experts)
+            work = IntBlocks(caps, layout, w, experts, cfg.prefetch)
+            rounded = work.prepare(cfg.in_dtype, e.flat(x, rows * k), rows)
+            with work.parallel(count * blocks) as task:
+                block = e.let(task // count)
+                expert = e.let(active[task % count])
+                first, end = e.let(begin[expert]), e.let(begin[expert + 1])
+                base = e.let((expert * blocks + block) * work.block_bytes)
+
+                def write(acc: Vectors, at: list[Any]) -> None:
+                    work.store(acc, epilogue, at, block, yf, bf, None, expert * n)
+
+                def rows_at(size: int, start: Any) -> None:
+                    at = [e.let(order[first + start + r]) for r in range(size)]
+                    write(work.few(rounded, at, base), at)
+
+                with T.If(end - first <= FEW):
+                    with T.Then():
+                        for_tiles(FEW, e.let(end - first), rows_at)
+                    with T.Else(), e.loop((end - first + (_ROWS - 1)) // _ROWS) as part:
+                        start = e.let(first + part * _ROWS)
+                        size = e.let(T.min(e.i64(_ROWS), end - start))
+                        work.many(rounded, size, _ROWS, base, lambda r: order[start + r], write)
+    return built[0]
