@@ -11,8 +11,8 @@ from llmc.schedules import emit as e
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.experts import sort_rows
 from llmc.schedules.ilinear import FEW, IntBlocks, Vectors
+from llmc.schedules.linear import for_tiles
 from llmc.schedules.qexperts import QuantExpertConfig
-from llmc.schedules.qlinear import for_tiles
 
 _ROWS = 240  # rows of an expert that are taken together
 

@@ -17,9 +17,10 @@ from llmc.schedules import emit as e
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.iactivations import IntActivations, quantize_rows
 from llmc.schedules.idot import IntDot
+from llmc.schedules.linear import for_tiles
 from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
-from llmc.schedules.qlinear import QuantLinearConfig, for_tiles
+from llmc.schedules.qlinear import QuantLinearConfig
 
 FEW = 4
 _PIECE = 256  # columns of a piece: with 64 rows of bytes, half of a first-level cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -232,6 +233,17 @@ def row_sizes(largest: int) -> list[int]:
     return [s for s in (16, 8, 4, 2, 1) if s < largest]
 
 
+def for_tiles(tile: int, count: Any, body: Callable[[int, Any], None]) -> None:
+    """body(rows, start) over 0 .. count - 1 in tiles of `tile` rows, then of powers of two."""
+    with e.loop(count // tile) as i:
+        body(tile, i * tile)
+    done = e.let(count // tile * tile)
+    rest = e.let(count - done)
+    for rows in row_sizes(tile):
+        with T.If(T.bitwise_and(rest, e.i64(rows)) != 0), T.Then():
+            body(rows, e.let(done + T.bitwise_and(rest, e.i64(~(2 * rows - 1)))))
+
+
 def write_rows(
     micro: MicroKernel,
     acc: list[list[Any]],
@@ -380,14 +392,7 @@ def _all_rows(
                     e.store(partial, at, e.load(acc[r][v], 0, lanes), lanes)
 
         def all_rows(begin: Any, size: Any) -> None:
-            with e.loop(count // tile) as i:
-                tile_of(tile, i * tile, begin, size)
-            done = e.let(count // tile * tile)
-            rest = e.let(count - done)
-            for rows in row_sizes(tile):
-                with T.If(T.bitwise_and(rest, e.i64(rows)) != 0), T.Then():
-                    above = T.bitwise_and(rest, e.i64(~(2 * rows - 1)))
-                    tile_of(rows, e.let(done + above), begin, size)
+            for_tiles(tile, count, lambda rows, start: tile_of(rows, start, begin, size))
 
         if partial is None:
             all_rows(e.i64(0), steps)
