@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tvm import relax
 
@@ -13,6 +15,7 @@ from tests.passes.graphs import Model, assert_same
 K = 32
 RMS = NormAttrs(1e-5, has_weight=True)
 LAYER = NormAttrs(1e-5, center=True, has_weight=True, has_bias=True)
+ONLY_SUM = NormAttrs(0.0, adds=True, only_sum=True)
 GEMMA = NormAttrs(1e-6, plus_one=True, has_weight=True)
 
 
@@ -37,7 +40,7 @@ def norm(emit, x, attrs, w, b):
 
 def add_norm(emit, x, addend, attrs, w, b):
     vectors = [w, b][: attrs.has_weight + attrs.has_bias]
-    text = NormAttrs(**{**attrs.__dict__, "adds": True}).to_json()
+    text = replace(attrs, adds=True).to_json()
     both = emit(ir.opaque_call(NORM, [x, addend, *vectors], text, relax.TupleType([x.ty, x.ty])))
     return emit(relax.TupleGetItem(both, 0)), emit(relax.TupleGetItem(both, 1))
 
@@ -63,9 +66,46 @@ def test_second_norm_of_the_sum_stays():
 
     def expected(emit, a, c, w, b):
         s, y = add_norm(emit, a, c, LAYER, w, b)
-        return emit(relax.op.add(y, norm(emit, s, RMS, w, b)))
+        attrs = replace(ONLY_SUM, before=RMS)
+        return emit(ir.opaque_call(NORM, [y, s, w], attrs.to_json(), y.ty))
 
     assert_same(FuseAddNorm()(model(body)), model(expected))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_norm_of_the_addend_goes_too(swapped):
+    # Gemma 2: behind the attention block and before the feed-forward layer
+    def body(emit, a, c, w, b):
+        n = norm(emit, c, GEMMA, w, b)
+        s = emit(relax.op.add(*((n, a) if swapped else (a, n))))
+        return emit(relax.op.multiply(s, norm(emit, s, LAYER, w, b)))
+
+    def expected(emit, a, c, w, b):
+        text = replace(LAYER, adds=True, before=GEMMA).to_json()
+        both = emit(ir.opaque_call(NORM, [a, c, w, w, b], text, relax.TupleType([a.ty, a.ty])))
+        return emit(relax.op.multiply(emit(relax.TupleGetItem(both, 0)), emit(relax.TupleGetItem(both, 1))))
+
+    assert_same(FuseAddNorm()(model(body)), model(expected))
+
+
+def test_norm_of_the_addend_alone():
+    # OLMo 2: nothing is normalised before a layer
+    def body(emit, a, c, w, b):
+        return emit(relax.op.add(a, norm(emit, c, RMS, w, b)))
+
+    def expected(emit, a, c, w, b):
+        return emit(ir.opaque_call(NORM, [a, c, w], replace(ONLY_SUM, before=RMS).to_json(), a.ty))
+
+    assert_same(FuseAddNorm()(model(body)), model(expected))
+
+
+def test_norm_that_is_read_twice_stays():
+    def body(emit, a, c, w, b):
+        n = norm(emit, c, RMS, w, b)
+        return emit(relax.op.multiply(emit(relax.op.add(a, n)), n))
+
+    before = model(body)
+    assert FuseAddNorm()(before) is before
 
 
 def test_norm_of_something_else_stays():
