@@ -13,6 +13,7 @@ import tvm
 from tvm import tirx
 
 from llmc.kernel_work import Formula, KernelCost, smaller
+from llmc.ops import NormAttrs
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.experts import ExpertConfig
 from llmc.schedules.gather import EmbeddingConfig, GatherConfig
@@ -59,10 +60,13 @@ def _(config: QuantExpertConfig) -> KernelCost:
 @kernel_cost.register
 def _(config: NormConfig) -> KernelCost:
     attrs = config.attrs
-    # square and sum, scale; what is optional
-    each = 3 + 2 * attrs.center + attrs.has_weight + attrs.has_bias + attrs.plus_one + attrs.adds
-    kind = f"{'add + ' if attrs.adds else ''}{'layer' if attrs.center else 'rms'} norm"
-    return KernelCost(kind, Formula.of(each * config.shape[-1], "N"))
+    parts = [_norm_name(attrs.before)] if attrs.before else []
+    parts += ["add"] if attrs.adds else []
+    parts += [] if attrs.only_sum else [_norm_name(attrs)]
+    each = attrs.adds + sum(
+        _norm_operations(n) for n in (attrs.before, None if attrs.only_sum else attrs) if n
+    )
+    return KernelCost(" + ".join(parts), Formula.of(each * config.shape[-1], "N"))
 
 
 @kernel_cost.register
@@ -179,6 +183,15 @@ def _size(layout: QuantLayout) -> int:
     """Packed bytes."""
     rows, columns = layout.packed_shape
     return rows * columns
+
+
+def _norm_name(attrs: NormAttrs) -> str:
+    return "layer norm" if attrs.center else "rms norm"
+
+
+def _norm_operations(attrs: NormAttrs) -> int:
+    """Per element: square and sum, scale; what is optional."""
+    return 3 + 2 * attrs.center + attrs.vectors + attrs.plus_one
 
 
 def _matmul(n: int, k: int, gated: bool) -> Formula:
