@@ -7,6 +7,7 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
+from llmc.errors import LlmcError
 from llmc.schedules import emit as e
 from llmc.schedules.gpu import emit as g
 from llmc.schedules.norm import NormConfig
@@ -18,6 +19,12 @@ _ELEMENTS = 4  # that a thread has at least, before a block gets more threads
 def norm(cfg: NormConfig, caps: Capabilities) -> Any:
     """The PrimFunc of llmc.schedules.norm.norm, for a machine with threads."""
     attrs, k = cfg.attrs, cfg.shape[-1]
+    if attrs.before is not None or attrs.only_sum:
+        raise LlmcError(
+            "kernel-missing",
+            f"There is no kernel for the norm of an addend on {caps.preset} yet.",
+            hint="Compile with --disable-pass FuseAddNorm, or for the cpu target.",
+        )
     threads = min(_MOST_THREADS, max(g.WARP, k // _ELEMENTS // g.WARP * g.WARP))
     built: list[Any] = []
     with e.kernel(built):
