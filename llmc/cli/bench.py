@@ -22,6 +22,8 @@ from llmc.roofline import StepRoofline, best_share, totals
 
 # waiting threads lose their core to whatever else runs, which slows a step down manyfold
 _BUSY = 0.5
+# columns of a table that no terminal bounds
+_WIDE = 220
 
 
 def run_bench(
@@ -52,7 +54,8 @@ def run_bench(
     model = load(artifact, threads=threads)
     sizes = choose_sizes(model, prompt, tokens, rounds, batch, room=profile_room() if roofline else 0)
     used = use_threads(None)
-    console = Console(highlight=False, soft_wrap=True)
+    # a table that goes to a file or a pipe is not cut to a terminal's width
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _WIDE)
     errors = Console(stderr=True, highlight=False)
     if load_average > _BUSY:
         errors.print(f"This machine is busy (load average {load_average:.1f}): do not trust the figures.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -42,7 +43,8 @@ def compare_context(
 
 def show(result: dict[str, Any]) -> None:
     """Print one case."""
-    console = Console(highlight=False, soft_wrap=True)
+    # a table that goes to a file or a pipe is not cut to a terminal's width
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     console.print(sides_table(result))
     for line in notes(result):
         console.print(line)
