@@ -88,7 +88,7 @@ def result() -> dict:
 def test_notes_say_what_does_not_compare() -> None:
     text = "\n".join(notes(result()))
     assert "not the same size: far has" in text and "not the same size: near" not in text
-    assert "fastest side of the same size: prefill 1.50 (near), decode 2.00 (near)" in text
+    assert "fastest side of at most llmc's size (and 5 %): prefill 1.50 (near), decode 2.00 (near)" in text
     assert "gone was not measured: gone cannot be installed: no network" in text and "and more" not in text
     assert "batch 8: 50.0 tok/s, 5.00 times" in text
     assert "context 8192: 130.00 ms per step, 1.30 times that at 512" in text

@@ -90,8 +90,9 @@ def notes(result: dict[str, Any]) -> list[str]:
     same = dict(result["ratios"])
     for name, side in result["sides"].items():
         differs = side["bits_per_weight"] / own - 1
-        if abs(differs) > _SAME_BITS:
+        if differs > _SAME_BITS:  # a smaller one is no easier opponent
             same.pop(name, None)
+        if abs(differs) > _SAME_BITS:
             lines.append(
                 f"not the same size: {name} has {side['bits_per_weight']:.2f} bits per weight, "
                 f"{100 * differs:+.0f} % of llmc's {own:.2f}"
@@ -101,7 +102,7 @@ def notes(result: dict[str, Any]) -> list[str]:
             f"{key} {min(r[key] for r in same.values()):.2f} ({min(same, key=lambda n: same[n][key])})"
             for key in ("prefill", "decode")
         ]
-        lines.append(f"against the fastest side of the same size: {', '.join(best)}")
+        lines.append(f"against the fastest side of at most llmc's size (and 5 %): {', '.join(best)}")
     for name, why in result["missing"].items():
         lines.append(f"{name} was not measured: {why.splitlines()[0]}")
     if "batch" in result:
