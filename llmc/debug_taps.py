@@ -35,14 +35,14 @@ def run(source: SourceModel, spec: CompileSpec, token_ids: Sequence[int]) -> Map
     graph = capture(source, taps=True)
     lowered = LoweredGraph.from_model(graph)
     quantize = QuantizeWeights.of(spec, stored_schemes(source.weights))
-    for _, graph_pass in order.graph_phase(caps, quantize):
+    for _, graph_pass in order.graph_phase(caps, quantize, spec.disable_passes):
         lowered = graph_pass(lowered)
     n = len(token_ids)
     kv_dtype = spec.kv_dtype.value if spec.kv_dtype else None
     plan = PlanKVCache(page_size=spec.page_size, kv_dtype=kv_dtype, max_seq_len=2**31 - 1)(lowered)
     step = order.make_step(caps, plan)(lowered)
     bounds = {"T": n, "B": 1, "R": n}
-    for name, step_pass in order.step_phase(caps, target, bounds):
+    for name, step_pass in order.step_phase(caps, target, bounds, spec.disable_passes):
         if name != "SpecializeDecode":
             step = step_pass(step)
     module = step.module

@@ -51,13 +51,20 @@ def kernel_figures(function: FunctionEntry, work: Workload) -> list[KernelFigure
     """The kernels of a function for a step of these sizes, in the order of their first call.
 
     Raises:
-        ValueError, KeyError: a formula that this llmc cannot read.
+        LlmcError: a formula that cannot be read.
     """
     found = []
     for entry in function.kernels:
-        moved = Formula.parse(entry.read) + Formula.parse(entry.written)
-        operations = Formula.parse(entry.operations)
-        found.append(KernelFigures(entry, moved, operations, moved.at(work), operations.at(work)))
+        try:
+            moved = Formula.parse(entry.read) + Formula.parse(entry.written)
+            operations = Formula.parse(entry.operations)
+            found.append(KernelFigures(entry, moved, operations, moved.at(work), operations.at(work)))
+        except (ValueError, KeyError):
+            raise LlmcError(
+                "manifest-corrupt",
+                f"The manifest's bytes or operations of the kernel {entry.name} are no formula that this llmc knows.",
+                hint="Compile the model again.",
+            ) from None
     return found
 
 

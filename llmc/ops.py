@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 ATTENTION = "llmc.attention"
 EXPERT_LINEAR = "llmc.expert_linear"
@@ -125,6 +126,7 @@ class LinearAttrs:
 class NormAttrs:
     """A norm along the last axis, computed in float32.
 
+        addend = norm(addend)                                   if before: with attributes of its own
         x = x + addend                                          if adds; rounded to x's dtype, and the first result
         y = x / sqrt(mean(x**2) + eps)                          RMSNorm
         y = (x - mean(x)) / sqrt(var(x) + eps)                  if center: LayerNorm
@@ -133,7 +135,10 @@ class NormAttrs:
     Attributes:
         eps: added to the mean square.
         rounds_first: y is rounded to x's dtype before the weight (Llama), not only after it (Gemma).
-        has_weight, has_bias: which operands follow.
+        has_weight, has_bias: which operands follow (those of `before` first).
+        adds: the addend follows x in the operands.
+        before: the addend is a norm of its operand (Gemma 2, OLMo 2).
+        only_sum: the sum is the only result.
     """
 
     eps: float
@@ -143,13 +148,26 @@ class NormAttrs:
     has_weight: bool = False
     has_bias: bool = False
     adds: bool = False
+    before: NormAttrs | None = None
+    only_sum: bool = False
+
+    @property
+    def vectors(self) -> int:
+        """Weights and biases of the norm itself."""
+        return self.has_weight + self.has_bias
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> NormAttrs:
-        return NormAttrs(**json.loads(text))
+        return NormAttrs.of(json.loads(text))
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> NormAttrs:
+        """From plain values."""
+        before = NormAttrs.of(values["before"]) if values.get("before") else None
+        return NormAttrs(**{**values, "before": before})
 
 
 @dataclass(frozen=True)
@@ -189,6 +207,7 @@ class HeadsAttrs:
     Attributes:
         heads, dim: of the result.
         runs: the rotation; they cover every element of a head once.
+        norm: each head of `norm_width` elements is normalised first; weight and bias of that width follow x.
     """
 
     heads: int
@@ -198,10 +217,17 @@ class HeadsAttrs:
     head_stride: int
     head_major: bool
     runs: tuple[Run, ...]
+    norm: NormAttrs | None = None
+    norm_width: int = 0
 
     @property
     def rotates(self) -> bool:
         return any(run.pair for run in self.runs)
+
+    @property
+    def vectors(self) -> int:
+        """Operands of the norm."""
+        return 0 if self.norm is None else self.norm.vectors
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -209,4 +235,5 @@ class HeadsAttrs:
     @staticmethod
     def from_json(text: str) -> HeadsAttrs:
         values = json.loads(text)
-        return HeadsAttrs(**{**values, "runs": tuple(Run(**r) for r in values["runs"])})
+        norm = NormAttrs.of(values["norm"]) if values["norm"] else None
+        return HeadsAttrs(**{**values, "runs": tuple(Run(**r) for r in values["runs"]), "norm": norm})

@@ -216,11 +216,11 @@ def _lower(
     )
     start = LoweredGraph.from_model(graph)
     quantize = QuantizeWeights.of(spec, stored_schemes(source.weights))
-    lowered = run_passes(runner, "lower", order.graph_phase(caps, quantize), start)
+    lowered = run_passes(runner, "lower", order.graph_phase(caps, quantize, spec.disable_passes), start)
     plan = plan_cache(lowered)
     step = runner.run_pass("lower", "MakeStepFunction", order.make_step(caps, plan), lowered)
     bounds = {"T": limits.max_step_tokens, "B": limits.max_batch, "R": limits.max_step_tokens}
-    return run_passes(runner, "lower", order.step_phase(caps, target, bounds), step)
+    return run_passes(runner, "lower", order.step_phase(caps, target, bounds, spec.disable_passes), step)
 
 
 def _build(step: StepModule, target: Any, runner: StageRunner) -> Any:

@@ -13,6 +13,20 @@ from llmc.errors import LlmcError
 from llmc.quant.schemes import NONE, QUANT_METHODS, RTN, QuantRules, parse
 
 AUTO = "auto"
+# graph passes (passes/order.py) without which a result is the same, only slower to compute
+OPTIONAL_PASSES = (
+    "CancelTransposes",
+    "ShareCoefficients",
+    "RaiseActivations",
+    "FuseGateUp",
+    "FuseQKV",
+    "FuseLinearEpilogue",
+    "FuseNorm",
+    "FuseAddNorm",
+    "FuseRoPE",
+    "ViewReshapes",
+    "SpecializeDecode",
+)
 
 
 class DType(str, Enum):
@@ -73,6 +87,7 @@ class CompileSpec:
         eval_tokens: so many tokens of it are used.
         max_kl: the compile fails if the mean KL divergence on eval_text (nats) is larger.
         max_ppl_increase: the compile fails if the perplexity on eval_text grows by more (percent; in TOML also "1%").
+        disable_passes: graph passes to leave out, of OPTIONAL_PASSES; to measure or to find what one of them does.
     """
 
     model: str
@@ -96,8 +111,10 @@ class CompileSpec:
     quant_rules: tuple[tuple[str, str], ...] = ()
     quant_head: str | None = None
     quant_embedding: str | None = None
+    disable_passes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_passes()
         for name in filter(None, (self.quant_head, self.quant_embedding)):
             parse(name)
         self.rules()
@@ -117,6 +134,15 @@ class CompileSpec:
             )
         self._check_method()
         self._check_gate()
+
+    def _check_passes(self) -> None:
+        unknown = [name for name in self.disable_passes if name not in OPTIONAL_PASSES]
+        if unknown:
+            raise LlmcError(
+                "pass-not-optional",
+                f"{', '.join(unknown)} cannot be disabled; the passes that can are {', '.join(OPTIONAL_PASSES)}.",
+                hint="Give --disable-pass one of them; every other pass is needed for a right result.",
+            )
 
     def _check_method(self) -> None:
         if self.quant_method not in QUANT_METHODS:
@@ -182,7 +208,8 @@ class CompileSpec:
         """Plain values, fit for JSON and TOML."""
         plain = {k: (v.value if isinstance(v, Enum) else v) for k, v in asdict(self).items()}
         # pairs, not a table: the order of rules matters, and JSON's keys are sorted
-        return {**plain, "quant_rules": [list(rule) for rule in self.quant_rules]}
+        rules = [list(rule) for rule in self.quant_rules]
+        return {**plain, "quant_rules": rules, "disable_passes": list(self.disable_passes)}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> CompileSpec:
@@ -206,6 +233,8 @@ class CompileSpec:
         for key in ("max_kl", "max_ppl_increase"):
             if out.get(key) is not None:
                 out[key] = _number(key, out[key], percent=key == "max_ppl_increase")
+        if "disable_passes" in out:
+            out["disable_passes"] = _names("disable_passes", out["disable_passes"])
         if "quant_rules" in out:
             out["quant_rules"] = _rules(out["quant_rules"])
         if "verify" in out:
@@ -249,6 +278,14 @@ def _number(key: str, value: Any, *, percent: bool) -> float:
     except ValueError:
         example = "1 or 1%" if percent else "0.01"
         raise LlmcError("bound", f"{key} must be a number, e.g. {example}; found {value!r}.") from None
+
+
+def _names(key: str, value: Any) -> tuple[str, ...]:
+    """Names from a list, or one name."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise LlmcError("spec-names", f"{key} must be a list of names; found {value!r}.")
+    return tuple(dict.fromkeys(names))
 
 
 def _rules(value: Any) -> tuple[tuple[str, str], ...]:

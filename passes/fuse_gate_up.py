@@ -87,10 +87,9 @@ def _match(graph: Graph, binding: Any, weights: set[Any]) -> _Match | None:
     for active, up in ((a, b), (b, a)):
         if not isinstance(active, relax.Var) or not isinstance(up, relax.Var):
             return None
-        activation = _NAME_OF.get(ir.op_name(graph.definition(active)))
+        activation, gate = activation_of(graph, graph.definition(active))
         if activation is None or graph.uses.get(active, 0) != 1:
             continue
-        gate = graph.source(graph.definition(active).args[0])
         if graph.uses.get(gate, 0) != 1 or graph.uses.get(up, 0) != 1:
             continue
         found = _two(graph, gate, up, weights) or _halves(graph, gate, up, weights)
@@ -98,6 +97,27 @@ def _match(graph: Graph, binding: Any, weights: set[Any]) -> _Match | None:
             parts, second, inside = found
             return _Match(parts, activation, second, (*inside, active))
     return None
+
+
+def activation_of(graph: Graph, value: Any) -> tuple[str | None, Any]:
+    """(name, operand) of an activation; relu(x) * relu(x) is relu2."""
+    name = _NAME_OF.get(ir.op_name(value))
+    if name is not None:
+        return name, graph.source(value.args[0])
+    inner, reads = _squared(graph, value)
+    positive = graph.definition(inner)
+    if ir.is_op(positive, "relax.nn.relu") and graph.uses.get(inner, 0) == reads:
+        return "relu2", graph.source(positive.args[0])
+    return None, None
+
+
+def _squared(graph: Graph, value: Any) -> tuple[Any, int]:
+    """(x, how often it is read) if `value` is x squared."""
+    if ir.is_op(value, "relax.square"):
+        return graph.source(value.args[0]), 1
+    if ir.is_op(value, "relax.multiply") and graph.source(value.args[0]) == graph.source(value.args[1]):
+        return graph.source(value.args[0]), 2
+    return None, 0
 
 
 def _two(graph: Graph, gate: Any, up: Any, weights: set[Any]) -> tuple[Any, bool, tuple[Any, ...]] | None:

@@ -8,12 +8,11 @@ from typing import Any
 from tvm import relax
 
 from llmc import ir
-from llmc.ops import ACTIVATIONS, LINEAR, LinearAttrs
-from llmc.passes.fuse_gate_up import projection_to
+from llmc.ops import LINEAR, LinearAttrs
+from llmc.passes.fuse_gate_up import activation_of, projection_to
 from llmc.passes.rewrite import Builder, Graph, update_function
 from llmc.passes.step_module import LoweredGraph
 
-_NAME_OF = {op: name for name, op in ACTIVATIONS.items()}
 _Call = tuple[list[Any], LinearAttrs]  # operands and attributes of an llmc.linear
 
 
@@ -52,7 +51,7 @@ class FuseLinearEpilogue:
         return LoweredGraph(update_function(lowered.module, "main", new), lowered.params)
 
     def _activated(self, graph: Graph, binding: Any, weights: set[Any]) -> _Call | None:
-        name, source = _activation(graph, binding.value)
+        name, source = activation_of(graph, binding.value)
         if name is None:
             return None
         found = _plain(graph, source, weights)
@@ -76,19 +75,6 @@ class FuseLinearEpilogue:
             if not attrs.has_residual:
                 return [*operands, residual], replace(attrs, has_residual=True)
         return None
-
-
-def _activation(graph: Graph, value: Any) -> tuple[str | None, Any]:
-    """(name, operand) of an activation; relu(x) * relu(x) is relu2."""
-    name = _NAME_OF.get(ir.op_name(value))
-    if name is not None:
-        # relu2 is taken as a whole
-        return name, graph.source(value.args[0])
-    if ir.is_op(value, "relax.multiply") and graph.source(value.args[0]) == graph.source(value.args[1]):
-        inner = graph.source(value.args[0])
-        if ir.is_op(graph.definition(inner), "relax.nn.relu") and graph.uses.get(inner, 0) == 2:
-            return "relu2", graph.source(graph.definition(inner).args[0])
-    return None, None
 
 
 def _plain(graph: Graph, var: Any, weights: set[Any]) -> _Call | None:

@@ -61,15 +61,33 @@ class FuseNorm:
 
 
 def _layer_norm(graph: Graph, binding: Any, weights: set[Any]) -> _Match | None:
+    """relax.nn.layer_norm, with the casts around it where the model is not in float32."""
     value = binding.value
-    x, gamma, beta = value.args
+    x, *vectors = (graph.source(v) for v in value.args)
     axes = [int(a) for a in value.attrs.axes]
     if axes not in ([-1], [len(ir.dims(x)) - 1]) or not value.attrs.center or not value.attrs.scale:
         return None
-    if any(graph.source(v) not in weights and not ir.is_tensor_constant(v) for v in (gamma, beta)):
+    result = binding.var
+    narrow, down = _uncast(graph, x), _only_cast(graph, result)
+    if narrow is not x and down is not None and str(down.ty.dtype) == str(narrow.ty.dtype):
+        x, result = narrow, down
+        inner = [_uncast(graph, v) for v in vectors]
+        if len({str(v.ty.dtype) for v in inner}) == 1:
+            vectors = inner
+    if any(v not in weights and not ir.is_tensor_constant(v) for v in vectors):
+        return None
+    if len({str(v.ty.dtype) for v in vectors}) != 1 or str(result.ty.dtype) != str(x.ty.dtype):
         return None
     attrs = NormAttrs(eps=float(value.attrs.epsilon), center=True, has_weight=True, has_bias=True)
-    return _Match(x, [gamma, beta], attrs, binding.var)
+    return _Match(x, vectors, attrs, result)
+
+
+def _uncast(graph: Graph, var: Any) -> Any:
+    """What `var` is the float32 cast of; `var` itself if it is none."""
+    value = graph.definition(var)
+    if ir.is_op(value, "relax.astype") and str(value.ty.dtype) == "float32":
+        return graph.source(value.args[0])
+    return var
 
 
 def _from_rsqrt(graph: Graph, binding: Any, weights: set[Any]) -> _Match | None:

@@ -8,8 +8,8 @@ from typing import Any
 from tvm import relax
 
 from llmc import ir
-from llmc.ops import ATTENTION, HEADS, HeadsAttrs
-from llmc.passes.head_elements import Elements, position_only, runs_of, split_part
+from llmc.ops import ATTENTION, HEADS, NORM, HeadsAttrs, NormAttrs
+from llmc.passes.head_elements import FLOATS, Elements, position_only, runs_of, split_part
 from llmc.passes.rewrite import Builder, Graph, update_function
 from llmc.passes.step_module import LoweredGraph
 
@@ -20,10 +20,11 @@ class FuseRoPE:
     before: q = permute(reshape(y[..., :n]));  r = q * cos + concat(-q[..., d/2:], q[..., :d/2]) * sin;  attention(r, ...)
     after:  r = llmc.heads(y, cos, sin, {offset, strides, runs});  attention(r, ...)
 
-    Elements are traced symbolically, so that every arrangement is the same case: halves, interleaved, partial, complex
-    products, and none. A rotated head is rounded once. MakeStepFunction turns q, k and v of a block into one kernel that
-    also writes the pages, and SpecializeDecode takes that into the attention kernel. Runs after FuseQKV, whose slices it
-    reads in place. A block whose operands are anything else stays.
+    A norm of each head between the projection and the rotation (Qwen 3, Gemma 3) goes with it. Elements are traced
+    symbolically, so that every arrangement is the same case: halves, interleaved, partial, complex products, and none. A
+    rotated head is rounded once. MakeStepFunction turns q, k and v of a block into one kernel that also writes the pages,
+    and SpecializeDecode takes that into the attention kernel. Runs after FuseQKV, whose slices it reads in place, and
+    after FuseNorm. A block whose operands are anything else stays.
     """
 
     def __call__(self, lowered: LoweredGraph) -> LoweredGraph:
@@ -46,7 +47,7 @@ class FuseRoPE:
                 if source not in made:  # layers that share a cache must see one variable
                     assert found is not None
                     call = ir.opaque_call(
-                        HEADS, [found.base, *found.tensors], found.attrs.to_json(), source.ty
+                        HEADS, [found.base, *found.vectors, *found.tensors], found.attrs.to_json(), source.ty
                     )
                     made[source] = build.emit(call, "heads")
                 new.append(made[source])
@@ -60,7 +61,10 @@ class FuseRoPE:
 
 @dataclass(frozen=True)
 class _Heads:
+    """Operands and attributes of an llmc.heads."""
+
     base: Any
+    vectors: tuple[Any, ...]
     tensors: tuple[Any, ...]
     attrs: HeadsAttrs
 
@@ -82,13 +86,32 @@ def _heads(graph: Graph, elements: Elements, var: Any) -> _Heads | None:
     if found is None:
         return None
     x, tensors, runs = found
+    norm, vectors = None, ()
+    before = _normalised(graph, x)
+    if before is not None:
+        x, vectors, norm = before
     view = _view(graph, x, heads)
-    if view is None or x.ty.dtype != var.ty.dtype or len({str(t.ty.dtype) for t in tensors}) > 1:
+    if view is None or len({str(t.ty.dtype) for t in tensors}) > 1:
         return None
     base, offset, token, head, head_major = view
-    if base in graph.func.params:
+    if base in graph.func.params or str(base.ty.dtype) not in FLOATS:
         return None
-    return _Heads(base, tensors, HeadsAttrs(heads, dim, offset, token, head, head_major, runs))
+    width = int(ir.dims(x)[-1]) if norm is not None else 0
+    attrs = HeadsAttrs(heads, dim, offset, token, head, head_major, runs, norm, width)
+    return _Heads(base, vectors, tensors, attrs)
+
+
+def _normalised(graph: Graph, var: Any) -> tuple[Any, tuple[Any, ...], NormAttrs] | None:
+    """(input, vectors, attributes) of the norm that `var` is the result of."""
+    match = ir.match_opaque(graph.definition(var), NORM)
+    if match is None:
+        return None
+    attrs = NormAttrs.from_json(match[1])
+    vectors = tuple(graph.source(v) for v in match[0][1:])
+    plain = all(v in graph.func.params or ir.is_tensor_constant(v) for v in vectors)
+    if attrs.adds or not plain or len({str(v.ty.dtype) for v in vectors}) > 1:
+        return None
+    return graph.source(match[0][0]), vectors, attrs
 
 
 def _view(graph: Graph, var: Any, heads: int) -> tuple[Any, int, int, int, bool] | None:

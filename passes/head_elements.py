@@ -13,7 +13,7 @@ from llmc.passes.rewrite import Graph, operands
 
 # sign, input variable, its index along the last axes, coefficient variable or None, its index along the last axis
 Term = tuple[int, Any, int, Any, int]
-_FLOATS = ("float32", "float16", "bfloat16")
+FLOATS = ("float32", "float16", "bfloat16")
 
 
 def position_only(graph: Graph) -> set[Any]:
@@ -66,7 +66,7 @@ class Elements:
         if name == "relax.reshape":
             return self._reshaped(var, value.args[0], trailing)
         if name == "relax.astype":
-            return self.of(value.args[0], trailing) if str(value.args[0].ty.dtype) in _FLOATS else None
+            return self.of(value.args[0], trailing) if str(value.args[0].ty.dtype) in FLOATS else None
         if name == "relax.concat":
             axis = int(value.attrs.axis) % len(ir.dims(var)) - (len(ir.dims(var)) - trailing)
             parts = value.args[0].fields
@@ -145,6 +145,10 @@ class Elements:
         value = graph.definition(var)
         if ir.is_op(value, "relax.reshape") and _same_dims([varying[0], dims[-1]], ir.dims(value.args[0])):
             return self.coefficient(graph.source(value.args[0]))
+        if ir.is_op(value, "relax.astype") and str(value.ty.dtype) == "float32":
+            narrow = graph.source(value.args[0])
+            # widening is exact; the kernel does it
+            return self.coefficient(narrow) if str(narrow.ty.dtype) in FLOATS else None
         if ir.is_op(value, "relax.repeat") and int(value.attrs.axis) % len(dims) == len(dims) - 1:
             inner = self.coefficient(graph.source(value.args[0]))
             return [f for f in inner for _ in range(int(value.attrs.repeats))] if inner else None

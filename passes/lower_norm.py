@@ -19,7 +19,7 @@ class LowerNorm:
     """Replace llmc.norm by its kernel.
 
     before: y = llmc.norm(x, w, {eps})                     s, y = llmc.norm(a, b, w, {adds})
-    after:  y = call_tir(norm_K, x, w)                     s, y = call_tir(add_norm_K, a, b, w)
+    after:  y = call_tir(rms_norm_K, x, w)                 s, y = call_tir(add_rms_norm_K, a, b, w)
 
     Runs after the passes that make and widen the ops; before LegalizeOps, which does not know them.
     """
@@ -41,7 +41,7 @@ class LowerNorm:
             changed = True
             operands, attrs = match[0], NormAttrs.from_json(match[1])
             out = binding.var.ty
-            types = list(out.fields) if attrs.adds else [out]
+            types = list(out.fields) if isinstance(out, relax.TupleType) else [out]
             vectors = operands[2 if attrs.adds else 1 :]
             config = NormConfig(
                 shape=tuple(int(d) if ir.is_constant(d) else -1 for d in ir.dims(operands[0])),
@@ -49,13 +49,22 @@ class LowerNorm:
                 weight_dtype=str(vectors[0].ty.dtype) if vectors else "float32",
                 attrs=attrs,
             )
-            name = (
-                f"{'add_' if attrs.adds else ''}{'layer' if attrs.center else 'rms'}_norm_{config.shape[-1]}"
-            )
+            name = f"{_name(attrs)}_{config.shape[-1]}"
             gvar = kernels.get(config, name, partial(norm, config, self.caps))
-            call: Any = relax.call_tir(gvar, operands, types if attrs.adds else types[0])
+            call: Any = relax.call_tir(gvar, operands, types if len(types) > 1 else types[0])
             build.bind(binding.var, call)
         if not changed:
             return lowered
         new = build.function(func.params, func.body.body, func.attrs, symbol="main")
         return LoweredGraph(update_function(module, "main", new), lowered.params)
+
+
+def _name(attrs: NormAttrs) -> str:
+    """What is computed, in order."""
+    parts = [_kind(attrs.before)] if attrs.before else []
+    parts += ["add"] if attrs.adds else []
+    return "_".join([*parts, *([] if attrs.only_sum else [_kind(attrs)])])
+
+
+def _kind(attrs: NormAttrs) -> str:
+    return "layer_norm" if attrs.center else "rms_norm"

@@ -207,8 +207,13 @@ class MakeStepFunction:
         """(q rotated, pools) from the llmc.heads of q alone, or of q, k and v, which are appended."""
         build = self._build
         attrs = [HeadsAttrs.from_json(text) for _, text in heads]
-        tensors = max((operands[1:] for operands, _ in heads), key=len)
-        sources = [HeadSource(_shape(ops[0]), a) for (ops, _), a in zip(heads, attrs, strict=True)]
+        own = [operands[: 1 + a.vectors] for (operands, _), a in zip(heads, attrs, strict=True)]
+        rest = [operands[1 + a.vectors :] for (operands, _), a in zip(heads, attrs, strict=True)]
+        tensors = max(rest, key=len)
+        sources = [
+            HeadSource(_shape(ops[0]), str(ops[0].ty.dtype), a, str(ops[-1].ty.dtype))
+            for ops, a in zip(own, attrs, strict=True)
+        ]
         config = RopeConfig(
             attention,
             sources[0],
@@ -222,7 +227,7 @@ class MakeStepFunction:
         self._rope_configs[gvar.name_hint] = config
         tokens = next(d for d in slot.ty.shape)
         q_type = ir.tensor_type([1, tokens, attention.heads, attention.key_dim], attention.dtype)
-        args = [*(ops[0] for ops, _ in heads), *tensors]
+        args = [*(operand for ops in own for operand in ops), *tensors]
         if len(heads) == 1:
             return build.emit(relax.call_tir(gvar, relax.Tuple(args), q_type), "q"), pools
         at = len(args) + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from tvm import relax
 
 from llmc.caps import Capabilities
 from llmc.kv_plan import KVPlan
+from llmc.passes.cancel_transposes import CancelTransposes
 from llmc.passes.estimate_costs import EstimateCosts
 from llmc.passes.fuse_add_norm import FuseAddNorm
 from llmc.passes.fuse_gate_up import FuseGateUp
@@ -24,6 +25,8 @@ from llmc.passes.lower_linear import LowerLinear
 from llmc.passes.lower_norm import LowerNorm
 from llmc.passes.make_step_function import MakeStepFunction
 from llmc.passes.quantize_weights import QuantizeWeights
+from llmc.passes.raise_activations import RaiseActivations
+from llmc.passes.share_coefficients import ShareCoefficients
 from llmc.passes.specialize_decode import SpecializeDecode
 from llmc.passes.step_module import LoweredGraph, StepModule
 from llmc.passes.view_reshapes import ViewReshapes
@@ -34,11 +37,17 @@ GraphPass = tuple[str, Callable[[LoweredGraph], LoweredGraph]]
 StepPass = tuple[str, Callable[[StepModule], StepModule]]
 
 
-def graph_phase(caps: Capabilities, quantize: QuantizeWeights | None = None) -> list[GraphPass]:
-    """On the graph of one sequence, while operators are still recognisable."""
-    return [
+def graph_phase(
+    caps: Capabilities, quantize: QuantizeWeights | None = None, disabled: Collection[str] = ()
+) -> list[GraphPass]:
+    """On the graph of one sequence, while operators are still recognisable; without the passes in `disabled`."""
+    passes: list[GraphPass] = [
         # before the fusions, which join weights of one scheme only
         *([("QuantizeWeights", quantize)] if quantize else []),
+        ("CancelTransposes", CancelTransposes()),
+        ("ShareCoefficients", ShareCoefficients()),
+        # before the fusions that take activations
+        ("RaiseActivations", RaiseActivations()),
         # before LowerLinear, which takes the cast of the logits into the head's kernel
         ("WidenLogits", WidenLogits()),
         # gates before q, k, v: in parallel blocks both read one input
@@ -56,12 +65,18 @@ def graph_phase(caps: Capabilities, quantize: QuantizeWeights | None = None) -> 
         # after LowerLinear: a tied embedding reads the head's packed weight
         ("LowerEmbedding", LowerEmbedding(caps)),
     ]
+    return [named for named in passes if named[0] not in disabled]
 
 
-def step_phase(caps: Capabilities, target: Any, bounds: dict[str, int]) -> list[StepPass]:
-    """From ``step`` in Relax operators to ``step`` and ``decode`` calling scheduled kernels."""
+def step_phase(
+    caps: Capabilities, target: Any, bounds: dict[str, int], disabled: Collection[str] = ()
+) -> list[StepPass]:
+    """From ``step`` in Relax operators to ``step`` and ``decode`` calling scheduled kernels.
+
+    SpecializeDecode always runs: it makes ``decode``. Disabled, it leaves the rotation a kernel of its own.
+    """
     transform = relax.transform
-    return [
+    passes: list[StepPass] = [
         ("DeadCodeElimination", on_module(transform.DeadCodeElimination(["step"]))),
         # sort and scan have library kernels; they must be taken before LegalizeOps gives them loops
         ("DispatchSortScan", on_module(relax.backend.DispatchSortScan(), target)),
@@ -74,9 +89,11 @@ def step_phase(caps: Capabilities, target: Any, bounds: dict[str, int]) -> list[
         ("EstimateCosts", EstimateCosts()),
         ("DefaultSchedule", on_module(DefaultSchedule(caps), target)),
         # after scheduling, so that both functions share every kernel but attention
-        ("SpecializeDecode", SpecializeDecode(caps)),
+        ("SpecializeDecode", SpecializeDecode(caps, fuse="SpecializeDecode" not in disabled)),
         ("BoundSymbols", BoundSymbols(bounds)),
     ]
+    always = ("SpecializeDecode",)
+    return [named for named in passes if named[0] not in disabled or named[0] in always]
 
 
 def build_phase() -> list[tuple[str, Any]]:

@@ -38,6 +38,19 @@ def operands(expr: Any) -> Iterable[Any]:
         raise TypeError("nested blocks are not expected in a model graph")
 
 
+def substituted(expr: Any, replaced: dict[Any, Any]) -> Any:
+    """A binding's value that reads other variables; `expr` itself if it reads none of `replaced`."""
+    if isinstance(expr, relax.Var):
+        return replaced.get(expr, expr)
+    if not any(var in replaced for var in operands(expr)):
+        return expr
+    if isinstance(expr, relax.Call):
+        return relax.Call(expr.op, [substituted(a, replaced) for a in expr.args], expr.attrs, expr.ty_args)
+    if isinstance(expr, relax.Tuple):
+        return relax.Tuple([substituted(field, replaced) for field in expr.fields])
+    return relax.TupleGetItem(substituted(expr.tuple_value, replaced), expr.index)
+
+
 class Graph:
     """Definitions and uses of one function, for matching.
 

@@ -26,10 +26,14 @@ class SpecializeDecode:
     A kernel that rotates q and appends k and v goes into the attention kernel: with one token per sequence that is little
     work, and a launch less. The copy shares every other kernel. Runs after FuseTIR and DefaultSchedule, so that fusion
     and scheduling are done once.
+
+    Args:
+        fuse: False leaves the rotating kernel where it is.
     """
 
-    def __init__(self, caps: Capabilities) -> None:
+    def __init__(self, caps: Capabilities, *, fuse: bool = True) -> None:
         self.caps = caps
+        self.fuse = fuse
 
     def __call__(self, step_module: StepModule) -> StepModule:
         module = ir.shallow_copy(step_module.module)
@@ -38,7 +42,7 @@ class SpecializeDecode:
         graph, build = Graph(func), Builder()
         tokens = func.params[0].ty.shape[0]  # one per sequence
         configs = dict(step_module.attention)
-        ropes = _ropes(graph, configs, dict(step_module.rope))
+        ropes = _ropes(graph, configs, dict(step_module.rope)) if self.fuse else {}
         parts = {var for rope in ropes.values() for var in (rope.var, *rope.parts.values())}
         for binding in graph.bindings:
             value = binding.value

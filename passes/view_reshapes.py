@@ -28,19 +28,22 @@ class ViewReshapes:
         module = step_module.module
         func = module["step"]
         known: dict[str, bool] = {}
+        viewed: set[str] = set()
         build = Builder()
-        changed = False
         for binding in Graph(func).bindings:
             source = _viewed(module, binding, known)
             if source is None:
                 build.keep(binding)
                 continue
-            changed = True
+            viewed.add(binding.value.args[0].name_hint)
             view = relax.op.reshape(source, relax.ShapeExpr(ir.dims(binding.var)))
             build.bind(binding.var, view)
-        if not changed:
+        if not viewed:
             return step_module
         out = ir.shallow_copy(module)
+        still = {b.value.args[0].name_hint for b in build.bindings if ir.is_op(b.value, "relax.call_tir")}
+        for name in viewed - still:
+            del out[out.get_global_var(name)]
         new = build.function(func.params, func.body.body, func.attrs, symbol="step")
         out.update_func(out.get_global_var("step"), new)
         return replace(step_module, module=out)

@@ -13,6 +13,7 @@ import tvm
 from tvm import tirx
 
 from llmc.kernel_work import Formula, KernelCost, smaller
+from llmc.ops import NormAttrs
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.experts import ExpertConfig
 from llmc.schedules.gather import EmbeddingConfig, GatherConfig
@@ -59,10 +60,13 @@ def _(config: QuantExpertConfig) -> KernelCost:
 @kernel_cost.register
 def _(config: NormConfig) -> KernelCost:
     attrs = config.attrs
-    # square and sum, scale; what is optional
-    each = 3 + 2 * attrs.center + attrs.has_weight + attrs.has_bias + attrs.plus_one + attrs.adds
-    kind = f"{'add + ' if attrs.adds else ''}{'layer' if attrs.center else 'rms'} norm"
-    return KernelCost(kind, Formula.of(each * config.shape[-1], "N"))
+    parts = [_norm_name(attrs.before)] if attrs.before else []
+    parts += ["add"] if attrs.adds else []
+    parts += [] if attrs.only_sum else [_norm_name(attrs)]
+    each = attrs.adds + sum(
+        _norm_operations(n) for n in (attrs.before, None if attrs.only_sum else attrs) if n
+    )
+    return KernelCost(" + ".join(parts), Formula.of(each * config.shape[-1], "N"))
 
 
 @kernel_cost.register
@@ -84,7 +88,7 @@ def _(config: GatherConfig) -> KernelCost:
 
 @kernel_cost.register
 def _(config: RopeConfig) -> KernelCost:
-    first = len(config.sources) + len(config.tensors) + 1  # of the pools, behind the slots
+    first = config.operands + 1  # of the pools, behind the slots
     pools = () if config.k is None else _appended(config.attention, first)
     return KernelCost("rope" if config.k is None else "rope + append", _rotation(config), written=pools)
 
@@ -104,11 +108,13 @@ def attention_cost(config: AttentionConfig, rope: RopeConfig | None = None) -> K
     at, kind = 1, "attention"
     written: tuple[tuple[int, Formula], ...] = ()
     if rope is not None:
-        at = len(rope.sources) + len(rope.tensors)
-        kind = "rope + attention"
+        at = rope.operands
+        parts = ["norm"] * any(s.attrs.norm is not None for s in rope.sources)
+        parts += ["rope"] * any(s.attrs.rotates for s in rope.sources) + ["append"] * (rope.k is not None)
+        kind = " + ".join([*parts, kind])
         operations += _rotation(rope)
         if rope.k is not None:
-            at, kind = at + 1, "rope + append + attention"
+            at += 1
             written = _appended(config, at)
     read = ((at, Formula.of(keys, cached)), (at + 1, Formula.of(values, cached)), (at + 4, Formula()))
     # the second result is scratch
@@ -179,6 +185,15 @@ def _size(layout: QuantLayout) -> int:
     return rows * columns
 
 
+def _norm_name(attrs: NormAttrs) -> str:
+    return "layer norm" if attrs.center else "rms norm"
+
+
+def _norm_operations(attrs: NormAttrs) -> int:
+    """Per element: square and sum, scale; what is optional."""
+    return 3 + 2 * attrs.center + attrs.vectors + attrs.plus_one
+
+
 def _matmul(n: int, k: int, gated: bool) -> Formula:
     return Formula.of(2 * n * k * (2 if gated else 1), "N")
 
@@ -189,13 +204,10 @@ def _experts(kind: str, experts: int, n: int, k: int, size: int) -> KernelCost:
 
 
 def _rotation(config: RopeConfig) -> Formula:
-    elements = sum(
-        source.attrs.heads * run.count * 3
-        for source in config.sources
-        for run in source.attrs.runs
-        if run.pair
-    )
-    return Formula.of(elements, "T")
+    each = 0
+    for attrs in (source.attrs for source in config.sources):
+        each += attrs.heads * (sum(3 * run.count for run in attrs.runs if run.pair) + 4 * attrs.norm_width)
+    return Formula.of(each, "T")
 
 
 def _appended(config: AttentionConfig, at: int) -> tuple[tuple[int, Formula], ...]:

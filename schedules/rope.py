@@ -12,16 +12,26 @@ from llmc.caps import Capabilities
 from llmc.ops import HeadsAttrs, Run
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig
+from llmc.schedules.norm import along, sum_along
 
 _SERIAL_TOKENS = 4  # so few tokens cost less than a parallel launch
 
 
 @dataclass(frozen=True)
 class HeadSource:
-    """A tensor and the heads in it. shape: -1 = the number of tokens."""
+    """A tensor and the heads in it.
+
+    Attributes:
+        shape: -1 = the number of tokens.
+        dtype: of the tensor.
+        attrs: where the heads lie, their norm and rotation.
+        vector_dtype: of the norm's weight and bias.
+    """
 
     shape: tuple[int, ...]
+    dtype: str
     attrs: HeadsAttrs
+    vector_dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -46,20 +56,29 @@ class RopeConfig:
     def sources(self) -> tuple[HeadSource, ...]:
         return tuple(s for s in (self.q, self.k, self.v) if s is not None)
 
+    @property
+    def operands(self) -> int:
+        """Tensors that are read, before the slots."""
+        return len(self.tensors) + sum(1 + source.attrs.vectors for source in self.sources)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class RopeOperands:
-    """Arguments of a rotating kernel in order: q's tensor, [k's, v's], coefficients; the caller adds [slot, pools, layer]."""
+    """Arguments of a rotating kernel in order: q's tensor and the vectors of its norm, [k's, v's], coefficients.
+
+    The caller adds [slot, pools, layer].
+    """
 
     def __init__(self, cfg: RopeConfig, caps: Capabilities, t: Any) -> None:
         self.cfg, self.caps, self.t = cfg, caps, t
-        names = ("q_source", "k_source", "v_source")
-        self._sources = [
-            e.tensor(name, [t if d < 0 else d for d in s.shape], cfg.attention.dtype)
-            for name, s in zip(names, cfg.sources, strict=False)
-        ]
+        self._sources, self._vectors = [], []
+        for name, s in zip(("q", "k", "v"), cfg.sources, strict=False):
+            self._sources.append(e.tensor(f"{name}_source", [t if d < 0 else d for d in s.shape], s.dtype))
+            width = s.attrs.norm_width
+            of_norm = [e.tensor(f"{name}_norm_{i}", [width], s.vector_dtype) for i in range(s.attrs.vectors)]
+            self._vectors.append(of_norm)
         self._tensors = [
             e.tensor(f"coefficients_{i}", [t if d < 0 else d for d in shape], cfg.tensor_dtype)
             for i, shape in enumerate(cfg.tensors)
@@ -70,6 +89,10 @@ class RopeOperands:
         size = lambda shape: _product([self.t if d < 0 else d for d in shape])  # noqa: E731
         pairs = zip(self._sources, self.cfg.sources, strict=True)
         self.sources = [e.flat(b, size(s.shape)) for b, s in pairs]
+        self.vectors = [
+            [e.flat(b, s.attrs.norm_width) for b in of_norm]
+            for of_norm, s in zip(self._vectors, self.cfg.sources, strict=True)
+        ]
         self.tensors = [
             e.flat(b, size(shape)) for b, shape in zip(self._tensors, self.cfg.tensors, strict=True)
         ]
@@ -83,6 +106,12 @@ class RopeOperands:
         attrs = self.cfg.sources[which].attrs
         stride = attrs.head_stride * self.t if attrs.head_major else e.i64(attrs.head_stride)
         base = e.let(token * attrs.token_stride + head * stride + attrs.offset)
+        if attrs.norm is not None:
+            line = self._normalised(which, base)
+            read = lambda at, lanes: self._read(line, at, lanes, "float32")  # noqa: E731
+        else:
+            source, dtype = self.sources[which], self.cfg.sources[which].dtype
+            read = lambda at, lanes: self._read(source, base + at, lanes, dtype)  # noqa: E731
         for run in attrs.runs:
             steps = (run.to_step, run.a_step, run.b_step, run.ca_step, run.cb_step)
             plain = all(s == 1 for s in (steps if run.pair else steps[:2]))
@@ -91,15 +120,47 @@ class RopeOperands:
             if whole:
                 with e.loop(whole // lanes) as i:
                     at = e.let(i * lanes)
-                    store(run.to + at * run.to_step, self._value(run, which, token, base, at, lanes), lanes)
+                    store(run.to + at * run.to_step, self._value(run, read, token, at, lanes), lanes)
             if whole < run.count:
                 with e.loop(whole, run.count) as i:
-                    store(run.to + i * run.to_step, self._value(run, which, token, base, i, 1), 1)
+                    store(run.to + i * run.to_step, self._value(run, read, token, i, 1), 1)
 
-    def _value(self, run: Run, which: int, token: Any, base: Any, at: Any, lanes: int) -> Any:
-        x = lambda first, step: self._read(  # noqa: E731
-            self.sources[which], base + first + at * step, lanes, self.cfg.attention.dtype
-        )
+    def _normalised(self, which: int, base: Any) -> Any:
+        """A head after its norm, float32, not rounded in between."""
+        source, attrs = self.cfg.sources[which], self.cfg.sources[which].attrs
+        norm, width = attrs.norm, attrs.norm_width
+        assert norm is not None
+        line = e.workspace(width)
+
+        def centered(at: Any, lanes: int, mean: Any) -> Any:
+            value = self._read(self.sources[which], base + at, lanes, source.dtype)
+            return e.let(value if mean is None else value - e.splat(mean, lanes))
+
+        def mean_of(term: Callable[[Any, int], Any]) -> Any:
+            return e.let(sum_along(width, self.caps, term) * e.f32(1.0 / width))
+
+        def square(at: Any, lanes: int) -> Any:
+            value = centered(at, lanes, mean)
+            return value * value
+
+        mean = mean_of(lambda at, lanes: centered(at, lanes, None)) if norm.center else None
+        scale = e.let(e.f32(1.0) / T.sqrt(mean_of(square) + e.f32(norm.eps)))
+
+        def write(at: Any, lanes: int) -> None:
+            value = centered(at, lanes, mean) * e.splat(scale, lanes)
+            vectors = [self._read(v, at, lanes, source.vector_dtype) for v in self.vectors[which]]
+            if norm.has_weight:
+                weight = vectors.pop(0)
+                value = value * (weight + e.splat(1.0, lanes) if norm.plus_one else weight)
+            if norm.has_bias:
+                value = value + vectors.pop(0)
+            e.store(line, at, e.let(value), lanes)
+
+        along(width, self.caps, write)
+        return line
+
+    def _value(self, run: Run, read: Callable[[Any, int], Any], token: Any, at: Any, lanes: int) -> Any:
+        x = lambda first, step: read(first + at * step, lanes)  # noqa: E731
         if not run.pair:
             return e.let(x(run.a, run.a_step))
 

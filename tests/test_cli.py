@@ -20,6 +20,7 @@ from llmc.artifact import (
     MANIFEST,
     SCHEMA,
     FunctionEntry,
+    KernelEntry,
     Limits,
     Manifest,
     ModelInfo,
@@ -179,6 +180,7 @@ def test_compile_reads_a_spec_and_options_win(pipeline: Pipeline, tmp_path: Path
         (["compile", "m", "-o", "OUT", "--verify", "maybe"], "unknown-verify"),
         (["compile", "m", "-o", "OUT", "--page-size", "7"], "page-size"),
         (["compile", "m", "-o", "OUT", "--stop-after", "lunch"], "unknown-stage"),
+        (["compile", "m", "-o", "OUT", "--disable-pass", "LowerLinear"], "pass-not-optional"),
         (["compile", "--spec", "OUT/missing.toml", "-o", "OUT"], "spec-unreadable"),
         (["compile", "m", "-o", "FULL"], "output-not-an-artifact"),
         (["inspect", "OUT"], "no-artifact"),
@@ -453,6 +455,51 @@ def test_inspect_refuses_a_damaged_manifest(artifact: Path, text: str) -> None:
     done = llmc("inspect", artifact)
     assert done.exit_code == 2
     assert done.stderr.endswith(("[manifest-corrupt]\n", "[manifest-version]\n"))
+
+
+KERNELS = (
+    KernelEntry("embedding", "embedding", 1, 0.0, "4*T", "100*T", "0"),
+    KernelEntry("linear_512_256", "linear", 6, 1.0, "262144 + 512*T", "1024*T", "262144*T"),
+    KernelEntry("attention_0", "attention", 4, 0.5, "512*C1024", "512*T", "1024*P1024"),
+)
+
+
+def with_kernels(folder: Path, *kernels: KernelEntry) -> Path:
+    function = MANIFEST_OF_TEST.functions[0]
+    both = tuple(dataclasses.replace(function, name=n, kernels=kernels) for n in ("step", "decode"))
+    manifest = dataclasses.replace(MANIFEST_OF_TEST, functions=both)
+    (folder / MANIFEST).write_text(manifest.as_text())
+    assert Manifest.from_text(manifest.as_text(), "") == manifest
+    return folder
+
+
+def test_inspect_kernels(artifact: Path) -> None:
+    done = llmc("inspect", with_kernels(artifact, *KERNELS), "--kernels", "--context", "2000")
+    assert done.exit_code == 0, done.output
+    decode, step = done.stdout.split("step: ")
+    assert "decode: 11 kernels per step, 1.5 per block, for 1 sequence of 2000 tokens" in decode
+    rows = {line.split()[0]: line for line in decode.splitlines() if line.strip()}
+    assert rows["linear_512_256"].split()[1:8] == ["linear", "6", "1", "257.5", "KiB", "262.14", "K"]
+    assert "262.14K + 1.54K T" in rows["linear_512_256"] and "262.14K T" in rows["linear_512_256"]
+    # the window bounds what is read: 1024 of 2000 tokens
+    assert rows["attention_0"].split()[1:8] == ["attention", "4", "0.5", "512.5", "KiB", "1.05", "M"]
+    total = 104 + 6 * (262144 + 1536) + 4 * (512 * 1024 + 512)
+    assert human_bytes(total) in rows["all"]
+    assert "a prompt of 512 tokens" in step
+
+
+def test_inspect_kernels_mistakes(artifact: Path) -> None:
+    def refused(*arguments: str, ref: str) -> str:
+        done = llmc("inspect", artifact, *arguments)
+        assert done.exit_code == 2 and done.stderr.endswith(f"[{ref}]\n")
+        return str(done.stderr)
+
+    refused("--kernels", ref="no-kernels")
+    refused("--context", "5", ref="context")
+    with_kernels(artifact, *KERNELS)
+    assert "1 to 4096" in refused("--kernels", "--context", "5000", ref="context")
+    with_kernels(artifact, dataclasses.replace(KERNELS[1], read="all of it"))
+    assert "linear_512_256" in refused("--kernels", ref="manifest-corrupt")
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------

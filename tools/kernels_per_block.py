@@ -2,7 +2,7 @@
 
     python tools/kernels_per_block.py                       # every type that compiles, in f32 and bf16
     python tools/kernels_per_block.py --only llama,phi --detail
-    python tools/kernels_per_block.py --markdown docs/kernels.md
+    python tools/kernels_per_block.py --json counts.json --markdown docs/kernels.md     # adds to what counts.json holds
 
 A model is lowered as for an artifact (no machine code), and its kernels are counted as `llmc inspect --kernels` shows them:
 a block is what lies between two attention kernels, so a model of alternating layers has a mean.
@@ -56,7 +56,7 @@ def lowered(model: Any, dtype: str, **options: Any) -> Any:
         return pipeline._lower(graph, spec, source, caps, backend.tvm_target(caps), runner)
 
 
-def count(model_type: str) -> Count:
+def count(model_type: str, dtypes: tuple[str, ...] = DTYPES) -> Count:
     """Lower a tiny model and count."""
     from tiny_configs import tiny_model
 
@@ -64,7 +64,7 @@ def count(model_type: str) -> Count:
     from llmc.passes.count_kernels import CountKernels
 
     found = Count(model_type)
-    for dtype in DTYPES:
+    for dtype in dtypes:
         try:
             kernels = CountKernels()(lowered(tiny_model(model_type), dtype, max_step_tokens=64))
         except LlmcError as error:
@@ -80,10 +80,11 @@ def count(model_type: str) -> Count:
     return found
 
 
-def markdown(counts: list[Count], command: str) -> str:
+def markdown(counts: list[Count], command: str, dtypes: tuple[str, ...]) -> str:
     """The table as a document."""
     from importlib.metadata import version
 
+    columns = [f"{dtype} {function}" for function in FUNCTIONS for dtype in dtypes]
     lines = [
         "# Kernels per decoder block",
         "",
@@ -91,12 +92,11 @@ def markdown(counts: list[Count], command: str) -> str:
         "machine's cpu preset. A block is what lies between two attention kernels; where layers differ, the figure is their "
         "mean. What the kernels are, and why: [design/007](design/007-kernels-per-block.md).",
         "",
-        "| model type | decode f32 | decode bf16 | step f32 | step bf16 |",
-        "|---|---|---|---|---|",
+        "| model type | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
     ]
-    columns = [f"{dtype} {function}" for function in FUNCTIONS for dtype in DTYPES]
-    done = [c for c in counts if not c.refused]
-    for c in sorted(done, key=lambda c: (c.blocks["bf16 decode"], c.model_type)):
+    done = [c for c in counts if not c.refused and all(n in c.blocks for n in columns)]
+    for c in sorted(done, key=lambda c: (c.blocks[columns[len(dtypes) - 1]], c.model_type)):
         lines.append(f"| `{c.model_type}` | " + " | ".join(f"{c.blocks[n]:.4g}" for n in columns) + " |")
     return "\n".join(lines) + "\n"
 
@@ -104,6 +104,7 @@ def markdown(counts: list[Count], command: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="model types, separated by commas")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="default: f32,bf16")
     parser.add_argument("--detail", action="store_true", help="also print the kernels of a block")
     parser.add_argument("--json", type=Path, help="also write the counts there")
     parser.add_argument("--markdown", type=Path, help="also write the table there")
@@ -112,19 +113,23 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     from tiny_configs import decoder_types
 
-    counts = []
+    dtypes = tuple(options.dtypes.split(","))
+    known: dict[str, Count] = {}
+    if options.json and options.json.exists():
+        known = {c["model_type"]: Count(**c) for c in json.loads(options.json.read_text())}
     for model_type in options.only.split(",") if options.only else decoder_types():
-        c = count(model_type)
-        counts.append(c)
+        c = known[model_type] = count(model_type, dtypes)
         text = c.refused[:90] or "  ".join(f"{n}: {v:.4g}" for n, v in c.blocks.items())
         print(f"{model_type:24} {text}", flush=True)
         if options.detail:
             for name, kernels in c.kernels.items():
                 print(f"    {name}: " + ", ".join(f"{k} {v:.3g}" for k, v in kernels.items()))
         if options.json:
-            options.json.write_text(json.dumps([asdict(c) for c in counts], indent=1) + "\n")
+            options.json.write_text(json.dumps([asdict(c) for c in known.values()], indent=1) + "\n")
     if options.markdown:
-        options.markdown.write_text(markdown(counts, "python tools/kernels_per_block.py"))
+        options.markdown.write_text(
+            markdown(list(known.values()), "python tools/kernels_per_block.py", dtypes)
+        )
     return 0
 
 

@@ -95,6 +95,9 @@ def compile(
     meta_weights: Annotated[
         bool, typer.Option("--meta-weights", help="Compile the graph only, for sizing.")
     ] = False,
+    disable_pass: Annotated[
+        list[str] | None, typer.Option(help="Leave out this graph pass (a fusion); may be given often.")
+    ] = None,
     dump_ir: Annotated[Path | None, typer.Option(help="Write NNN_stage_Pass.py files there.")] = None,
     time_passes: Annotated[
         bool, typer.Option("--time-passes", help="Print what each stage and pass took.")
@@ -128,6 +131,7 @@ def compile(
                 "eval_tokens": eval_tokens,
                 "max_kl": max_kl,
                 "max_ppl_increase": max_ppl_increase,
+                "disable_passes": disable_pass or None,
             },
             spec_file=spec,
             output=output,

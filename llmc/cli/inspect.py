@@ -14,6 +14,7 @@ from llmc.artifact import Manifest, ParamEntry
 from llmc.cli.compile import quality_text, text_quality_text
 from llmc.cli.format import grid, human_bytes, human_count
 from llmc.cli.kernels import kernel_tables
+from llmc.errors import LlmcError
 from llmc.inspect import ArtifactReport, inspect
 from llmc.kv_plan import KVKind
 
@@ -35,6 +36,8 @@ def run_inspect(
     Raises:
         LlmcError: see llmc.inspect.inspect; an artifact that does not list its kernels; a context that is too long.
     """
+    if context is not None and not kernels:
+        raise LlmcError("context", "--context is for the table of kernels.", hint="Add --kernels.")
     report = inspect(path)
     if as_json:
         print(report.manifest.as_text())

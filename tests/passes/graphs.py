@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import tvm
 from tvm import relax, tirx
 
 from llmc import ir
 from llmc.ops import ATTENTION, AttentionAttrs
+from llmc.passes.rewrite import Builder, bindings_of
 from llmc.passes.step_module import LoweredGraph, PackedParam
 
 
@@ -42,6 +44,16 @@ class Model:
             for p in self.params
         )
         return LoweredGraph(self.bb.get(), infos)
+
+
+def assert_same(after: LoweredGraph, expected: LoweredGraph) -> None:
+    """Structurally equal functions; `expected` is first written the way in which a pass writes its result."""
+    func = expected.module["main"]
+    build = Builder()
+    for binding in bindings_of(func):
+        build.keep(binding)
+    again = build.function(func.params, func.body.body, func.attrs, symbol="main")
+    tvm.ir.assert_structural_equal(after.module["main"], again)
 
 
 def linear(emit, x, w):
