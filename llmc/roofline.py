@@ -64,7 +64,7 @@ class StepRoofline:
         wall: seconds of a step, the choice of the token included.
         kernel_seconds, vm_seconds, python_seconds: in kernels, in the virtual machine between them, in Python.
         vm_calls: calls of the virtual machine that are no kernels.
-        overhead: share of the step outside kernels.
+        overhead: share outside kernels of what kernels, virtual machine and Python take.
         rows: its kernels.
     """
 

@@ -8,6 +8,7 @@ microseconds between the two readings of one call, is measured with calls that d
 from __future__ import annotations
 
 import ctypes
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -42,6 +43,8 @@ class StepTimes:
         engine: of that, inside the compiled function.
         kernels: name -> (calls per step, seconds per step of all of them).
         vm_calls: calls per step that are no kernels: allocation, shapes, views.
+        vm_bound: at most so much is spent in the virtual machine between kernels: measured call by call, with some of
+            the instrument's own work.
     """
 
     function: str
@@ -49,6 +52,7 @@ class StepTimes:
     engine: float
     kernels: dict[str, tuple[int, float]]
     vm_calls: int
+    vm_bound: float = math.inf
 
     @property
     def kernel_seconds(self) -> float:
@@ -62,13 +66,17 @@ class StepTimes:
 
     @property
     def vm_seconds(self) -> float:
-        """Time of a step in the virtual machine, between kernels; on a busy machine noise can make it negative."""
-        return self.engine - self.kernel_seconds
+        """Time of a step in the virtual machine, between kernels.
+
+        What is left of the compiled function's time; where other programs took a part of that, the bound.
+        """
+        return min(max(self.engine - self.kernel_seconds, 0.0), self.vm_bound)
 
     @property
     def overhead(self) -> float:
         """Share of a step that is not spent in kernels."""
-        return 1 - self.kernel_seconds / self.wall
+        outside = self.python_seconds + self.vm_seconds
+        return outside / (outside + self.kernel_seconds)
 
 
 class Profiler:
@@ -121,13 +129,8 @@ class Profiler:
         finally:
             self._library.instrument(None)
             self._stepper.engine = timed.inner
-        kernels = _kernels(names, np.array(calls) * 1e-9)
-        return StepTimes(
-            timed.functions.pop(),
-            statistics.median(wall),
-            statistics.median(engine),
-            kernels,
-            len(names) - sum(count for count, _ in kernels.values()),
+        return _times(
+            timed.functions.pop(), statistics.median(wall), statistics.median(engine), names, np.array(calls)
         )
 
     def _names(self, step: Callable[[], object]) -> list[str]:
@@ -145,33 +148,42 @@ class Profiler:
         return names
 
     def _durations(self, names: list[str]) -> npt.NDArray[np.int64]:
-        """Nanoseconds of each call of the last step."""
+        """Nanoseconds from each reading of the last step to the next: of the calls, and between them, in turns."""
         stamps = np.array(self._stamps)
         if len(stamps) != 2 * len(names):
             raise LlmcError(
                 "profile-differs",
                 f"Steps to be profiled must be equal; one makes {len(names)} calls, another {len(stamps) // 2}.",
             )
-        found: npt.NDArray[np.int64] = stamps[1::2] - stamps[::2]
-        return found
+        return np.diff(stamps)
 
 
-def _kernels(names: list[str], calls: npt.NDArray[Any]) -> dict[str, tuple[int, float]]:
-    """Kernels as in StepTimes, without the instrument's own time.
+def _times(
+    function: str, wall: float, engine: float, names: list[str], readings: npt.NDArray[np.int64]
+) -> StepTimes:
+    """Put a profile together, without the instrument's own time.
 
     Args:
+        function: that ran.
+        wall, engine: seconds of a plain step, and of that in the compiled function.
         names: of the calls of a step.
-        calls: f64[steps, calls] seconds between the two readings of a call.
+        readings: i64[steps, 2 * calls - 1] nanoseconds of the calls and of the gaps between them.
     """
-    medians = np.median(calls, axis=0)
-    nothing = [s for name, s in zip(names, medians, strict=True) if name == _NOTHING]
-    cost = statistics.median(nothing) if nothing else float(medians.min(initial=0.0))
+    medians = np.median(readings, axis=0) * 1e-9
+    calls, gaps = medians[::2], medians[1::2]
+    nothing = [s for name, s in zip(names, calls, strict=True) if name == _NOTHING]
+    cost = statistics.median(nothing) if nothing else float(calls.min(initial=0.0))
     kernels: dict[str, tuple[int, float]] = {}
-    for name, seconds in zip(names, medians, strict=True):
-        if not name.startswith(_NOT_KERNELS):
-            count, total = kernels.get(name, (0, 0.0))
-            kernels[name] = (count + 1, total + max(float(seconds) - cost, 0.0))
-    return kernels
+    between = float(np.maximum(gaps - cost, 0.0).sum())
+    for name, reading in zip(names, calls, strict=True):
+        seconds = max(float(reading) - cost, 0.0)
+        if name.startswith(_NOT_KERNELS):
+            between += seconds
+            continue
+        count, total = kernels.get(name, (0, 0.0))
+        kernels[name] = (count + 1, total + seconds)
+    vm_calls = len(names) - sum(count for count, _ in kernels.values())
+    return StepTimes(function, wall, engine, kernels, vm_calls, between)
 
 
 def _clock(stamps: list[int]) -> Any:

@@ -25,8 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools.bench import checkpoint  # noqa: E402
-from tools.bench_sides.shapes import SHAPES, TORCH_NAMES, prompt_of  # noqa: E402
+from tools.bench_sides.shapes import SHAPES, TORCH_NAMES, checkpoint, prompt_of  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,8 @@ def measure(model: Path, folder: Path, options: argparse.Namespace, base: Any, o
 
     artifact = compiled(model, folder / "variant", options.dtype, off)
     variant = llmc.load(artifact, threads=options.threads, check_hashes=False)
-    slower, base_time = in_turns([variant, base], prompt_of(options.shape, options.prompt), options.tokens)
+    prompt = prompt_of(options.shape, options.prompt)
+    slower, base_time = in_turns([variant, base], prompt, options.tokens)
     row = Row(
         off,
         slower,

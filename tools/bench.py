@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -39,20 +38,10 @@ from tools.bench_sides.peers import (  # noqa: E402
 )
 from tools.bench_sides.protocol import Round, SideFailed, Worker  # noqa: E402
 from tools.bench_sides.results import Weights, summary  # noqa: E402
-from tools.bench_sides.shapes import SHAPES, TORCH_NAMES, prompt_of  # noqa: E402
+from tools.bench_sides.shapes import SHAPES, TORCH_NAMES, checkpoint, prompt_of  # noqa: E402
 
 # seconds between two turns: threads of the side that had its turn stop spinning
 _REST = 0.5
-
-
-def checkpoint(shape: str, dtype: str, cache: Path, layers: int = 0) -> Path:
-    """The folder with random weights, made if it is not there; `layers` of them, not the shape's if not 0."""
-    folder = cache / (f"{shape}-{dtype}-{layers}" if layers else f"{shape}-{dtype}")
-    if not (folder / "config.json").exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "tools.bench_sides.shapes", shape, dtype, str(folder), str(layers)]
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, cwd=ROOT)
-    return folder
 
 
 def llmc_bits(quant: str, dtype: str) -> int:
@@ -227,7 +216,7 @@ def main() -> None:
     options = arguments()
     cache = knobs.cache_dir() / "bench"
     if options.check:
-        sys.exit(check.run(options.against, options.threads, cache, checkpoint))
+        sys.exit(check.run(options.against, options.threads, cache))
     results, cases = [], [(s, q) for s in options.shape for q in options.quant]
     for shape, quant in cases:
         case = Case(shape, quant, options, cache)

@@ -22,6 +22,10 @@ from llmc.roofline import StepRoofline, best_share, totals
 
 # waiting threads lose their core to whatever else runs, which slows a step down manyfold
 _BUSY = 0.5
+# a step that takes so much longer than its parts was disturbed
+_LOST = 0.03
+# columns of a table that no terminal bounds
+_WIDE = 220
 
 
 def run_bench(
@@ -52,7 +56,8 @@ def run_bench(
     model = load(artifact, threads=threads)
     sizes = choose_sizes(model, prompt, tokens, rounds, batch, room=profile_room() if roofline else 0)
     used = use_threads(None)
-    console = Console(highlight=False, soft_wrap=True)
+    # a table that goes to a file or a pipe is not cut to a terminal's width
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _WIDE)
     errors = Console(stderr=True, highlight=False)
     if load_average > _BUSY:
         errors.print(f"This machine is busy (load average {load_average:.1f}): do not trust the figures.")
@@ -168,9 +173,11 @@ def step_table(step: StepRoofline, limits: MachineLimits) -> Table:
     )
     for what, seconds in around:
         table.add_row(what, "", "", _time(seconds), _percent(seconds / step.wall))
-    table.add_row(
-        "outside of kernels", "", "", _time(step.wall - step.kernel_seconds), _percent(step.overhead)
-    )
+    outside = step.vm_seconds + step.python_seconds
+    table.add_row("outside of kernels", "", "", _time(outside), _percent(step.overhead))
+    lost = step.wall - outside - step.kernel_seconds
+    if lost > _LOST * step.wall:
+        table.add_row("lost to other programs", "", "", _time(lost), _percent(lost / step.wall))
     table.add_row(
         "whole step", "", str(sum(row.calls for row in step.rows)), _time(step.wall), _percent(1.0),
         human_bytes(whole["moved"]), f"{whole['moved'] / step.wall / 1e9:.1f}", _percent(whole["read_share"]),

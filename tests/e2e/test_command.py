@@ -95,3 +95,21 @@ def test_a_flipped_byte_is_noticed(artifact: Path, tmp_path: Path) -> None:
         (copy / name).write_bytes(raw)
         done = llmc_command("run", copy, "x", "--max-tokens", "1", code=2)
         assert name in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_bench_counts_every_kernel_that_runs(compiled: tuple[Path, str]) -> None:
+    from llmc.bench import Sizes, measure_steps
+    from llmc.limits import MachineLimits
+    from llmc.runtime.model import load
+
+    model = load(compiled[0])
+    limits = MachineLimits(1, 10e9, {"f32": 1e11, "bf16": 2e11, "int8": 4e11})
+    decode, step = measure_steps(model, Sizes(100, 1, 1, 2), limits)
+    for found in (decode, step):
+        listed = {f.name: f for f in model.manifest.functions}[found.function].kernels
+        assert {row.name: row.calls for row in found.rows} == {k.name: k.calls for k in listed}
+        assert found.kernel_seconds > 0 and found.rows[0].seconds >= found.rows[-1].seconds
+    # a decode step reads every weight of the linear layers once
+    weights = sum(p.nbytes for p in model.manifest.params)
+    assert 0.8 * weights < sum(row.moved or 0 for row in decode.rows) < 1.5 * weights
+    assert llmc("bench", compiled[0], "--tokens", "3", "--rounds", "1", "--prompt", "20").returncode == 0

@@ -10,7 +10,7 @@ import pytest
 
 from llmc.errors import LlmcError
 from llmc.runtime.model import Model, load
-from llmc.runtime.profile import StepTimes, _kernels
+from llmc.runtime.profile import StepTimes, _times
 
 
 @pytest.fixture
@@ -69,8 +69,13 @@ def test_unequal_steps_are_refused(model: Model) -> None:
 
 def test_the_instruments_own_time_is_subtracted() -> None:
     names = ["vm.builtin.null_value", "a", "shape_func", "b", "a", "vm.builtin.null_value"]
-    calls = np.array([[1.0, 5.0, 9.0, 0.5, 7.0, 1.0]] * 3)
-    assert _kernels(names, calls) == {"a": (2, 10.0), "b": (1, 0.0)}
+    calls, gap = [1, 5, 9, 0, 7, 1], 3
+    readings = np.array([[x for call in calls for x in (call, gap)][:-1]] * 3) * 10**9
+    times = _times("step", 50.0, 40.0, names, readings)
+    assert times.kernels == {"a": (2, pytest.approx(10.0)), "b": (1, 0.0)}
+    assert times.vm_calls == 3
+    assert times.vm_bound == pytest.approx(5 * (3 - 1) + (9 - 1))
+    assert times.vm_seconds == times.vm_bound  # 30 s are left, which other programs took
 
 
 def test_overhead_is_what_is_not_in_kernels() -> None:

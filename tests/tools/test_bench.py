@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -86,7 +88,7 @@ def result() -> dict:
 def test_notes_say_what_does_not_compare() -> None:
     text = "\n".join(notes(result()))
     assert "not the same size: far has" in text and "not the same size: near" not in text
-    assert "fastest side of the same size: prefill 1.50 (near), decode 2.00 (near)" in text
+    assert "fastest side of at most llmc's size (and 5 %): prefill 1.50 (near), decode 2.00 (near)" in text
     assert "gone was not measured: gone cannot be installed: no network" in text and "and more" not in text
     assert "batch 8: 50.0 tok/s, 5.00 times" in text
     assert "context 8192: 130.00 ms per step, 1.30 times that at 512" in text
@@ -166,3 +168,25 @@ def test_reading_a_checkpoint(tmp_path: Path) -> None:
 def test_prompts_are_equal_for_all_sides() -> None:
     assert prompt_of("tiny", 4) == [7919 * i % 512 for i in (1, 2, 3, 4)]
     assert distance(np.array([1.0, 2.0]), np.array([1.0, 4.0])) == pytest.approx(2**0.5)
+
+
+@pytest.mark.slow
+def test_a_run_beside_transformers(tmp_path: Path) -> None:
+    command = [sys.executable, "tools/bench.py", "--shape", "tiny", "--quant", "none,q4g32", "--prompt", "24"]
+    command += ["--tokens", "3", "--rounds", "2", "--batch", "2", "--context", "40", "--threads", "1"]
+    command += ["--against", "transformers", "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(
+        command,
+        cwd=bench.ROOT,
+        env={**os.environ, "LLMC_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    whole, small = json.loads((tmp_path / "out.json").read_text())
+    for found in (whole, small):
+        assert set(found["sides"]) == {"llmc", "transformers"} and set(found["ratios"]) == {"transformers"}
+        assert found["batch"]["size"] == 2 and found["context"]["long"] == 40 and found["missing"] == {}
+    assert whole["sides"]["llmc"]["bits_per_weight"] == pytest.approx(16, abs=0.1)
+    assert 4.5 < small["sides"]["llmc"]["bits_per_weight"] < 5.2
+    assert "not the same size: transformers" in done.stdout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +13,14 @@ from rich.table import Table
 
 from tools.bench_sides.peers import PEERS, PeerUnavailable, converted, interpreter
 from tools.bench_sides.protocol import SideFailed, Worker
-from tools.bench_sides.shapes import CHECKED, prompt_of
+from tools.bench_sides.shapes import CHECKED, checkpoint, prompt_of
 
 _PROMPT = 64
 # of 16-bit formats: error of the logits, as a share of what shuffling the prompt changes in them
 _LIMIT = 0.1
 
 
-def run(peers: Sequence[str], threads: int, cache: Path, checkpoint: Callable[[str, str, Path], Path]) -> int:
+def run(peers: Sequence[str], threads: int, cache: Path) -> int:
     """Print a table; 0 if all peers agree with transformers in float32, else 1."""
     table = Table(title="last token's logits against transformers in float32", title_justify="left", box=None)
     for column in ("model", "peer", "format", "error", "limit", "same token", ""):

@@ -31,13 +31,15 @@ class Side:
         return self._run([[t] for t in tokens])
 
     def versions(self) -> dict[str, str]:
-        precision = str(self._compiled.get_property("INFERENCE_PRECISION_HINT"))
-        pages = str(self._compiled.get_property("KV_CACHE_PRECISION"))
-        return {
-            "openvino": self._ov.get_version().split("-")[0],
-            "openvino computes in": precision.strip("<>").replace("Type: ", ""),
-            "openvino KV cache": pages.strip("<>").replace("Type: ", ""),
+        used = {
+            "openvino computes in": "INFERENCE_PRECISION_HINT",
+            "openvino KV cache": "KV_CACHE_PRECISION",
         }
+        chosen = {
+            words: self._compiled.get_property(name).get_type_name()  # e.g. bf16, u8
+            for words, name in used.items()
+        }
+        return {"openvino": self._ov.get_version().split("-")[0], **chosen}
 
     def _run(self, ids: list[list[int]]) -> Any:
         np = self._np

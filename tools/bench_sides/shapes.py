@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from tools.bench_sides.protocol import ROOT
 
 # transformers configs; llama-1b has the shape of Llama-3.2-1B, qwen-0.5b that of Qwen2.5-0.5B
 SHAPES: dict[str, dict[str, Any]] = {
@@ -79,10 +82,19 @@ CHECKED = ("check-llama", "check-qwen")
 TORCH_NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
-def make_model(shape: str, dtype: str, folder: Path, layers: int = 0) -> None:
-    """Write a Hugging Face folder with random weights, unless it is there; `layers` of them, not the shape's if not 0."""
-    if (folder / "config.json").exists():
-        return
+def checkpoint(shape: str, dtype: str, cache: Path, layers: int = 0) -> Path:
+    """A Hugging Face folder with random weights, made if it is not in the cache; `layers` instead of the shape's."""
+    folder = cache / f"{shape}-{dtype}{f'-{layers}' if layers else ''}"
+    if not (folder / "config.json").exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        # in a process of its own: torch's memory goes back to the system afterwards
+        command = [sys.executable, "-m", "tools.bench_sides.shapes", shape, dtype, str(folder), str(layers)]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, cwd=ROOT)
+    return folder
+
+
+def make_model(shape: str, dtype: str, folder: Path, layers: int) -> None:
+    """Write the folder of checkpoint()."""
     import torch
     import transformers
 
@@ -108,5 +120,5 @@ def prompt_of(shape: str, length: int, start: int = 1) -> list[int]:
     return [(7919 * (i + start)) % vocabulary for i in range(length)]
 
 
-if __name__ == "__main__":  # in a process of its own: torch's memory goes back to the system afterwards
-    make_model(sys.argv[1], sys.argv[2], Path(sys.argv[3]), *map(int, sys.argv[4:]))
+if __name__ == "__main__":
+    make_model(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))

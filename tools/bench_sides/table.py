@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -42,7 +43,8 @@ def compare_context(
 
 def show(result: dict[str, Any]) -> None:
     """Print one case."""
-    console = Console(highlight=False, soft_wrap=True)
+    # a table that goes to a file or a pipe is not cut to a terminal's width
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     console.print(sides_table(result))
     for line in notes(result):
         console.print(line)
@@ -88,8 +90,9 @@ def notes(result: dict[str, Any]) -> list[str]:
     same = dict(result["ratios"])
     for name, side in result["sides"].items():
         differs = side["bits_per_weight"] / own - 1
-        if abs(differs) > _SAME_BITS:
+        if differs > _SAME_BITS:  # a smaller one is no easier opponent
             same.pop(name, None)
+        if abs(differs) > _SAME_BITS:
             lines.append(
                 f"not the same size: {name} has {side['bits_per_weight']:.2f} bits per weight, "
                 f"{100 * differs:+.0f} % of llmc's {own:.2f}"
@@ -99,7 +102,7 @@ def notes(result: dict[str, Any]) -> list[str]:
             f"{key} {min(r[key] for r in same.values()):.2f} ({min(same, key=lambda n: same[n][key])})"
             for key in ("prefill", "decode")
         ]
-        lines.append(f"against the fastest side of the same size: {', '.join(best)}")
+        lines.append(f"against the fastest side of at most llmc's size (and 5 %): {', '.join(best)}")
     for name, why in result["missing"].items():
         lines.append(f"{name} was not measured: {why.splitlines()[0]}")
     if "batch" in result:
