@@ -51,6 +51,14 @@ class ParamEntry:
 
 
 @dataclass(frozen=True)
+class StoredParams:
+    """The packed weights of an artifact that lies in `folder`."""
+
+    folder: Path
+    entries: tuple[ParamEntry, ...]
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """An argument or result of a compiled function; symbolic dimensions are names."""
 

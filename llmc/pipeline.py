@@ -17,6 +17,7 @@ from llmc.artifact import (
     ModelInfo,
     ParamEntry,
     QualityReport,
+    StoredParams,
     TargetInfo,
 )
 from llmc.caps import Capabilities
@@ -118,27 +119,30 @@ def compile_model(
         manifest = runner.run("write", _write, writer, executable, manifest, source)
         quality = runner.run("verify", _verify, writer, source, made, spec, step, params)
         if spec.eval_text:
-            quality = runner.run("evaluate", _evaluate, quality, writer, source, made, spec, runner)
+            quality = runner.run("evaluate", _evaluate, quality, writer, source, made, spec, params, runner)
         manifest = writer.finish(executable, dataclasses.replace(manifest, quality=quality, files={}))
         writer.commit()
         done = output
     return CompileResult(done, manifest if done else None, runner, search)
 
 
-def run_taps(source: SourceModel, spec: CompileSpec, token_ids: Sequence[int]) -> Mapping[str, np.ndarray]:
+def run_taps(
+    source: SourceModel, spec: CompileSpec, token_ids: Sequence[int], stored: StoredParams | None = None
+) -> Mapping[str, np.ndarray]:
     """Hidden states after each decoder layer, computed by a debug variant of the compiled graph.
 
     Args:
         source: the opened model, with weights.
         spec: target and dtypes of the artifact under suspicion.
         token_ids: n tokens of one sequence.
+        stored: the artifact's weights, which are then mapped instead of packed once more.
 
     Returns:
         module path of each layer -> float32 [n, d].
     """
     from llmc.debug_taps import run
 
-    return run(source, spec, token_ids)
+    return run(source, spec, token_ids, stored)
 
 
 def _spec_of(model: Any, spec: CompileSpec | None, fields: Mapping[str, Any]) -> CompileSpec:
@@ -304,6 +308,7 @@ def _verify(
     from llmc.runtime.model import load
     from llmc.verify import verify
 
+    stored = StoredParams(writer.folder, params)
     # the files were hashed while they were written
     model = load(writer.folder, check_hashes=False)
     same = quantized_source(made, step.params, params, writer.folder)
@@ -313,7 +318,7 @@ def _verify(
         unquantized=None if same is source else source,
         mode=spec.verify,
         dtype=spec.dtype.value if spec.dtype else source.dtype,
-        taps_runner=lambda ids: run_taps(made, spec, ids),
+        taps_runner=lambda ids: run_taps(made, spec, ids, stored),
     )
     # how long it took differs from run to run, and the artifact's bytes may not
     return dataclasses.replace(report, seconds=None)
@@ -325,6 +330,7 @@ def _evaluate(
     source: SourceModel,
     made: SourceModel,
     spec: CompileSpec,
+    params: tuple[ParamEntry, ...],
     runner: StageRunner,
 ) -> QualityReport:
     """Compare the artifact with the source model on a text; raises if it is worse than the spec allows."""
@@ -333,11 +339,12 @@ def _evaluate(
 
     # the files were hashed while they were written
     model = load(writer.folder, check_hashes=False)
+    stored = StoredParams(writer.folder, params)
     text = text_quality(
         model,
         source,
         spec,
-        taps_runner=lambda ids: run_taps(made, spec, ids),
+        taps_runner=lambda ids: run_taps(made, spec, ids, stored),
         progress=runner.progress.advance,
     )
     check_gate(text, max_kl=spec.max_kl, max_ppl_increase=spec.max_ppl_increase)
