@@ -19,6 +19,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import llmc
 from llmc.errors import LlmcError
 from llmc.kv_plan import KVPlan
 
@@ -50,6 +51,14 @@ class ParamEntry:
     nbytes: int
     layout: str  # e.g. "rows" (as in the checkpoint) or "blocked(n=32,k=2)"
     sources: tuple[str, ...]  # names in the source model
+
+
+@dataclass(frozen=True)
+class StoredParams:
+    """The packed weights of an artifact that lies in `folder`."""
+
+    folder: Path
+    entries: tuple[ParamEntry, ...]
 
 
 @dataclass(frozen=True)
@@ -269,12 +278,14 @@ class Manifest:
                 "manifest-corrupt", f"{where} has no schema number.", hint="Compile the model again."
             )
         if found != SCHEMA:
-            writer = f"llmc {raw['llmc_version']}" if isinstance(raw.get("llmc_version"), str) else "the llmc"
-            age = "a newer" if found > SCHEMA else "an older"
+            age, writer = "a newer" if found > SCHEMA else "an older", raw.get("llmc_version")
+            hint = "Compile the model again with this llmc"
+            if isinstance(writer, str) and writer != llmc.__version__:
+                hint += f", or install llmc {writer} that wrote it"
             raise LlmcError(
                 "manifest-version",
                 f"{where} is of {age} llmc: it has manifest schema {found}; this llmc reads schema {SCHEMA}.",
-                hint=f"Compile the model again with this llmc, or install {writer} that wrote it.",
+                hint=f"{hint}.",
             )
         try:
             return typing.cast(Manifest, from_plain(Manifest, raw))

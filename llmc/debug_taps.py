@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmc.artifact import StoredParams
 from llmc.frontend.graph import SourceModel
 from llmc.spec import CompileSpec
 
+if TYPE_CHECKING:
+    from llmc.passes.step_module import PackedParam
 
-def run(source: SourceModel, spec: CompileSpec, token_ids: Sequence[int]) -> Mapping[str, np.ndarray]:
+
+def run(
+    source: SourceModel, spec: CompileSpec, token_ids: Sequence[int], stored: StoredParams | None = None
+) -> Mapping[str, np.ndarray]:
     """Prefill `token_ids` in one step through the paged kernels and return the hidden states.
+
+    Args:
+        stored: the artifact of this graph; its weights are mapped. Without one (or for a weight that it has in another
+            layout) the source's are packed and held in memory.
 
     Returns:
         module path of each decoder layer -> float32 [n, d].
@@ -20,12 +31,11 @@ def run(source: SourceModel, spec: CompileSpec, token_ids: Sequence[int]) -> Map
     from tvm import relax
 
     from llmc.frontend.capture import capture
-    from llmc.packing import packed_tensors
     from llmc.passes import order
     from llmc.passes.plan_kv_cache import PlanKVCache
     from llmc.passes.quantize_weights import QuantizeWeights
     from llmc.passes.step_module import LoweredGraph
-    from llmc.quant.stored import SourceQuantizer, stored_schemes
+    from llmc.quant.stored import stored_schemes
     from llmc.targets.backend import get
     from llmc.targets.codegen import build_executable
 
@@ -50,9 +60,7 @@ def run(source: SourceModel, spec: CompileSpec, token_ids: Sequence[int]) -> Map
         for _, build_pass in order.build_phase():
             module = build_pass(module)
     vm = relax.VirtualMachine(build_executable(module, target), tvm.cpu())
-    params = []
-    for param, data in packed_tensors(step.params, source.weights, SourceQuantizer(source.weights)):
-        params.append(_tensor(data, param.dtype))
+    params = _weights(step.params, source, stored)
     pages = -(-n // plan.page_size) + 1
     pools = []
     for group in plan.groups:
@@ -69,6 +77,31 @@ def run(source: SourceModel, spec: CompileSpec, token_ids: Sequence[int]) -> Map
     return {
         path: _float32(out).reshape(n, -1) for path, out in zip(graph.taps, list(outputs)[1:], strict=True)
     }
+
+
+def _weights(params: Sequence[PackedParam], source: SourceModel, stored: StoredParams | None) -> list[object]:
+    from llmc.packing import packed_tensors
+    from llmc.quant.stored import SourceQuantizer
+    from llmc.runtime.library import tensor_view
+    from llmc.runtime.memory import map_file
+
+    assert source.weights is not None
+    entries = {entry.name: entry for entry in stored.entries} if stored is not None else {}
+    found: dict[str, object] = {}
+    shards: dict[str, np.ndarray] = {}
+    for param in params:
+        entry = entries.get(param.name)
+        same = (param.shape, param.dtype, param.layout_text)
+        if stored is None or entry is None or (entry.shape, entry.dtype, entry.layout) != same:
+            continue
+        if entry.shard not in shards:
+            shards[entry.shard] = map_file(stored.folder / entry.shard)
+        raw = shards[entry.shard][entry.offset : entry.offset + entry.nbytes]
+        found[param.name] = tensor_view(raw, entry.shape, entry.dtype)
+    rest = tuple(param for param in params if param.name not in found)
+    for param, data in packed_tensors(rest, source.weights, SourceQuantizer(source.weights)):
+        found[param.name] = _tensor(data, param.dtype)
+    return [found[param.name] for param in params]
 
 
 def _tensor(data: np.ndarray, dtype: str) -> object:

@@ -18,6 +18,7 @@ from llmc.artifact import (
     ModelInfo,
     ParamEntry,
     QualityReport,
+    StoredParams,
     TargetInfo,
 )
 from llmc.caps import Capabilities
@@ -131,27 +132,31 @@ def compile_model(
         manifest = runner.run("write", _write, writer, built, manifest, source, tuned)
         quality = unchecked or runner.run("verify", _verify, writer, source, made, spec, step, params)
         if spec.eval_text:
-            quality = runner.run("evaluate", _evaluate, quality, writer, source, made, stream, spec, runner)
+            args = (quality, writer, source, made, stream, spec, params, runner)
+            quality = runner.run("evaluate", _evaluate, *args)
         manifest = writer.finish(built.executable, dataclasses.replace(manifest, quality=quality, files={}))
         writer.commit()
         done = output
     return CompileResult(done, manifest if done else None, runner, search)
 
 
-def run_taps(source: SourceModel, spec: CompileSpec, token_ids: Sequence[int]) -> Mapping[str, np.ndarray]:
+def run_taps(
+    source: SourceModel, spec: CompileSpec, token_ids: Sequence[int], stored: StoredParams | None = None
+) -> Mapping[str, np.ndarray]:
     """Hidden states after each decoder layer, computed by a debug variant of the compiled graph.
 
     Args:
         source: the opened model, with weights.
         spec: target and dtypes of the artifact under suspicion.
         token_ids: n tokens of one sequence.
+        stored: the artifact's weights, which are then mapped instead of packed once more.
 
     Returns:
         module path of each layer -> float32 [n, d].
     """
     from llmc.debug_taps import run
 
-    return run(source, spec, token_ids)
+    return run(source, spec, token_ids, stored)
 
 
 def _spec_of(model: Any, spec: CompileSpec | None, fields: Mapping[str, Any]) -> CompileSpec:
@@ -405,6 +410,7 @@ def _verify(
     from llmc.runtime.model import load
     from llmc.verify import verify
 
+    stored = StoredParams(writer.folder, params)
     # the files were hashed while they were written
     model = load(writer.folder, check_hashes=False)
     same = quantized_source(made, step.params, params, writer.folder)
@@ -414,7 +420,7 @@ def _verify(
         unquantized=None if same is source else source,
         mode=spec.verify,
         dtype=spec.dtype.value if spec.dtype else source.dtype,
-        taps_runner=lambda ids: run_taps(made, spec, ids),
+        taps_runner=lambda ids: run_taps(made, spec, ids, stored),
     )
     # how long it took differs from run to run, and the artifact's bytes may not
     return dataclasses.replace(report, seconds=None)
@@ -427,6 +433,7 @@ def _evaluate(
     made: SourceModel,
     stream: Rotation | None,
     spec: CompileSpec,
+    params: tuple[ParamEntry, ...],
     runner: StageRunner,
 ) -> QualityReport:
     """Compare the artifact with the source model on a text; raises if it is worse than the spec allows."""
@@ -435,9 +442,10 @@ def _evaluate(
 
     # the files were hashed while they were written
     model = load(writer.folder, check_hashes=False)
+    stored = StoredParams(writer.folder, params)
 
     def taps(ids: Sequence[int]) -> Mapping[str, np.ndarray]:
-        found = run_taps(made, spec, ids)
+        found = run_taps(made, spec, ids, stored)
         return found if stream is None else {path: stream.undone(x) for path, x in found.items()}
 
     text = text_quality(

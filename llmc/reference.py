@@ -22,8 +22,8 @@ from llmc.frontend.graph import SourceModel, WeightSource
 from llmc.frontend.meta import TORCH_DTYPES, from_config, skeleton
 from llmc.products import RoundedInputs
 
-# weights held at once; smaller models are held whole
-BUDGET = 2 << 30
+# bytes of weights held at once: every weight is read once per run, so that little is gained by more
+BUDGET = 256 << 20
 
 _CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.ParameterList, torch.nn.ParameterDict)
 

@@ -9,6 +9,7 @@ import typing
 
 import pytest
 
+import llmc
 from llmc.artifact import SCHEMA, Manifest
 from llmc.errors import LlmcError
 
@@ -50,7 +51,13 @@ def test_other_numbers_are_refused_by_one_sentence(number: int, age: str) -> Non
     assert refused.value.message == (
         f"dist/manifest.json is of {age} llmc: it has manifest schema {number}; this llmc reads schema {SCHEMA}."
     )
-    assert "install llmc 7.8" in refused.value.hint
+    assert refused.value.hint == "Compile the model again with this llmc, or install llmc 7.8 that wrote it."
+
+
+def test_the_same_release_is_not_recommended() -> None:
+    """Between two releases the number may change more than once."""
+    with pytest.raises(LlmcError, match="with this llmc\\. \\["):
+        Manifest.from_text(json.dumps({"schema": 1, "llmc_version": llmc.__version__}), "m")
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "3", '{"schema": "2"}', '{"schema": true}', '{"schema": null}'])

@@ -42,21 +42,30 @@ def _options(
 @app.command()
 def compile(
     model: Annotated[
-        str | None, typer.Argument(help="Hugging Face folder or hub id (not with --spec).")
+        str | None,
+        typer.Argument(help="Hugging Face folder or hub id, .gguf or .pt2 file (not with --spec)."),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the artifact.")] = None,
-    target: Annotated[str | None, typer.Option(help="cpu, or a preset such as cpu/x86-64-v4.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the artifact (needed unless --stop-after)."),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="cpu (this machine, the default), or a preset such as cpu/x86-64-v3.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="f32, bf16 or f16 (default: the checkpoint's).")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="Of the KV cache (default: --dtype).")] = None,
-    page_size: Annotated[int | None, typer.Option(help="Tokens per KV-cache page.")] = None,
+    page_size: Annotated[int | None, typer.Option(help="Tokens per KV-cache page (default: 32).")] = None,
     max_seq_len: Annotated[int | None, typer.Option(help="Longest sequence (default: the model's).")] = None,
-    max_batch: Annotated[int | None, typer.Option(help="Most sequences in one step.")] = None,
-    max_step_tokens: Annotated[int | None, typer.Option(help="Most tokens in one step.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Most sequences in one step (default: 16).")] = None,
+    max_step_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens in one step (default: 512); longer prompts are cut.")
+    ] = None,
     verify: Annotated[
-        str | None, typer.Option(help="off, sample or full: how much to check against the source model.")
+        str | None,
+        typer.Option(help="off, sample (default) or full: how much to check against the source model."),
     ] = None,
     calib: Annotated[
-        str | None, typer.Option(help="UTF-8 text for methods that look at activations.")
+        str | None, typer.Option(help="UTF-8 text for a --quant-method that looks at activations.")
     ] = None,
     eval: Annotated[
         str | None, typer.Option(help="UTF-8 text on which to compare the artifact with the source model.")
@@ -108,7 +117,8 @@ def compile(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
     meta_weights: Annotated[
-        bool, typer.Option("--meta-weights", help="Compile the graph only, for sizing.")
+        bool,
+        typer.Option("--meta-weights", help="Compile the graph only, for sizing: config.json is enough."),
     ] = False,
     disable_pass: Annotated[
         list[str] | None, typer.Option(help="Leave out this graph pass (a fusion); may be given often.")
@@ -123,7 +133,9 @@ def compile(
     time_passes: Annotated[
         bool, typer.Option("--time-passes", help="Print what each stage and pass took.")
     ] = False,
-    stop_after: Annotated[str | None, typer.Option(help="Stop after this stage; writes no artifact.")] = None,
+    stop_after: Annotated[
+        str | None, typer.Option(help="capture, lower, build, ...: stop there and write no artifact.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     """Compile MODEL into an artifact folder."""
@@ -191,7 +203,9 @@ def run(
         bool, typer.Option("--token-ids", help="The prompt is token ids, and so is the output.")
     ] = False,
     threads: Annotated[int | None, typer.Option(help="Worker threads (default: all cores).")] = None,
-    kv_pages: Annotated[int | None, typer.Option(help="KV-cache pages.")] = None,
+    kv_pages: Annotated[
+        int | None, typer.Option(help="KV-cache pages (default: as many as --max-memory allows).")
+    ] = None,
     max_memory: Annotated[str | None, typer.Option(help="Memory for weights and KV cache, e.g. 2GB.")] = None,
 ) -> None:
     """Generate text from an artifact, streaming it to stdout.

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from llmc.artifact import LayerQuality, to_plain
+from llmc.artifact import LayerQuality, Manifest, StoredParams, to_plain
 from llmc.cli.format import grid
 from llmc.errors import LlmcError
 from llmc.evaluate import Evaluation, Window, evaluate
@@ -61,7 +61,8 @@ def run_eval(
         )
     errors: tuple[LayerQuality, ...] = ()
     if layers and reference is not None and reference.source is not None:
-        errors = _layers(reference.source, CompileSpec.from_json(model.manifest.spec), windows[0])
+        folder = artifact if artifact.is_dir() else artifact.parent
+        errors = _layers(reference.source, folder.expanduser(), model.manifest, windows[0])
     if as_json:
         figures = {"artifact": str(artifact), "text": str(text), "reference": against, **to_plain(result)}
         print(json.dumps(figures | ({"layers": to_plain(errors)} if layers else {})))
@@ -72,12 +73,17 @@ def run_eval(
         console.print(layers_table(errors))
 
 
-def _layers(source: SourceModel, spec: CompileSpec, window: Window) -> tuple[LayerQuality, ...]:
+def _layers(
+    source: SourceModel, folder: Path, manifest: Manifest, window: Window
+) -> tuple[LayerQuality, ...]:
     """Errors of the layers of the graph that the artifact was made of, compiled once more with their outputs."""
     from llmc.gate import layer_errors, layer_qualities
     from llmc.pipeline import run_taps
 
-    return layer_qualities(layer_errors(source, spec, window, lambda ids: run_taps(source, spec, ids)))
+    spec, stored = CompileSpec.from_json(manifest.spec), StoredParams(folder, manifest.params)
+    return layer_qualities(
+        layer_errors(source, spec, window, lambda ids: run_taps(source, spec, ids, stored))
+    )
 
 
 def layers_table(layers: Sequence[LayerQuality]) -> Table:
