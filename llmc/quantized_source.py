@@ -91,12 +91,7 @@ class ArtifactWeights:
 
 
 def _rows(weight: QuantizedWeight, index: np.ndarray) -> QuantizedWeight:
-    return QuantizedWeight(
-        weight.scheme,
-        weight.codes[..., index, :],
-        weight.scales[..., index, :],
-        None if weight.zeros is None else weight.zeros[..., index, :],
-    )
+    return weight.map(lambda a: a[..., index, :])
 
 
 def _inverse(order: np.ndarray, rows: int) -> np.ndarray:

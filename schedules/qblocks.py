@@ -311,7 +311,9 @@ class QuantBlocks:
             e.store(totals, i * lanes, e.splat(0.0, lanes), lanes)
         with e.loop(-(-self.pieces // per_chunk)) as c:
             first = e.let(c * per_chunk)
-            inside = per_chunk if self.pieces % per_chunk == 0 else e.let(T.min(per_chunk, self.pieces - first))
+            inside = (
+                per_chunk if self.pieces % per_chunk == 0 else e.let(T.min(per_chunk, self.pieces - first))
+            )
             with e.loop(inside) as q:
                 place = codes.place(base, e.let(first + q))
                 with e.loop(self.steps) as s:
@@ -320,7 +322,9 @@ class QuantBlocks:
                     scale = e.let(codes.scale(place.scales, v * lanes, lanes, place.tops))
                     e.store(scales, q * nb + v * lanes, scale, lanes)
                     if shifts is not None:
-                        e.store(shifts, q * nb + v * lanes, codes.shift(place, v * lanes, lanes, scale), lanes)
+                        e.store(
+                            shifts, q * nb + v * lanes, codes.shift(place, v * lanes, lanes, scale), lanes
+                        )
             with e.loop(tiles) as i:
                 # the last tile is filled up with its last row, whose further totals are not used
                 rows = [e.let(row_of(T.min(i * tile + r, count - 1))) for r in range(tile)]
@@ -414,4 +418,3 @@ def _loop_or_once(turns: int) -> Iterator[Any]:
         return
     with e.loop(turns) as i:
         yield i
-

@@ -216,7 +216,9 @@ class Step:
         layout, lanes, nb = codes.layout, codes.lanes, codes.layout.n_block
         if codes.in_bytes:
             at = place.units + (place.step + s) * (2 * nb) + row
-            bytes_ = [[e.load(codes.signed, at + p * nb + v * lanes, lanes) for p in (0, 1)] for v in range(vectors)]
+            bytes_ = [
+                [e.load(codes.signed, at + p * nb + v * lanes, lanes) for p in (0, 1)] for v in range(vectors)
+            ]
             self._bytes = [[e.let(b) for b in pair] for pair in bytes_]
             return
         widest = max(layout.planes)
@@ -241,7 +243,7 @@ class Step:
         """Column pair i of the step as 16 lanes of bf16 pairs; only if by_pairs."""
         codes = self._codes
         if codes.in_bytes:
-            return e.narrow_zip(*self.floats(i, v))
+            return e.exact_pairs(*self.floats(i, v), codes.lanes)
         assert codes.lookup is not None
         return codes.lookup.pairs(self._collect(i, v, 0, both=True))
 

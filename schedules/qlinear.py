@@ -15,6 +15,7 @@ from llmc.schedules.linear import MicroKernel, store_rows
 from llmc.schedules.qblocks import Activations, QuantBlocks, by_size, choose
 from llmc.schedules.qlayout import QuantLayout
 
+
 @dataclass(frozen=True)
 class QuantLinearConfig:
     """y[T, n] = x[T, k] @ dequantize(weight)[n, k].T (+ bias[n]).

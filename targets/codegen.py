@@ -26,9 +26,7 @@ def build_executable(module: Any, target: Any) -> Any:
 
     The kernels are scheduled already, so only TVM's TIR lowering and code generation run.
     """
-    return relax.build(
-        module, target, relax_pipeline=None, tir_pipeline=tir_pipeline(), exec_mode="bytecode"
-    )
+    return relax.build(module, target, relax_pipeline=None, tir_pipeline=tir_pipeline(), exec_mode="bytecode")
 
 
 def tir_pipeline() -> str:

@@ -16,7 +16,9 @@ class Code(str, Enum):
 
     INT = "int"  # an integer; value = (code - zero) * scale
     NF4 = "nf4"  # index into the 16 quantiles of QLoRA (Dettmers et al. 2023, arXiv 2305.14314); value = table * scale
-    NF4_BF16 = "nf4b"  # the same with the quantiles rounded to bfloat16: pairs of them go into a bf16 dot product
+    NF4_BF16 = (
+        "nf4b"  # the same with the quantiles rounded to bfloat16: pairs of them go into a bf16 dot product
+    )
     E4M3 = "e4m3"  # an 8-bit float, 4 exponent bits, no infinities (OCP FP8); value = float * scale
     E2M1 = "e2m1"  # a 4-bit float with a power-of-two scale per 32 (OCP MX); value = float * scale
 
@@ -117,8 +119,6 @@ def has_layout(scheme: Scheme) -> bool:
     return scheme.group_size == 16 or scheme.group_size % 32 == 0
 
 
-
-
 def stored_scheme(
     code: Code,
     bits: int,
@@ -152,9 +152,7 @@ def stored_scheme(
         name += f"i{activation_bits}"
     if order:
         name += "p" if order == "p" else f"p{order}"
-    return Scheme(
-        name, bits, code, group_size, symmetric, activation_bits, scale_dtype, offsets, order=order
-    )
+    return Scheme(name, bits, code, group_size, symmetric, activation_bits, scale_dtype, offsets, order=order)
 
 
 # how quantized weights are made; all but the first look at activations (llmc/quant/methods.py)

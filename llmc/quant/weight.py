@@ -66,7 +66,7 @@ class QuantizedWeight:
 
     def map(self, change: Callable[[Array], Array]) -> QuantizedWeight:
         """The weight with every array that has a row per output changed, e.g. by picking rows."""
-        changed = {name: change(value) for name in FIELDS if (value := getattr(self, name)) is not None}
+        changed: dict[str, Any] = {n: change(a) for n in FIELDS if (a := getattr(self, n)) is not None}
         return replace(self, **changed)
 
     def part(self, index: int) -> QuantizedWeight:
@@ -81,7 +81,7 @@ class QuantizedWeight:
         The order of the inputs stays that of the first.
         """
         first = parts[0]
-        made = {
+        made: dict[str, Any] = {
             name: join([getattr(p, name) for p in parts])
             for name in FIELDS
             if getattr(first, name) is not None

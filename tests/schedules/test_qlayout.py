@@ -10,9 +10,20 @@ from llmc.quant.weight import FIELDS
 from llmc.schedules.qlayout import QuantLayout, in_turns, turns
 from tests.quant.random_weight import random_weight
 
-
 # of the families that checkpoints hold
-STORED = ["q4k", "q5k", "q6k", "q2g32a", "q3g96af", "q4g16b", "q5g32o", "q8a", "nf4g128f", "fp8g64", "q4g32ap"]
+STORED = [
+    "q4k",
+    "q5k",
+    "q6k",
+    "q2g32a",
+    "q3g96af",
+    "q4g16b",
+    "q5g32o",
+    "q8a",
+    "nf4g128f",
+    "fp8g64",
+    "q4g32ap",
+]
 
 
 def weight_of(scheme, *shape):
