@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,22 +43,11 @@ def quantize_sources(
         parts.append(quantizer.quantize(name, array, layout.of))
         if parts[-1].codes.shape != array.shape or parts[-1].scheme != layout.of:
             raise AssertionError(f"{name}: quantized to {parts[-1].scheme.name} {parts[-1].codes.shape}")
-    whole = parts[0] if len(parts) == 1 else _joined(parts)
+    whole = parts[0] if len(parts) == 1 else QuantizedWeight.join(parts, partial(np.concatenate, axis=-2))
     packed = layout.pack(in_turns(whole, layout.n_block) if param.gated else whole)
     if packed.shape != param.shape:
         raise AssertionError(f"{param.name}: packed to {packed.shape}, planned {param.shape}")
     return packed
-
-
-def _joined(parts: list[QuantizedWeight]) -> QuantizedWeight:
-    """Rows of the parts, one after the other."""
-    zeros = [p.zeros for p in parts if p.zeros is not None]
-    return QuantizedWeight(
-        parts[0].scheme,
-        np.concatenate([p.codes for p in parts], axis=-2),
-        np.concatenate([p.scales for p in parts], axis=-2),
-        np.concatenate(zeros, axis=-2) if zeros else None,
-    )
 
 
 def pack_sources(param: PackedParam, load: Callable[[str], Any]) -> np.ndarray:

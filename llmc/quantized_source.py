@@ -101,12 +101,7 @@ def is_int8(scheme: str) -> bool:
 
 
 def _rows(weight: QuantizedWeight, index: np.ndarray) -> QuantizedWeight:
-    return QuantizedWeight(
-        weight.scheme,
-        weight.codes[..., index, :],
-        weight.scales[..., index, :],
-        None if weight.zeros is None else weight.zeros[..., index, :],
-    )
+    return weight.map(lambda a: a[..., index, :])
 
 
 def _inverse(order: np.ndarray, rows: int) -> np.ndarray:

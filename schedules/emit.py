@@ -40,13 +40,6 @@ define linkonce_odr <16 x i32> @llmc_narrow2_bf16(<16 x float> %lo, <16 x float>
   %s = bitcast <32 x bfloat> %r to <16 x i32>
   ret <16 x i32> %s
 }
-define linkonce_odr <16 x i32> @llmc_narrow_zip(<16 x float> %even, <16 x float> %odd) alwaysinline {
-  %n = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float> %odd, <16 x float> %even)
-  %h = bitcast <32 x bfloat> %n to <32 x i16>
-  %r = shufflevector <32 x i16> %h, <32 x i16> poison, <32 x i32> <MASK>
-  %s = bitcast <32 x i16> %r to <16 x i32>
-  ret <16 x i32> %s
-}
 define linkonce_odr <16 x i32> @llmc_zip(<16 x i16> %a, <16 x i16> %b) alwaysinline {
   %r = shufflevector <16 x i16> %a, <16 x i16> %b, <32 x i32> <MASK>
   %s = bitcast <32 x i16> %r to <16 x i32>
@@ -225,9 +218,12 @@ def zip_bf16(a: Any, b: Any) -> Any:
     )
 
 
-def narrow_zip(even: Any, odd: Any) -> Any:
-    """16 lanes of bf16 pairs (even[i], odd[i]) from float32."""
-    return T.call_pure_extern("int32x16", "llmc_narrow_zip", even, odd)
+def exact_pairs(even: Any, odd: Any, lanes: int) -> Any:
+    """Lanes of bf16 pairs (even[i], odd[i]) from float32 values that bf16 holds exactly."""
+    u32 = vec("uint32", lanes)
+    low = T.shift_right(T.reinterpret(u32, even), const("uint32", 16, lanes))
+    high = T.bitwise_and(T.reinterpret(u32, odd), const("uint32", 0xFFFF0000, lanes))
+    return T.reinterpret(vec("int32", lanes), T.bitwise_or(low, high))
 
 
 def prefetch(buffer: Any, index: Any) -> None:

@@ -254,7 +254,7 @@ class Step:
         """Column pair i of the step as 16 lanes of bf16 pairs; only if by_pairs."""
         codes = self._codes
         if codes.in_bytes:
-            return e.narrow_zip(*self.floats(i, v))
+            return e.exact_pairs(*self.floats(i, v), codes.lanes)
         assert codes.lookup is not None
         return codes.lookup.pairs(self._collect(i, v, 0, both=True))
 

@@ -221,15 +221,15 @@ class QuantLayout:
         if self.shift_bytes:
             name = "offsets" if self.of.offsets else "zeros"
             values = self._loaded(shifts) if self.of.offsets else shifts
-            shifted: dict[str, Any] = {name: rows(values, groups, stored)}
-            made = replace(made, **shifted)
+            shift: dict[str, Any] = {name: rows(values, groups, stored)}
+            made = replace(made, **shift)
         if not self.of.super_group:
             return made
         # super-scales and super-offsets, in turns
         tops = _from_dtype(np.ascontiguousarray(tops), self.of.scale_dtype).reshape(
             b, supers.shape[1], -1, nb
         )
-        found = {}
+        found: dict[str, Any] = {}
         for i, name in enumerate(("scales", "offsets")[: tops.shape[2]]):
             top = rows(tops[:, :, i], 1, -(-self.k // self.super_group))
             found[name] = getattr(made, name) * self._spread_tops(top, stored)

@@ -147,11 +147,7 @@ def packed(codes: torch.Tensor, grid: Grid) -> QuantizedWeight:
 
 def stack(weights: list[QuantizedWeight]) -> QuantizedWeight:
     """Weights of the experts of one layer, [E, N, K]."""
-    first = weights[0]
-    zeros = None if first.zeros is None else np.stack([w.zeros for w in weights if w.zeros is not None])
-    return QuantizedWeight(
-        first.scheme, np.stack([w.codes for w in weights]), np.stack([w.scales for w in weights]), zeros
-    )
+    return QuantizedWeight.join(weights, np.stack)
 
 
 def _grouped(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:

@@ -6,18 +6,17 @@ from dataclasses import replace
 
 import numpy as np
 
+from llmc.errors import LlmcError
 from llmc.frontend.graph import WeightSource
 from llmc.quant.quantizer import RoundToNearest, WeightQuantizer
-from llmc.quant.schemes import SCHEMES, STORED_ONLY, Scheme
+from llmc.quant.schemes import SCHEMES, Scheme, by_name, stored_scheme
 from llmc.quant.weight import QuantizedWeight
-
-_SMALLEST_GROUP = 32  # of the packed layouts
 
 
 def stored_schemes(weights: WeightSource | None) -> dict[str, str]:
     """Parameter -> scheme of every weight that the source has quantized and the kernels can take as it is.
 
-    Others (groups of 16, offsets in place of zero points) are dequantized when they are read.
+    Others (groups of a size that no layout has) are dequantized when they are read.
     """
     scheme_of = getattr(weights, "scheme_of", None)
     if weights is None or scheme_of is None:
@@ -39,11 +38,19 @@ def packed_as(scheme: Scheme) -> Scheme | None:
     the rules name their own scheme.
     """
     if scheme.activation_bits:
-        same = [s for s in SCHEMES.values() if not s.activation_bits and same_weights(s, scheme)]
-        return same[0] if same else None
-    known = scheme.name in SCHEMES or scheme.name in STORED_ONLY
-    too_small = 0 < scheme.group_size < _SMALLEST_GROUP
-    return scheme if known and not scheme.offsets and not too_small else None
+        scheme = stored_scheme(
+            scheme.code,
+            scheme.bits,
+            scheme.group_size,
+            symmetric=scheme.symmetric,
+            scale_dtype=scheme.scale_dtype,
+            order=scheme.order,
+        )
+    try:
+        known = by_name(scheme.name)
+    except KeyError:
+        return None
+    return scheme if known == scheme else None
 
 
 def same_weights(a: Scheme, b: Scheme) -> bool:
@@ -64,7 +71,21 @@ class SourceQuantizer:
         self._otherwise = otherwise or RoundToNearest()
 
     def quantize(self, source: str, weight: np.ndarray, scheme: Scheme) -> QuantizedWeight:
+        """As WeightQuantizer.
+
+        Raises:
+            LlmcError: the source has the weight in this scheme, but in parts that cannot be joined as they are.
+        """
         found: QuantizedWeight | None = self._quantized(source) if self._quantized is not None else None
-        if found is not None and found.codes.shape == weight.shape and same_weights(found.scheme, scheme):
-            return replace(found, scheme=scheme)
+        if found is not None:
+            stored = packed_as(found.scheme)
+            fits = stored is not None and same_weights(stored.any_order, scheme)
+            if fits and found.codes.shape == weight.shape:
+                return replace(found, scheme=scheme)
+        elif scheme.name not in SCHEMES:
+            raise LlmcError(
+                "quantized-weight",
+                f"{source} is stored in several parts, whose {scheme.name} codes cannot be put together as they are.",
+                hint=f'Keep it in the model\'s dtype: a quantization rule "{source.removesuffix(".weight")}" = "none".',
+            )
         return self._otherwise.quantize(source, weight, scheme)

@@ -66,9 +66,7 @@ class QuantizedWeight:
 
     def map(self, change: Callable[[Array], Array]) -> QuantizedWeight:
         """The weight with every array that has a row per output changed, e.g. by picking rows."""
-        changed: dict[str, Any] = {
-            name: change(value) for name in FIELDS if (value := getattr(self, name)) is not None
-        }
+        changed: dict[str, Any] = {n: change(a) for n in FIELDS if (a := getattr(self, n)) is not None}
         return replace(self, **changed)
 
     def part(self, index: int) -> QuantizedWeight:

@@ -85,7 +85,10 @@ def random_blocks(kind: str, rows: int, k: int, seed: int = 0) -> np.ndarray:
     blocks = random.integers(0, 256, (rows, k // values, size), dtype=np.uint8)
     at = {"q8_0": (0,), "q4_0": (0,), "q4_k": (0, 2), "q6_k": (208,)}[kind]
     for i in at:
-        scale = (random.standard_normal(blocks.shape[:2]) * 1e-3).astype(np.float16)
+        # values of about one or less: some kinds have scales of scales
+        scale = (random.standard_normal(blocks.shape[:2]) * (2e-5 if kind == "q6_k" else 1e-3)).astype(
+            np.float16
+        )
         blocks[..., i : i + 2] = scale[..., None].view(np.uint8)
     return blocks.reshape(rows, -1)
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llmc.errors import LlmcError
 from llmc.frontend.checkpoint import open_model
 from llmc.quant.readers.source import QuantizedCheckpoint
 from llmc.quant.rtn import quantize
-from llmc.quant.schemes import SCHEMES, Scheme
+from llmc.quant.schemes import SCHEMES, Scheme, by_name
 from llmc.quant.weight import NF4_TABLE, QuantizedWeight
 from llmc.reference import reference_logits
 from tests.frontend.tiny import save, tiny_model
@@ -60,27 +62,55 @@ def refused(folder: Path, *parts: str) -> None:
 GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True}
 
 
-def write_gptq(folder: Path, scheme: Scheme, *, version: str, **config: Any) -> Expected:
+def orders(k: int, size: int, seed: int) -> np.ndarray:
+    """A random order of inputs, ascending inside of each group."""
+    order = np.random.default_rng(seed).permutation(k).astype(np.int32)
+    return np.concatenate([np.sort(part) for part in np.split(order, range(size, k, size))])
+
+
+def write_gptq(
+    folder: Path,
+    scheme: Scheme,
+    *,
+    version: str,
+    reorder: bool = False,
+    others: dict[str, Scheme] | None = None,
+    **config: Any,
+) -> Expected:
+    """`reorder`: groups of inputs that are no neighbours; `others`: schemes of some modules, by the end of their names."""
     tensors, expected = demo_tensors(), {}
+    default = scheme
     for name in linear_names(tensors):
         prefix = name.removesuffix(".weight")
-        weight = expected[name] = rounded(tensors.pop(name), scheme)
-        k = weight.codes.shape[1]
+        scheme = next((s for end, s in (others or {}).items() if prefix.endswith(end)), default)
+        dense = tensors.pop(name)
+        k = dense.shape[1]
+        size = scheme.group_size or k
+        order = np.arange(k, dtype=np.int32)
+        if reorder:  # projections of one input have one order
+            order = orders(
+                k,
+                size,
+                1 if "_proj" in name and not name.endswith(("o_proj.weight", "down_proj.weight")) else 2,
+            )
+        weight = rounded(dense[:, torch.from_numpy(order).long()], scheme)
         zeros = weight.zeros
         if zeros is None:
             zeros = np.full(weight.scales.shape, 1 << (scheme.bits - 1), np.uint8)
         else:
             zeros = np.maximum(zeros, 1)  # version 1 cannot say 0
-            weight = expected[name] = QuantizedWeight(scheme, weight.codes, weight.scales, zeros)
-        tensors[f"{prefix}.qweight"] = pack_fields(weight.codes.T, scheme.bits, 0)
+            weight = replace(weight, zeros=zeros)
+        expected[name] = replace(weight, order=order) if reorder else weight
+        back = np.argsort(order)
+        tensors[f"{prefix}.qweight"] = pack_fields(weight.codes[:, back].T, scheme.bits, 0)
         tensors[f"{prefix}.qzeros"] = pack_fields((zeros - (version == "gptq")).T, scheme.bits, 1)
         tensors[f"{prefix}.scales"] = torch.from_numpy(weight.scales.T.copy()).half()
-        tensors[f"{prefix}.g_idx"] = torch.arange(k, dtype=torch.int32) // (scheme.group_size or k)
+        tensors[f"{prefix}.g_idx"] = torch.from_numpy(back // size).int()
     values = {
         **GPTQ_CONFIG,
-        "bits": scheme.bits,
-        "group_size": scheme.group_size or -1,
-        "sym": scheme.symmetric,
+        "bits": default.bits,
+        "group_size": default.group_size or -1,
+        "sym": default.symmetric,
     }
     write(folder, tensors, {**values, "checkpoint_format": version, **config})
     return expected
@@ -97,7 +127,7 @@ def test_gptq_refuses(tmp_path: Path) -> None:
     for field, value in (
         ("bits", 5),
         ("group_size", 33),
-        ("dynamic", {"x": {}}),
+        ("dynamic", ["x"]),
         ("checkpoint_format", "marlin"),
     ):
         write_gptq(tmp_path / field, scheme, version="gptq", **{field: value})
@@ -109,16 +139,45 @@ def test_gptq_refuses(tmp_path: Path) -> None:
 
 
 def test_gptq_act_order(tmp_path: Path) -> None:
-    """Groups of scattered inputs are refused; the flag alone, with neighbouring inputs in groups, is not."""
-    scheme = SCHEMES["q4g64"]
+    """Groups of scattered inputs: codes are put in the order of the groups, values come out in that of the model."""
+    scheme = SCHEMES["q4g64a"]
     check(tmp_path / "a", write_gptq(tmp_path / "a", scheme, version="gptq", desc_act=True))
-    from safetensors.torch import load_file, save_file
+    expected = write_gptq(tmp_path / "b", scheme, version="gptq_v2", desc_act=True, reorder=True)
+    check(tmp_path / "b", expected)
+    weights, dense = opened(tmp_path / "b"), demo_tensors()
+    for name in expected:
+        got = weights.quantized(name)
+        assert got is not None and got.order is not None
+        np.testing.assert_array_equal(got.order, expected[name].order)
+        # natural order: near to the source's weights
+        assert float((weights.load(name) - dense[name].float()).abs().mean()) < 0.1 * float(
+            dense[name].abs().mean()
+        )
+    layer = "model.layers.0."
+    q, k, o = (weights.scheme_of(f"{layer}self_attn.{p}_proj.weight") for p in "qko")
+    assert q == k and q is not None and o is not None and q != o and q.any_order == o.any_order
+    tensors = load_file(tmp_path / "b/model.safetensors")
+    key = f"{layer}mlp.up_proj.g_idx"
+    tensors[key][0] = 1 - tensors[key][0].clamp(max=1)
+    save_file(tensors, tmp_path / "b/model.safetensors")
+    refused(tmp_path / "b", "group_size", key)
 
-    tensors = load_file(tmp_path / "a/model.safetensors")
-    key = "model.layers.0.mlp.up_proj.g_idx"
-    tensors[key] = tensors[key].flip(0)
-    save_file(tensors, tmp_path / "a/model.safetensors")
-    refused(tmp_path / "a", "desc_act", key)
+
+def test_gptq_dynamic(tmp_path: Path) -> None:
+    """GPTQModel's rules for modules: the first that matches counts."""
+    rules = {
+        r"-:.*\.lm_head": {},
+        r".*\.down_proj": {"bits": 8, "group_size": 32},
+        r"+:.*\.mlp\..*": {"bits": 8, "sym": False},
+        r".*\.up_proj": {"bits": 3},
+    }
+    others = {"down_proj": SCHEMES["q8g32"], "up_proj": SCHEMES["q8g64a"], "gate_proj": SCHEMES["q8g64a"]}
+    expected = write_gptq(tmp_path / "a", SCHEMES["q4g64"], version="gptq_v2", others=others, dynamic=rules)
+    check(tmp_path / "a", expected)
+    assert {w.scheme.name for w in expected.values()} == {"q4g64", "q8g32", "q8g64a"}
+    bad = {".*": {"format": "marlin"}}
+    write_gptq(tmp_path / "b", SCHEMES["q4g64"], version="gptq_v2", dynamic=bad)
+    refused(tmp_path / "b", "dynamic['.*'].format", "marlin")
 
 
 def test_awq(tmp_path: Path) -> None:
@@ -175,7 +234,7 @@ def test_compressed_tensors_packed(symmetric: bool, scale: torch.dtype, tmp_path
         prefix = name.removesuffix(".weight")
         weight = rounded(tensors.pop(name), SCHEMES["q4g64" if symmetric else "q4g64a"])
         scales = torch.from_numpy(weight.scales).to(scale)
-        expected[name] = QuantizedWeight(weight.scheme, weight.codes, scales.float().numpy(), weight.zeros)
+        expected[name] = replace(weight, scales=scales.float().numpy())
         signed = torch.from_numpy(weight.codes.astype(np.int8) - 8)
         tensors[f"{prefix}.weight_packed"] = packing.pack_to_int32(signed, 4)
         tensors[f"{prefix}.weight_scale"] = scales
@@ -191,6 +250,28 @@ def test_compressed_tensors_packed(symmetric: bool, scale: torch.dtype, tmp_path
         )
         np.testing.assert_array_equal(expected[name].dequantize(), theirs.numpy())
     check(write(tmp_path, tensors, ct_config("pack-quantized", {"symmetric": symmetric})), expected)
+
+
+def test_compressed_tensors_actorder(tmp_path: Path) -> None:
+    """weight_g_idx says which group, and so which scale, each input belongs to."""
+    tensors, expected = demo_tensors(), {}
+    for name in linear_names(tensors):
+        prefix = name.removesuffix(".weight")
+        weight = rounded(tensors.pop(name), SCHEMES["q8g64"])
+        order = orders(weight.codes.shape[1], 64, 3)
+        groups = torch.from_numpy(np.argsort(order) // 64)
+        natural = torch.from_numpy(weight.codes[:, np.argsort(order)].astype(np.int16) - 128).char()
+        want = expected[name] = replace(weight, order=order)
+        scales = torch.from_numpy(weight.scales)
+        np.testing.assert_array_equal(want.dequantize(), (natural.float() * scales[:, groups]).numpy())
+        tensors |= {f"{prefix}.weight": natural, f"{prefix}.weight_scale": scales.half()}
+        tensors[f"{prefix}.weight_g_idx"] = groups.int()
+    config = ct_config("int-quantized", {"num_bits": 8, "actorder": "group"})
+    check(write(tmp_path / "a", tensors, config), expected)
+    # what the library writes for an order that it has not set
+    natural = {k: torch.full_like(t, -1) if k.endswith("g_idx") else t for k, t in tensors.items()}
+    weights = opened(write(tmp_path / "b", natural, config))
+    assert weights.scheme_of("model.layers.0.mlp.up_proj.weight") == SCHEMES["q8g64"]
 
 
 EIGHT = {"num_bits": 8, "strategy": "channel", "group_size": None}
@@ -264,7 +345,8 @@ def write_nf4(folder: Path, nested: bool, **config: Any) -> Expected:
             tensors[f"{name}.absmax"] = torch.from_numpy(scales.copy())
         data = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
         tensors[f"{name}.quant_state.bitsandbytes__nf4"] = data
-        expected[name] = QuantizedWeight(weight.scheme, weight.codes, scales.reshape(weight.scales.shape))
+        scales = scales.reshape(weight.scales.shape)
+        expected[name] = QuantizedWeight(by_name("nf4f"), weight.codes, scales)
     write(folder, tensors, {**NF4_CONFIG, **config})
     return expected
 
@@ -311,8 +393,6 @@ def test_mxfp4_of_gpt_oss(tmp_path: Path) -> None:
         )
         model.state_dict()[name].copy_(theirs)
         del state[name]
-    from safetensors.torch import save_file
-
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
     (folder / "config.json").write_text(json.dumps(config))
@@ -338,8 +418,6 @@ def test_experts_stored_one_by_one(tmp_path: Path) -> None:
     """Codes and scales are put together as transformers puts the weights together."""
     model = tiny_model("mixtral")
     folder = save(model, tmp_path)
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(folder / "model.safetensors")
     scheme = SCHEMES["q4g32a"]
     for name in [k for k in tensors if ".experts." in k]:
@@ -374,9 +452,29 @@ def test_unknown_methods_are_refused(tmp_path: Path) -> None:
     refused(write(tmp_path / "b", tensors, {}), "quantization_config.quant_method", "None")
 
 
-def test_models_of_conv1d_are_refused(tmp_path: Path) -> None:
-    folder = save(tiny_model("gpt2"), tmp_path)
+def test_models_of_conv1d(tmp_path: Path) -> None:
+    """GPT-2 keeps its weights as [in, out]; checkpoints store them as those of other models."""
+    model = tiny_model("gpt2")
+    folder = save(model, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    scheme, expected = SCHEMES["q4g32"], {}
+    for name in [k for k in tensors if k.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))]:
+        prefix = name.removesuffix(".weight")
+        weight = expected[name] = rounded(tensors.pop(name).T, scheme)
+        tensors[f"{prefix}.qweight"] = pack_fields(weight.codes.T, 4, 0)
+        zeros = np.full(weight.scales.shape[::-1], 8, np.uint8)
+        tensors[f"{prefix}.qzeros"] = pack_fields(zeros, 4, 1)
+        tensors[f"{prefix}.scales"] = torch.from_numpy(weight.scales.T.copy()).half()
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = GPTQ_CONFIG
+    config["quantization_config"] = {**GPTQ_CONFIG, "group_size": 32, "checkpoint_format": "gptq_v2"}
     (folder / "config.json").write_text(json.dumps(config))
-    refused(folder, "quantized-conv1d")
+    weights = opened(folder)
+    assert len(expected) >= 8
+    for name in weights.names():
+        want = next((w for key, w in expected.items() if name.endswith(key)), None)
+        got = weights.quantized(name)
+        assert (got is None) == (want is None)
+        if got is not None and want is not None:
+            np.testing.assert_array_equal(got.codes, want.codes)
+            np.testing.assert_array_equal(weights.load(name).numpy(), want.dequantize().T)

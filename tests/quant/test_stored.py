@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import llmc
+from llmc.errors import LlmcError
 from llmc.frontend.checkpoint import open_model
 from llmc.pipeline import compile_model
+from llmc.quant.readers.gguf_blocks import KINDS
 from llmc.quant.readers.gguf_file import GGUFFile
-from llmc.quant.schemes import SCHEMES, STORED_ONLY, Scheme, by_name
+from llmc.quant.schemes import SCHEMES, STORED_ONLY, Code, Scheme, by_name, stored_scheme
 from llmc.quant.stored import SourceQuantizer, packed_as, stored_schemes
 from llmc.quant.weight import QuantizedWeight
 from llmc.reference import reference_logits
@@ -43,6 +45,30 @@ def test_gptq(tmp_path: Path) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.slow  # compiles a model
+def test_gptq_act_order(tmp_path: Path) -> None:
+    """Projections of one input share its order and are fused; down_proj has another."""
+    expected = write_gptq(
+        tmp_path / "model", SCHEMES["q4g64a"], version="gptq_v2", reorder=True, desc_act=True
+    )
+    stored = stored_schemes(open_model(str(tmp_path / "model"), dtype=None).weights)
+    assert set(stored) == set(expected) and len(set(stored.values())) > 1
+    check(tmp_path / "model", tmp_path / "out")
+    layouts = [p.layout for p in llmc.load(tmp_path / "out").manifest.params]
+    assert sum(layout.startswith("quant(q4g64ap,") for layout in layouts) == 4
+
+
+def test_parts_that_cannot_be_joined_are_not_quantized_again() -> None:
+    class Source:
+        def quantized(self, name: str) -> None:
+            return None
+
+    weight = np.zeros((64, 64), np.float32)
+    with pytest.raises(LlmcError, match="several parts"):
+        SourceQuantizer(Source()).quantize("a.weight", weight, by_name("nf4f"))  # type: ignore[arg-type]
+
+
+@pytest.mark.e2e
+@pytest.mark.slow  # compiles a model
 @pytest.mark.parametrize("nested", (False, True))
 def test_nf4(nested: bool, tmp_path: Path) -> None:
     """Scales in float32, which no scheme of llmc's own has in groups."""
@@ -53,12 +79,10 @@ def test_nf4(nested: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("kind", ("q8_0", pytest.param("q4_k", marks=pytest.mark.slow)))
+@pytest.mark.parametrize("kind", ("q8_0", "q4_k", pytest.param("q6_k", marks=pytest.mark.slow)))
 def test_gguf(kind: str, tmp_path: Path) -> None:
-    """q8_0 as it is, with the tied embedding; q4_k dequantized, because its offsets have no kernel."""
-    # rows of q4_k are whole blocks of 256
-    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 256} if kind == "q4_k" else {}
-    model = tiny_model("llama", tie_word_embeddings=True, **sizes)
+    """Every weight as it is, also the tied embedding."""
+    model = tiny_model("llama", hidden_size=256, head_dim=64, intermediate_size=256, tie_word_embeddings=True)
     file = GGUFFile(export(model, tmp_path / "f.gguf", "llama"))
     tensors = {}
     for name, tensor in file.tensors.items():
@@ -68,8 +92,10 @@ def test_gguf(kind: str, tmp_path: Path) -> None:
         tensors[name] = (kind if len(tensor.shape) == 2 else tensor.kind, tensor.shape, rows.tobytes())
     path = write_gguf(tmp_path / "m.gguf", file.metadata, tensors)
     stored = stored_schemes(open_model(str(path), dtype=None).weights)
-    assert set(stored.values()) == ({"q8g32"} if kind == "q8_0" else set())
+    assert set(stored.values()) == {KINDS[kind].name} and len(stored) == 15
     check(path, tmp_path / "out")
+    layouts = [p.layout for p in llmc.load(tmp_path / "out").manifest.params]
+    assert sum(layout.startswith(f"quant({KINDS[kind].name},") for layout in layouts) == 9
 
 
 class _Stored:
@@ -85,12 +111,27 @@ class _Stored:
 def test_what_goes_into_an_artifact_as_it_is() -> None:
     assert packed_as(SCHEMES["w8a8"]) is SCHEMES["q8"]
     assert packed_as(SCHEMES["w4a8"]) is SCHEMES["q4g32"]
-    assert packed_as(STORED_ONLY["q4k"]) is None and packed_as(STORED_ONLY["q6k"]) is None
     asked = SourceQuantizer(_Stored(SCHEMES["w8a8"]))
     weight = np.ones((2, 32), np.float32)
     for name in ("q8", "w8a8"):
         made = asked.quantize("w", weight, SCHEMES[name])
         assert made.scheme is SCHEMES[name] and (made.codes == 7).all()
     assert (asked.quantize("w", weight, SCHEMES["q8g32"]).codes != 7).all()  # rounded anew
-    for name in ("mxfp4", "q4g128a", "nf4f", "q8g64f"):
+    names = [
+        *STORED_ONLY,
+        "mxfp4",
+        "q4g128a",
+        "nf4f",
+        "nf4g256f",
+        "q8g64f",
+        "q3g32ab",
+        "q2g128",
+        "q4",
+        "q8a",
+        "fp8g128",
+    ]
+    for name in [*names, "q4g128p", "q4g128p0a1b2c3d"]:
         assert packed_as(by_name(name)) is by_name(name)
+    assert by_name("q4g128p0a1b2c3d").any_order == by_name("q4g128p")
+    odd = stored_scheme(Code.INT, 4, 40)
+    assert packed_as(odd) is None

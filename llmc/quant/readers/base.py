@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from llmc.errors import LlmcError
 from llmc.frontend.tensor_files import StoredTensor, TensorFiles
-from llmc.quant.schemes import SCHEMES, STORED_ONLY, Code, Scheme
+from llmc.quant.schemes import Code, Scheme, stored_scheme
 from llmc.quant.weight import QuantizedWeight
 
 Tensors = Mapping[str, torch.Tensor]
@@ -69,6 +70,19 @@ class QuantizedFiles:
                 dense = torch.from_numpy(self.quantized(key).dequantize())
                 out[key] = dense.transpose(-1, -2).contiguous() if self._entries[key].transposed else dense
         return out
+
+    def transpose(self, keys: Iterable[str]) -> None:
+        """Let the float tensors of these quantized weights be [K, N], as in transformers' Conv1D."""
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is not None and not entry.transposed:
+                shape = (*entry.shape[:-2], entry.shape[-1], entry.shape[-2])
+                self._entries[key] = replace(entry, shape=shape, transposed=True)
+                self._index[key] = replace(self._index[key], shape=shape)
+
+    def quantized_keys(self) -> tuple[str, ...]:
+        """Of the quantized weights, under which float tensors would be."""
+        return tuple(self._entries)
 
     def entry(self, key: str) -> Entry | None:
         return self._entries.get(key)
@@ -143,28 +157,51 @@ class Config:
 
 
 def integer_scheme(
-    bits: int, group_size: int, symmetric: bool, scale_dtype: str, activation_bits: int = 0
+    bits: int, group_size: int, symmetric: bool, scale_dtype: str, activation_bits: int = 0, order: str = ""
 ) -> Scheme:
-    """The scheme with these properties; one that users can name if there is one."""
-    for scheme in (*SCHEMES.values(), *STORED_ONLY.values()):
-        same = (scheme.bits, scheme.group_size, scheme.symmetric, scheme.scale_dtype, scheme.activation_bits)
-        if (
-            scheme.code is Code.INT
-            and not scheme.offsets
-            and same == (bits, group_size, symmetric, scale_dtype, activation_bits)
-        ):
-            return scheme
-    name = f"q{bits}" + (f"g{group_size}" if group_size else "") + ("" if symmetric else "a")
-    if scale_dtype != "float16":
-        name += "f"
-    if activation_bits:
-        name += f"i{activation_bits}"
-    return Scheme(name, bits, Code.INT, group_size, symmetric, activation_bits, scale_dtype)
+    """stored_scheme of integers."""
+    return stored_scheme(
+        Code.INT,
+        bits,
+        group_size,
+        symmetric=symmetric,
+        scale_dtype=scale_dtype,
+        activation_bits=activation_bits,
+        order=order,
+    )
 
 
 def scale_dtype_of(tensor: StoredTensor) -> str:
     """What holds the values of stored scales exactly."""
-    return "float16" if tensor.dtype == torch.float16 else "float32"
+    return {torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(tensor.dtype, "float32")
+
+
+def order_of(groups: torch.Tensor, size: int) -> np.ndarray | None:
+    """The order of inputs that makes those of a group neighbours.
+
+    Args:
+        groups: the group of each input, [K]; group g has `size` of them, the last one perhaps fewer. Numbers below
+            zero stand for none, that is for neighbours.
+
+    Returns:
+        int32 [K]: the input at each place; None if they are neighbours already.
+
+    Raises:
+        ValueError: groups of other sizes.
+    """
+    numbers = groups.long().numpy()
+    natural = np.arange(len(numbers)) // size
+    if np.array_equal(numbers, natural) or (numbers < 0).any():
+        return None
+    order = np.argsort(numbers, kind="stable")
+    if not np.array_equal(numbers[order], natural):
+        raise ValueError(f"groups of other sizes than {size}")
+    return order.astype(np.int32)
+
+
+def digest(order: np.ndarray | None) -> str:
+    """What a scheme says of an order of inputs."""
+    return "" if order is None else f"{zlib.crc32(order.astype('<i4').tobytes()):08x}"
 
 
 def unpack(words: torch.Tensor, bits: int, axis: int, count: int) -> np.ndarray:

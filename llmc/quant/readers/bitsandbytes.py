@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 
 from llmc.errors import LlmcError
 from llmc.frontend.tensor_files import TensorFiles
 from llmc.quant.readers.base import Config, Entry, QuantizedFiles, Tensors, floats, prefixes, require
-from llmc.quant.schemes import SCHEMES, STORED_ONLY, Scheme
+from llmc.quant.schemes import SCHEMES, Code, Scheme, stored_scheme
 from llmc.quant.weight import NF4_TABLE, QuantizedWeight
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -47,9 +46,7 @@ def read_bitsandbytes(config: Config, files: TensorFiles) -> QuantizedFiles:
         parts = tuple(name + leaf for leaf in leaves)
         for part in parts:
             require(files, part)
-        scheme = STORED_ONLY["nf4f"]
-        if size != scheme.group_size:
-            scheme = replace(scheme, name=f"nf4g{size}f", group_size=size)
+        scheme = stored_scheme(Code.NF4, 4, size, scale_dtype="float32")
         entries.append(Entry(name, shape, scheme, parts, _Nf4(scheme, parts, shape, state)))
         dropped.append(key)
     # the float key is also that of the packed weight

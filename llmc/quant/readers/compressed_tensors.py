@@ -14,14 +14,16 @@ from llmc.quant.readers.base import (
     Entry,
     QuantizedFiles,
     Tensors,
+    digest,
     floats,
     integer_scheme,
+    order_of,
     prefixes,
     require,
     scale_dtype_of,
     unpack,
 )
-from llmc.quant.schemes import SCHEMES, Code, Scheme
+from llmc.quant.schemes import SCHEMES, Code, Scheme, stored_scheme
 from llmc.quant.weight import QuantizedWeight
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
@@ -36,7 +38,7 @@ def read_compressed_tensors(config: Config, files: TensorFiles) -> QuantizedFile
     weight_zero_point int8 [N, G], packed along N if the weight is packed.
 
     Raises:
-        LlmcError: an unsupported field: sparsity, cache quantization, static activations, column order, blocks.
+        LlmcError: an unsupported field: sparsity, cache quantization, static activations, blocks, groups of unequal sizes.
     """
     config.must_be_empty("sparsity_config")
     config.must_be_empty("kv_cache_scheme")
@@ -47,7 +49,7 @@ def read_compressed_tensors(config: Config, files: TensorFiles) -> QuantizedFile
     entries, dropped = [], []
     for prefix in prefixes(files, "weight_scale"):
         group = found[0] if len(found) == 1 else _group_for(config, prefix, found)
-        entries.append(_entry(files, prefix, group))
+        entries.append(_entry(config, files, prefix, group))
         dropped += [f"{prefix}.{leaf}" for leaf in _EXTRA]
     return QuantizedFiles(files, entries, dropped)
 
@@ -67,8 +69,8 @@ class _Group:
         self.symmetric: bool = weights.one_of("symmetric", (True, False) if kind == "int" else (True,), True)
         strategy = weights.one_of("strategy", ("tensor", "channel", "group"))
         self.size = weights.group_size() if strategy == "group" else 0
-        if weights.values.get("actorder") not in ("weight", "static"):  # these two keep groups of neighbours
-            weights.must_be_empty("actorder")
+        # "group" and "dynamic" come with weight_g_idx; the others keep groups of neighbours
+        weights.one_of("actorder", (None, "weight", "static", "group", "dynamic"))
         self.activation_bits = 0
         if config.values.get("input_activations"):
             inputs = config.section("input_activations")
@@ -100,7 +102,7 @@ def _group_for(config: Config, prefix: str, groups: list[_Group]) -> _Group:
     raise config.refuse("config_groups", sorted(config.values["config_groups"]), f"one that matches {prefix}")
 
 
-def _entry(files: TensorFiles, prefix: str, group: _Group) -> Entry:
+def _entry(config: Config, files: TensorFiles, prefix: str, group: _Group) -> Entry:
     index = files.index()
     packed = f"{prefix}.weight_packed" in index
     weight = require(files, f"{prefix}.weight_packed" if packed else f"{prefix}.weight")
@@ -115,10 +117,17 @@ def _entry(files: TensorFiles, prefix: str, group: _Group) -> Entry:
     parts = [weight.key, scale.key]
     if not group.symmetric:
         parts.append(require(files, f"{prefix}.weight_zero_point").key)
+    order = None
+    groups = f"{prefix}.weight_g_idx"
+    if group.size and groups in index:
+        try:
+            order = order_of(files.read([groups])[groups], group.size)
+        except ValueError:
+            raise config.refuse(groups, "groups of unequal sizes", "groups of equal sizes") from None
     if group.code is Code.E4M3:
         scheme = SCHEMES["fp8"]
         if group.size:
-            scheme = Scheme(f"fp8g{group.size}", 8, Code.E4M3, group.size, scale_dtype="float32")
+            scheme = stored_scheme(Code.E4M3, 8, group.size, scale_dtype="float32", order=digest(order))
     else:
         scheme = integer_scheme(
             group.bits,
@@ -127,15 +136,23 @@ def _entry(files: TensorFiles, prefix: str, group: _Group) -> Entry:
             # rows have few scales: the named schemes keep them in float32
             scale_dtype_of(scale) if group.size else "float32",
             group.activation_bits,
+            digest(order),
         )
-    return Entry(
-        f"{prefix}.weight", (n, k), scheme, tuple(parts), _Build(scheme, tuple(parts), (n, k), packed)
-    )
+    build = _Build(scheme, tuple(parts), (n, k), packed, order)
+    return Entry(f"{prefix}.weight", (n, k), scheme, tuple(parts), build)
 
 
 class _Build:
-    def __init__(self, scheme: Scheme, parts: tuple[str, ...], shape: tuple[int, int], packed: bool) -> None:
+    def __init__(
+        self,
+        scheme: Scheme,
+        parts: tuple[str, ...],
+        shape: tuple[int, int],
+        packed: bool,
+        order: np.ndarray | None,
+    ) -> None:
         self._scheme, self._parts, self._shape, self._packed = scheme, parts, shape, packed
+        self._order = order
 
     def __call__(self, tensors: Tensors) -> QuantizedWeight:
         n, k = self._shape
@@ -156,4 +173,6 @@ class _Build:
             codes = unpack(weight, self._scheme.bits, 1, k)
         else:
             codes = (weight.numpy().astype(np.int16) + middle).astype(np.uint8)
-        return QuantizedWeight(self._scheme, np.ascontiguousarray(codes), scales, zeros)
+        if self._order is not None:
+            codes = codes[:, self._order]
+        return QuantizedWeight(self._scheme, np.ascontiguousarray(codes), scales, zeros, order=self._order)

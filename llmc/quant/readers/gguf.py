@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -290,8 +290,7 @@ class _Build:
         if not self._heads:
             return weight
         rows = _unpermuted(len(weight.codes), self._heads)
-        offsets = None if weight.offsets is None else weight.offsets[rows]
-        return replace(weight, codes=weight.codes[rows], scales=weight.scales[rows], offsets=offsets)
+        return weight.map(lambda values: values[rows])
 
 
 class _Files:

@@ -66,6 +66,8 @@ def _q4_k(rows: np.ndarray) -> QuantizedWeight:
         (d * scale.astype(np.float32)).reshape(n, -1),
         None,
         -(dmin * minimum.astype(np.float32)).reshape(n, -1),
+        d[..., 0],
+        -dmin[..., 0],
     )
 
 
@@ -83,4 +85,7 @@ def _q6_k(rows: np.ndarray) -> QuantizedWeight:
     scale = np.ascontiguousarray(blocks[..., 192:208]).view(np.int8).astype(np.float32)
     d = _half(blocks[..., 208:210])[..., None]
     n = len(rows)
-    return QuantizedWeight(KINDS["q6_k"], codes.reshape(n, -1).astype(np.uint8), (d * scale).reshape(n, -1))
+    scales = (d * scale).reshape(n, -1)
+    return QuantizedWeight(
+        KINDS["q6_k"], codes.reshape(n, -1).astype(np.uint8), scales, super_scales=d[..., 0]
+    )

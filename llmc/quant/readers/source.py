@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llmc.errors import LlmcError
 from llmc.frontend.weights import CheckpointWeights
 from llmc.quant.readers.base import QuantizedFiles
 from llmc.quant.schemes import Scheme
-from llmc.quant.weight import QuantizedWeight
+from llmc.quant.weight import FIELDS, QuantizedWeight
 
 
 class QuantizedCheckpoint(CheckpointWeights):
@@ -22,16 +23,15 @@ class QuantizedCheckpoint(CheckpointWeights):
         model: the model on the meta device.
 
     Raises:
-        LlmcError: as CheckpointWeights; a model of Conv1D layers.
+        LlmcError: as CheckpointWeights.
     """
 
     def __init__(self, files: QuantizedFiles, model: PreTrainedModel) -> None:
-        if any(isinstance(m, Conv1D) for m in model.modules()):
-            raise LlmcError(
-                "quantized-conv1d",
-                f"{type(model).__name__} keeps its weights as [in, out]; quantized checkpoints of such models are not read.",
-                hint="Use the unquantized checkpoint.",
-            )
+        # they keep their weights as [in, out]; all formats store [out, in]
+        turned = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Conv1D)]
+        files.transpose(
+            key for key in files.quantized_keys() if any(f".{n}".endswith(f".{key}") for n in turned)
+        )
         self._quantized_files = files
         super().__init__(files, model)
 
@@ -57,22 +57,25 @@ class QuantizedCheckpoint(CheckpointWeights):
         parts = {key: self._quantized_files.quantized(key) for key in keys}
         if recipe.converter is None:
             return parts[keys[0]]
-        fields: list[np.ndarray | None] = []
-        for field in ("codes", "scales", "zeros", "offsets"):
+        fields: dict[str, Any] = {}
+        for field in FIELDS:
             arrays = {key: getattr(part, field) for key, part in parts.items()}
             if any(a is None for a in arrays.values()):
-                fields.append(None)
                 continue
             try:
                 made = recipe.run({k: torch.from_numpy(a) for k, a in arrays.items()}, self._model)
             except (RuntimeError, ValueError, IndexError):
                 return None
-            fields.append(np.ascontiguousarray(made[stored].numpy()))
-        codes, scales, zeros, offsets = fields
-        if codes is None or scales is None or codes.shape[:-1] != scales.shape[:-1]:
+            fields[field] = np.ascontiguousarray(made[stored].numpy())
+        codes, scales = fields["codes"], fields["scales"]
+        if codes.shape[:-1] != scales.shape[:-1]:
             return None
         size = scheme.group_size or codes.shape[-1]
         if scales.shape[-1] != -(-codes.shape[-1] // size):
             return None
-        weight = QuantizedWeight(scheme, codes, scales, zeros, offsets)
+        # equal schemes have equal orders
+        order = parts[keys[0]].order
+        if order is not None:
+            order = np.broadcast_to(order, (*codes.shape[:-2], codes.shape[-1]))
+        weight = QuantizedWeight(scheme, **fields, order=order)
         return weight if torch.equal(torch.from_numpy(weight.dequantize()), self.load(name)) else None
