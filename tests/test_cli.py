@@ -141,7 +141,7 @@ def test_compile_prints_spec_progress_and_summary(pipeline: Pipeline, tmp_path: 
     ((spec, where, options),) = pipeline.calls
     assert spec == CompileSpec("some/checkpoint", dtype=DType.BF16, verify=Verify.FULL, page_size=64)
     assert where == output
-    assert options == {"dump_ir": None, "time_passes": False, "stop_after": None}
+    assert options == {"dump_ir": None, "time_passes": False, "stop_after": None, "tune_progress": None}
     assert spec.hash() in done.stdout and "the model's" in done.stdout
     assert "[1/2] capture" in done.stderr and "[2/2] build" in done.stderr
     assert "LlamaForCausalLM, 8.03 B parameters" in done.stdout

@@ -171,8 +171,8 @@ class ProcessLab(Lab):
         except Hung as e:
             self._prepared = None
             return Outcome(Status.HUNG, note=str(e))
-        if "error" in answer and "status" not in answer:
-            return Outcome(Status.CRASHED, note=answer["error"])
+        if "failure" in answer:
+            return Outcome(Status.CRASHED, note=answer["failure"])
         fields = ("seconds", "ratio", "default", "error", "note")
         return Outcome(Status(answer["status"]), **{k: answer[k] for k in fields if k in answer})
 
@@ -212,8 +212,8 @@ class ProcessLab(Lab):
             answer = worker.receive(seconds)
         except (Crashed, Hung) as e:
             return Outcome(Status.UNBUILT, note=f"the compiler: {e}")
-        if "error" in answer:
-            return Outcome(Status.UNBUILT, note=answer["error"])
+        if "failure" in answer:
+            return Outcome(Status.UNBUILT, note=answer["failure"])
         return path
 
 

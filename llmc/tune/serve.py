@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
                 answer = service.answer(question)
             except Exception as e:  # every failure of a candidate is an answer
                 text = str(e).strip().splitlines()
-                answer = {"error": f"{type(e).__name__}: {text[-1] if text else 'no message'}"[:400]}
+                answer = {"failure": f"{type(e).__name__}: {text[-1] if text else 'no message'}"[:400]}
             _reply(stream, answer)
 
 

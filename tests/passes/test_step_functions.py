@@ -12,6 +12,7 @@ from llmc.ops import AttentionAttrs
 from llmc.packing import pack_sources
 from llmc.passes import order
 from llmc.passes.plan_kv_cache import PlanKVCache
+from llmc.schedules.tuned_choice import Tuned
 from llmc.targets.backend import get
 from llmc.targets.codegen import build_executable
 from tests.passes.graphs import attention_model, reference
@@ -25,16 +26,17 @@ SHARED = {"layers": 3, "share": {2: 0}}
 class Compiled:
     """step and decode of a small graph, with a page table per group."""
 
-    def __init__(self, **model: object) -> None:
+    def __init__(self, tuned: Tuned | None = None, **model: object) -> None:
         backend, caps = get("cpu")
         target = backend.tvm_target(caps)
         lowered = attention_model(**model)
-        for _, graph_pass in order.graph_phase(caps):
+        for _, graph_pass in order.graph_phase(caps, None, tuned):
             lowered = graph_pass(lowered)
         self.plan = PlanKVCache(page_size=PAGE, kv_dtype=None, max_seq_len=64)(lowered)
-        step = order.make_step(caps, self.plan)(lowered)
+        step = order.make_step(caps, self.plan, tuned)(lowered)
         for _, step_pass in order.step_phase(caps, target, {"T": 64, "B": 4, "R": 64}):
             step = step_pass(step)
+        self.step = step
         self.inputs = [spec.name for spec in step.inputs]
         module = step.module
         self.kernels = {gvar.name_hint for gvar in module.get_global_vars()}

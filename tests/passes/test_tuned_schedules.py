@@ -1,0 +1,157 @@
+"""Tuning records reach the kernels: layouts, thresholds, and the tasks that are read back from a lowered module."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tvm import relax
+
+from llmc.passes.lower_linear import LowerLinear
+from llmc.passes.rewrite import KERNEL_ATTR
+from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
+from llmc.schedules.layout import BlockedLayout
+from llmc.schedules.linear import LinearConfig, LinearSchedule
+from llmc.schedules.records import Record
+from llmc.schedules.tunable import bucket_of
+from llmc.schedules.tuned_choice import Tuned
+from llmc.targets.backend import get
+from llmc.tune.extract import TRAFFIC, KernelUse, jobs_of, kernel_uses, shares
+from tests.passes.graphs import Model, linear, reference
+from tests.passes.test_step_functions import Compiled
+
+BACKEND, CAPS = get("cpu")
+BUILT_FOR = {"preset": CAPS.preset, "tvm": "1", "device": "here"}
+F32 = ("float32", "float32", "float32")
+
+
+def records(config, rows, schedule, name="linear", ratio=0.5):
+    tunable = next(t for t in BACKEND.tunables() if t.name == name)
+    bucket = bucket_of(rows)
+    task = tunable.to_values(tunable.task(config))
+    return Record(
+        name,
+        1,
+        task,
+        bucket.low,
+        bucket.high,
+        rows,
+        vars(schedule),
+        seconds=1.0,
+        ratio=ratio,
+        share=0.1,
+        **BUILT_FOR,
+    )
+
+
+def tuned(*known):
+    return Tuned([known], CAPS.preset, "1", "here", BACKEND.tunables())
+
+
+def kernel_config(module, name):
+    return json.loads(module[name].attrs[KERNEL_ATTR])["config"]
+
+
+def lower(known, weights, body):
+    m = Model()
+    params = [m.param(name, *shape) for name, *shape in weights]
+    x = m.param("x", 1, 8, 32)
+    return LowerLinear(CAPS, known)(m.build(lambda emit: body(emit, x, *params)))
+
+
+def test_a_record_decides_layout_and_thresholds():
+    narrow = LinearSchedule(vectors=1, prefetch=0)
+    known = tuned(
+        records(LinearConfig(48, 32, *F32), 1, narrow),
+        records(LinearConfig(48, 32, *F32), 8, replace(narrow, rows_tile=2)),
+    )
+    out = lower(known, [("w", 48, 32)], lambda emit, x, w: linear(emit, x, w))
+    (packed,) = [p for p in out.params if p.source == "w" and p.layout != "rows"]
+    assert packed.shape[2] == CAPS.lanes_f32 and BlockedLayout.parse(packed.layout).n_block == CAPS.lanes_f32
+    config = LinearConfig.from_json(kernel_config(out.module, "linear_48_32"))
+    assert config.schedule.limits == (1, 4, 8) and config.schedule.at(1) == narrow
+    assert config.schedule.at(6).rows_tile == 2 and config.schedule.at(600) == LinearSchedule(vectors=1)
+    assert [r.rows for r in known.used.values()] == [1, 8]
+    # and without records nothing is different from before
+    plain = lower(tuned(), [("w", 48, 32)], lambda emit, x, w: linear(emit, x, w))
+    assert LinearConfig.from_json(kernel_config(plain.module, "linear_48_32")).schedule.choices == (
+        LinearSchedule(),
+    )
+
+
+def test_kernels_of_one_weight_agree_in_its_layout():
+    """The second kernel wants another layout, and has to do with that of the first."""
+    known = tuned(
+        records(LinearConfig(48, 32, *F32), 1, LinearSchedule(vectors=1)),
+        records(LinearConfig(48, 32, *F32, has_bias=True), 1, LinearSchedule(vectors=2)),
+    )
+
+    def body(emit, x, w, b):
+        first = linear(emit, x, w)
+        return emit(relax.op.add(emit(relax.op.add(linear(emit, x, w), b)), first))
+
+    out = lower(known, [("w", 48, 32), ("b", 48)], body)
+    assert len([p for p in out.params if p.source == "w" and p.layout != "rows"]) == 1
+    configs = [
+        kernel_config(out.module, gv.name_hint)
+        for gv in out.module.get_global_vars()
+        if gv.name_hint != "main"
+    ]
+    assert sorted(c["has_bias"] for c in configs) == [False, True]
+    assert {c["schedule"]["choices"][0]["vectors"] for c in configs} == {1}
+    assert {c["layout"]["n_block"] for c in configs} == {CAPS.lanes_f32}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    attention = AttentionConfig(4, 2, 16, 16, "float32", "float32", 16, 2, 0.25)
+    linears = [LinearConfig(n, 64, *F32) for n in (32, 50, 64)]
+    known = tuned(
+        *(records(c, 1, LinearSchedule(vectors=1, unroll=2, k_block=16)) for c in linears),
+        *(
+            records(c, 40, LinearSchedule(vectors=1, t_block=24, rows_tile=3, block_fast=True))
+            for c in linears
+        ),
+        records(attention, 40, PrefillSchedule(tile_rows=16, keys=32), "attention_prefill"),
+        records(attention, 1, DecodeSchedule(splits=2, keys=32, least_keys=64), "attention_decode"),
+        records(attention, 3, DecodeSchedule(splits=2, keys=64), "attention_decode"),
+    )
+    return Compiled(known)
+
+
+def test_a_tuned_model_computes_what_the_default_does(compiled):
+    ids = np.random.default_rng(3).integers(0, 50, 41)
+    expected = reference(compiled.weights, ids)
+    first = compiled.run("step", [([1, 2, 3], 0, ids[:40])])
+    np.testing.assert_allclose(first, expected[:40], rtol=1e-4, atol=1e-4)
+    last = compiled.run("decode", [([1, 2, 3], 40, ids[40:])])
+    np.testing.assert_allclose(last, expected[40:], rtol=1e-4, atol=1e-4)
+
+
+def test_tasks_are_read_back_from_the_module(compiled):
+    uses = kernel_uses(compiled.step.module)
+    assert [KernelUse.from_json(json.loads(json.dumps(use.to_json()))) for use in uses] == list(uses)
+    heads = {
+        (u.name, u.function, u.rows, u.calls)
+        for u in uses
+        if u.kind == "LinearConfig" and u.config["n"] == 50
+    }
+    assert {(f, rows, calls) for _, f, rows, calls in heads} == {("step", "R", 1), ("decode", "R", 1)}
+    attention = {u.name: (u.function, u.rows, u.calls) for u in uses if u.kind == "AttentionConfig"}
+    assert ("step", "T", 2) in attention.values() and ("decode", "T", 2) in attention.values()
+    jobs = jobs_of(uses, BACKEND.tunables(), CAPS, max_batch=4, max_step_tokens=64)
+    names = {job.tunable.name for job in jobs}
+    assert {"linear", "attention_prefill", "attention_decode"} <= names
+    assert len({(job.tunable.name, json.dumps(job.values), job.bucket) for job in jobs}) == len(jobs)
+    # a prompt asks for the logits of one row; larger batches and steps than the artifact's do not occur
+    head = [job for job in jobs if job.tunable.name == "linear" and job.task.n == 50]
+    assert sorted(job.rows for job in head) == [1, 4]
+    assert max(job.rows for job in jobs) == 64
+    for job in jobs:
+        job.roofline, job.default_seconds = 0.5, 1.0
+    shares(jobs)
+    assert sum(job.share for job in jobs) == pytest.approx(1)
+    shapes = {number for job in jobs for number, _ in job.calls}
+    assert {TRAFFIC[number].tokens for number in shapes} == {1, 4, 64}

@@ -1,0 +1,116 @@
+"""``llmc tune`` and the tuning options of ``llmc compile``, as far as they go without tuning anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from llmc.cli.app import app
+from llmc.cli.tune import clock, conclusions, jobs_table, records_table, result_table
+from llmc.errors import LlmcError
+from llmc.schedules.records import RecordFile, Status, read_records
+from llmc.spec import CompileSpec, parse_budget
+from llmc.tune.job import Outcome
+from llmc.tune.tuner import TuneResult
+from tests.tune.synthetic import ToySchedule, toy_jobs
+from tests.tune.test_records import record
+
+
+def llmc(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5 h", 5400), ("30", 30)])
+def test_budgets(text: str, seconds: float) -> None:
+    assert parse_budget(text) == seconds
+    assert CompileSpec.from_json({"model": "m", "tune": text}).tune == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "0m", "soon", "-5m", "10d"])
+def test_budgets_that_are_none(text: str, tmp_path: Path) -> None:
+    for arguments in (
+        ["tune", tmp_path, f"--budget={text}"],
+        ["compile", tmp_path, "-o", tmp_path / "o", f"--tune={text}"],
+    ):
+        result = llmc(*arguments)
+        assert result.exit_code == 2, result.output
+        assert "[tune-budget]" in result.stderr and "Traceback" not in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ref"),
+    [
+        (["tune"], "no-model"),
+        (["tune", "somewhere"], "tune-budget"),
+        (["tune", "somewhere", "--list"], "tune-and-list"),
+        (["tune", "--merge", "nowhere.jsonl"], "records-unreadable"),
+        (["compile", "somewhere", "-o", "out", "--records", "nowhere.jsonl"], "records-missing"),
+    ],
+)
+def test_refused_in_a_sentence(
+    arguments: list[str], ref: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMC_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    result = llmc(*arguments)
+    assert result.exit_code == 2 and f"[{ref}]" in result.stderr, result.output
+    assert {p.name for p in tmp_path.iterdir()} <= {"tuning"}
+
+
+def test_list_and_merge(tmp_path: Path) -> None:
+    a, b, into = (tmp_path / name for name in ("a", "b", "into"))
+    RecordFile(a).append([record(0.5), record(0.25, tile=4)])
+    RecordFile(b).append([record(0.9, tile=2, device="there")])
+    result = llmc("tune", "--records", into, "--merge", a, "--merge", b, "--list")
+    assert result.exit_code == 0, result.output
+    assert "3 records added, 0 were there" in result.output.replace("\n", " ")
+    assert len(read_records(into)) == 3 and "4.00" in result.output and "there" in result.output
+    assert "no tuning records" in llmc("tune", "--list", "--records", tmp_path / "none").output
+    a.write_text("oh\n")
+    broken = llmc("tune", "--list", "--records", a)
+    assert broken.exit_code == 2 and "[records-corrupt]" in broken.stderr
+
+
+def test_no_xgboost_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from llmc.tune.model import require_xgboost
+
+    monkeypatch.setitem(sys.modules, "xgboost", None)
+    with pytest.raises(LlmcError, match="not installed") as error:
+        require_xgboost()
+    assert error.value.ref == "no-xgboost"
+
+
+def test_what_a_run_came_to(tmp_path: Path) -> None:
+    fast, broken, idle = toy_jobs(64, 128, 256, rows=(1,))
+    fast.default_seconds, fast.roofline, fast.share = 0.004, 0.001, 0.9
+    fast.add(ToySchedule(), Outcome(Status.OK, 0.004, 1.0))
+    fast.add(ToySchedule(tile=4), Outcome(Status.OK, 0.002, 0.5))
+    broken.failure = "the default schedule crashed: signal 11"
+    broken.add(ToySchedule(), Outcome(Status.CRASHED))
+    result = TuneResult((idle, broken, fast), 7, 3, {"wrong": 2, "hung": 1}, 1, 61.0, True, None, 0.5)
+    rows = [list(column.cells) for column in result_table(result).columns]
+    assert rows[0] == ["toy 64", "toy 128"]
+    assert [column[0] for column in rows[1:]] == [
+        "1",
+        "90.0 %",
+        "4.000",
+        "2.000",
+        "2.00x",
+        "50 %",
+        "2",
+        "tile=4",
+    ]
+    assert rows[-1][1].endswith("signal 11")
+    assert len(jobs_table([idle]).rows) == 1
+    text = "\n".join(conclusions(result, "my/model", tmp_path / "r"))
+    assert "interrupted" in text and "dropped: 1 hung, 2 wrong" in text and "1 processes restarted" in text
+    assert "50.0 % of that with default" in text and "llmc compile my/model --records" in text
+    assert records_table(tmp_path, [record()]).row_count == 1
+    assert clock(754) == "12:34" and clock(3700) == "01:01:40" and clock(-3) == "00:00"
