@@ -67,6 +67,8 @@ def step_phase(caps: Capabilities, target: Any, bounds: dict[str, int]) -> list[
         ("AnnotateTIROpPattern", on_module(transform.AnnotateTIROpPattern())),
         ("FuseOps", on_module(transform.FuseOps())),
         ("FuseTIR", on_module(transform.FuseTIR())),
+        # a reshape is no kernel; where kernels are bound to threads it must be found before
+        *([("RewriteDataflowReshape", on_module(transform.RewriteDataflowReshape()))] if caps.simt else []),
         ("DefaultSchedule", on_module(DefaultSchedule(caps), target)),
         # after scheduling, so that both functions share every kernel but attention
         ("SpecializeDecode", SpecializeDecode(caps)),

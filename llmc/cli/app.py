@@ -45,7 +45,9 @@ def compile(
         str | None, typer.Argument(help="Hugging Face folder or hub id (not with --spec).")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the artifact.")] = None,
-    target: Annotated[str | None, typer.Option(help="cpu, or a preset such as cpu/x86-64-v4.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="cpu, cuda, or a preset such as cpu/x86-64-v4 or cuda/sm_80,sm_90.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="f32, bf16 or f16 (default: the checkpoint's).")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="Of the KV cache (default: --dtype).")] = None,
     page_size: Annotated[int | None, typer.Option(help="Tokens per KV-cache page.")] = None,
@@ -231,12 +233,38 @@ def inspect(
     artifact: Annotated[Path, typer.Argument(help="Artifact folder, or its model.so.")],
     json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
     params: Annotated[bool, typer.Option("--params", help="List every parameter.")] = False,
+    device: Annotated[
+        bool, typer.Option("--device", help="List the device's kernels: registers, shared memory, spills.")
+    ] = False,
 ) -> None:
     """Show what an artifact is: target, functions, KV plan, parameters, sizes, quality, versions."""
     with guard():
         from llmc.cli.inspect import run_inspect
 
-        run_inspect(artifact, as_json=json, all_params=params)
+        run_inspect(artifact, as_json=json, all_params=params, device=device)
+
+
+debug = typer.Typer(no_args_is_help=True, help="Tools that look inside a compile.")
+app.add_typer(debug, name="debug")
+
+
+@debug.command()
+def simulate(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id; a tiny model.")],
+    target: Annotated[
+        str, typer.Option(help="Of a machine with blocks and threads, e.g. cuda/sm_90.")
+    ] = "cuda/sm_90",
+    dtype: Annotated[str | None, typer.Option(help="f32, bf16 or f16 (default: the checkpoint's).")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the sequence, random.")] = 20,
+    decode: Annotated[int, typer.Option(help="So many of them, the last ones, through `decode`.")] = 3,
+    races: Annotated[bool, typer.Option(help="Look for races in memory.")] = True,
+    seed: Annotated[int, typer.Option(help="Of the tokens.")] = 0,
+) -> None:
+    """Run MODEL's step functions on a simulated GPU: numbers against torch, races, bounds and barriers."""
+    with guard():
+        from llmc.cli.debug import run_simulate
+
+        run_simulate(model, target=target, dtype=dtype, tokens=tokens, decode=decode, races=races, seed=seed)
 
 
 @app.command()

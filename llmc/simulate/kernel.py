@@ -317,6 +317,9 @@ class _StatementCompiler(ExpressionCompiler):
             raise failure("unsupported", f"A block has {threads} threads; a GPU takes 1 to 1024")
         counts = Counts(blocks=blocks, threads=threads)
         self.launches.append(counts)
+        for value in host.values:  # a launch begins when the one before has ended
+            if isinstance(value, Memory):
+                value.forget()
         step = max(1, self.chunk // threads)
         for first in range(0, blocks, step):
             lanes = Lanes(first, min(step, blocks - first), threads)

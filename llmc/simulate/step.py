@@ -107,7 +107,10 @@ class SimulatedStep:
 
     def _call(self, call: Any, values: dict[Any, Any], sizes: dict[Any, int]) -> Any:
         name = call.args[0].name_hint
-        args = [np.ascontiguousarray(a) if isinstance(a, np.ndarray) else a for a in self._value(call.args[1], values, sizes)]
+        args = [
+            np.ascontiguousarray(a) if isinstance(a, np.ndarray) else a
+            for a in self._value(call.args[1], values, sizes)
+        ]
         types = call.ty_args[0]
         several = isinstance(types, relax.TupleType)
         kept = list(call.attrs.inplace_indices) if ir.is_op(call, "relax.call_tir_inplace") else None
