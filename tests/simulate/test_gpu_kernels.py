@@ -100,7 +100,7 @@ ACTIVATIONS = {
 
 
 @pytest.mark.parametrize("case", LINEAR, ids=lambda c: "-".join(map(str, c[:3])))
-@pytest.mark.parametrize("preset", ["sm_75", "sm_90"])
+@pytest.mark.parametrize("preset", ["sm_90", pytest.param("sm_75", marks=pytest.mark.slow)])
 def test_linear(case: tuple[Any, ...], preset: str) -> None:
     n, k, dtype, out_dtype, options = case
     caps = gpu(preset)
