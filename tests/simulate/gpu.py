@@ -22,7 +22,7 @@ class Tensor:
     """An array with the method that tests of compiled kernels ask tensors for."""
 
     def __init__(self, array: np.ndarray) -> None:
-        self.array = np.ascontiguousarray(array)
+        self.array = np.array(array, order="C", copy=None)
 
     def numpy(self) -> np.ndarray:
         return self.array
