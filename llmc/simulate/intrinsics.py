@@ -73,8 +73,8 @@ def _bytes_at(m: Machine, pointer: Pointer) -> Array:
 
 def _access(
     m: Machine, memory: Any, at: Array, active: Array, *, write: bool, data: Array | None = None
-) -> Array | None:
-    """16 bytes at byte `at` per active thread: read them, or write `data`."""
+) -> Array:
+    """16 bytes at byte `at` per active thread: read them, or write `data`; returns them."""
     assert isinstance(memory, Memory)
     if len(at) == 0:
         return np.zeros((0, 16), np.uint8)
@@ -92,7 +92,7 @@ def _access(
         found: Array = view[rows, index]
         return found
     view[rows, index] = data
-    return None
+    return data
 
 
 # -- matrix units (PTX ISA, fragments of ldmatrix and mma.m16n8k16) ---------------------------------------------------------
