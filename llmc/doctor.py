@@ -209,6 +209,25 @@ def _compiler() -> list[Finding]:
     return [Finding("tools", "C++ driver", text, ok, "" if ok else "set LLMC_CXX to one that works")]
 
 
+def _cuda(section: str) -> Finding:
+    """Whether artifacts for NVIDIA GPUs can be compiled and run here."""
+    from llmc.cuda_driver import query
+    from llmc.errors import LlmcError
+
+    driver = query()
+    names = ", ".join(f"{d.name} (sm_{d.arch})" for d in driver.devices)
+    runs = f"{names}, driver for CUDA {driver.version_text}" if names else f"cannot run: {driver.problem}"
+    try:
+        from llmc.targets.cuda.compiler import version
+
+        compiles = f"compiles with {version()}"
+    except LlmcError as e:
+        return Finding(section, "cuda", f"cannot compile; {runs}", None, e.hint)
+    except Exception as e:  # a broken tvm or library: the report goes on
+        return Finding(section, "cuda", f"cannot compile: {e}; {runs}", None)
+    return Finding(section, "cuda", f"{compiles}; {runs}", True if names else None)
+
+
 def _targets(findings: list[Finding]) -> list[Finding]:
     """Which targets work, from what was found."""
     bad = {f.name for f in findings if f.ok is False}
@@ -233,6 +252,7 @@ def _targets(findings: list[Finding]) -> list[Finding]:
             else "compiling and running work"
         )
         out.append(Finding(section, "cpu", f"{machine}: {text}", not lacking))
-    for name in ("cuda", "vulkan", "android"):
+    out.append(_cuda(section))
+    for name in ("vulkan", "android"):
         out.append(Finding(section, name, "not in this version"))
     return out

@@ -159,6 +159,18 @@ def run_taps(
     return run(source, spec, token_ids, stored)
 
 
+def lower_model(model: Any, spec: CompileSpec) -> tuple[SourceModel, StepModule, Capabilities]:
+    """The scheduled step functions of a model, before code generation, for debugging tools.
+
+    Raises:
+        LlmcError: as compile_model does up to that stage.
+    """
+    backend, caps = get(spec.target)
+    runner = StageRunner(spec, stages=("capture", "lower"))
+    source, graph = _capture(model, spec)
+    return source, _lower(graph, spec, source, caps, backend.tvm_target(caps), runner), caps
+
+
 def _spec_of(model: Any, spec: CompileSpec | None, fields: Mapping[str, Any]) -> CompileSpec:
     name = str(model) if isinstance(model, (str, Path)) else "<python object>"
     if spec is None:

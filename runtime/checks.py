@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmc import host
-from llmc.artifact import LIBRARY, MANIFEST, Manifest, TargetInfo, sha256_file
+from llmc.artifact import LIBRARY, MANIFEST, DeviceImage, Manifest, TargetInfo, sha256_file
 from llmc.errors import LlmcError
+from llmc.runtime.cuda import choose_image
 from llmc.runtime.embedded import read_embedded
 
 AGAIN = "Copy the artifact again or compile the model again."
@@ -18,11 +19,12 @@ AGAIN = "Copy the artifact again or compile the model again."
 
 @dataclass(frozen=True)
 class ArtifactFiles:
-    """A checked artifact: its manifest and where its files are."""
+    """A checked artifact: its manifest, where its files are, and which device code fits this machine."""
 
     folder: Path
     library: Path
     manifest: Manifest
+    image: DeviceImage | None = None
 
     def optional(self, name: str) -> Path | None:
         """Path of a file that the artifact may have, e.g. tokenizer.json; only files that the manifest lists."""
@@ -60,6 +62,7 @@ def open_artifact(path: Path, *, tvm_version: str, check_hashes: bool = True) ->
     manifest = written or Manifest.from_text(read_embedded(library), str(library))
     check_versions(manifest, tvm_version)
     check_machine(manifest.target)
+    image = choose_image(manifest)
     check_files(folder, manifest, check_hashes=check_hashes)
     if written is not None:
         embedded = Manifest.from_text(read_embedded(library), str(library))
@@ -70,7 +73,7 @@ def open_artifact(path: Path, *, tvm_version: str, check_hashes: bool = True) ->
                 f"{folder / MANIFEST} and the manifest inside {library.name} differ: one of them was changed.",
                 hint=AGAIN,
             )
-    return ArtifactFiles(folder, library, manifest)
+    return ArtifactFiles(folder, library, manifest, image)
 
 
 def _written_manifest(folder: Path) -> Manifest | None:

@@ -19,7 +19,7 @@ from llmc import host, knobs
 from llmc.errors import LlmcError
 
 # how TVM numbers devices (DLDeviceType) that artifacts may be built for
-_DEVICES = {"cpu": 1}
+_DEVICES = {"cpu": 1, "cuda": 2}
 _POOLED_ALLOCATOR = 2
 _threads: int | None = None  # TVM's pool of workers is made once per process
 
@@ -81,11 +81,15 @@ def _no_tvm(why: str) -> LlmcError:
 class Library:
     """A loaded model.so: its Relax functions by name.
 
+    Args:
+        device: target that it is for.
+        kernels: tvm module with its kernels, of a target whose kernels are not in model.so.
+
     Raises:
         LlmcError: the file is no library that this machine can load.
     """
 
-    def __init__(self, path: Path, device: str = "cpu") -> None:
+    def __init__(self, path: Path, device: str = "cpu", kernels: Any = None) -> None:
         if device not in _DEVICES:
             raise LlmcError(
                 "target-not-here",
@@ -100,8 +104,13 @@ class Library:
             link.symlink_to(path.resolve())
             try:
                 module = tvm_ffi.load_module(str(link), keep_module_alive=False)
+                if kernels is not None:
+                    _code_of(module).import_module(kernels)
                 self._vm = module["vm_load_executable"]()
-                self._vm["vm_initialization"](_DEVICES[device], 0, _POOLED_ALLOCATOR)
+                devices = [_DEVICES[device], 0, _POOLED_ALLOCATOR]
+                if device != "cpu":  # shapes are computed on the host
+                    devices += [_DEVICES["cpu"], 0, _POOLED_ALLOCATOR]
+                self._vm["vm_initialization"](*devices)
             except (OSError, RuntimeError, AttributeError) as e:
                 reason = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
                 raise LlmcError(
@@ -128,6 +137,14 @@ class Library:
         it returns 0.
         """
         self._vm["set_instrument"](function)
+
+
+def _code_of(module: Any) -> Any:
+    """The module among a library's imports that holds the host's code, which looks kernels up in its own imports."""
+    found = module
+    while found.imports and str(found.kind) != "library":
+        found = found.imports[0]
+    return found
 
 
 def tensor_view(raw: npt.NDArray[Any], shape: Sequence[int], dtype: str) -> Any:

@@ -12,9 +12,10 @@ import numpy as np
 from llmc import host
 from llmc.artifact import Manifest
 from llmc.errors import LlmcError
-from llmc.runtime import memory
+from llmc.runtime import cuda, memory
 from llmc.runtime.chat import ChatTemplate, Message, find_chat_template, read_json
 from llmc.runtime.checks import ArtifactFiles, open_artifact
+from llmc.runtime.device_engine import DeviceEngine
 from llmc.runtime.engine import CompiledEngine, Engine, Floats, input_names
 from llmc.runtime.generate import TextStream, generate
 from llmc.runtime.library import Library, tvm_version, use_threads
@@ -62,7 +63,8 @@ def load(
     if max_memory is not None:
         budget = parse_bytes(max_memory) - weights.nbytes
     else:
-        budget = int(host.available_memory() * _KV_SHARE)
+        free = cuda.free_memory(weights.nbytes) if files.image else host.available_memory()
+        budget = int(free * _KV_SHARE)
     limits = manifest.limits
     pages = plan_pages(
         manifest.kv_plan,
@@ -72,9 +74,17 @@ def load(
         kv_pages=kv_pages,
         budget=budget,
     )
-    library = Library(files.library, manifest.target.target)
     names = tuple(f.name for f in manifest.functions)
-    engine = CompiledEngine(library, names, weights, manifest.kv_plan, pages)
+    engine: Engine
+    if files.image is not None:
+        cuda.load_runtime()
+        kernels = cuda.module_from((files.folder / files.image.file).read_bytes())
+        library = Library(files.library, manifest.target.target, kernels)
+        store = cuda.DeviceMemory()
+        engine = DeviceEngine(library, names, weights, manifest.params, manifest.kv_plan, pages, store)
+    else:
+        library = Library(files.library, manifest.target.target)
+        engine = CompiledEngine(library, names, weights, manifest.kv_plan, pages)
     return Model(manifest, engine, PageAllocator(manifest.kv_plan, pages, limits.max_seq_len), files)
 
 

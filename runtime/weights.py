@@ -41,6 +41,10 @@ class Weights:
                 hint="Compile the model again.",
             ) from None
 
+    def raw(self, params: Sequence[ParamEntry]) -> list[Bytes]:
+        """The bytes of parameters, in their order; views of the mapped files."""
+        return [self._shards[p.shard][p.offset : p.offset + p.nbytes] for p in params]
+
     @property
     def nbytes(self) -> int:
         """Size of the mapped files."""

@@ -24,7 +24,8 @@ def _lowering() -> list[Any]:
         s.PlanAndUpdateBufferAllocationLocation(),
         s.ConvertBlocksToOpaque(),
         s.LiftThreadBinding(),
-        s.CompactBufferAllocation(),
+        # without CompactBufferAllocation: it takes an address of an element for the use of that element alone, and
+        # makes buffers that copies and ldmatrix go to by address too small
         s.UnifyThreadBinding(),
         s.LowerMatchBuffer(),
         s.StmtSimplify(),

@@ -50,7 +50,10 @@ def compile(
         typer.Option("--output", "-o", help="Folder of the artifact (needed unless --stop-after)."),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="cpu (this machine, the default), or a preset such as cpu/x86-64-v3.")
+        str | None,
+        typer.Option(
+            help="cpu (this machine, the default), or a preset such as cpu/x86-64-v3 or cuda/sm_80,sm_90."
+        ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="f32, bf16 or f16 (default: the checkpoint's).")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="Of the KV cache (default: --dtype).")] = None,
@@ -368,12 +371,40 @@ def inspect(
     context: Annotated[
         int | None, typer.Option(help="With --kernels: tokens per sequence (default: up to 1024).")
     ] = None,
+    device: Annotated[
+        bool, typer.Option("--device", help="List the device's kernels: registers, shared memory, spills.")
+    ] = False,
 ) -> None:
     """Show what an artifact is: target, functions, KV plan, parameters, sizes, quality, versions."""
     with guard():
         from llmc.cli.inspect import run_inspect
 
-        run_inspect(artifact, as_json=json, all_params=params, kernels=kernels, context=context)
+        run_inspect(
+            artifact, as_json=json, all_params=params, kernels=kernels, context=context, device=device
+        )
+
+
+debug = typer.Typer(no_args_is_help=True, help="Tools that look inside a compile.")
+app.add_typer(debug, name="debug")
+
+
+@debug.command()
+def simulate(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id; a tiny model.")],
+    target: Annotated[
+        str, typer.Option(help="Of a machine with blocks and threads, e.g. cuda/sm_90.")
+    ] = "cuda/sm_90",
+    dtype: Annotated[str | None, typer.Option(help="f32, bf16 or f16 (default: the checkpoint's).")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the sequence, random.")] = 20,
+    decode: Annotated[int, typer.Option(help="So many of them, the last ones, through `decode`.")] = 3,
+    races: Annotated[bool, typer.Option(help="Look for races in memory.")] = True,
+    seed: Annotated[int, typer.Option(help="Of the tokens.")] = 0,
+) -> None:
+    """Run MODEL's step functions on a simulated GPU: numbers against torch, races, bounds and barriers."""
+    with guard():
+        from llmc.cli.debug import run_simulate
+
+        run_simulate(model, target=target, dtype=dtype, tokens=tokens, decode=decode, races=races, seed=seed)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from llmc.artifact import Manifest, ParamEntry
+from llmc.artifact import DeviceCode, Manifest, ParamEntry
 from llmc.cli.compile import quality_text, text_quality_text
 from llmc.cli.format import grid, human_bytes, human_count
 from llmc.cli.kernels import kernel_tables
@@ -25,7 +25,13 @@ _SOME = 12
 
 
 def run_inspect(
-    path: Path, *, as_json: bool, all_params: bool, kernels: bool = False, context: int | None = None
+    path: Path,
+    *,
+    as_json: bool,
+    all_params: bool,
+    kernels: bool = False,
+    context: int | None = None,
+    device: bool = False,
 ) -> None:
     """Print the artifact at `path`.
 
@@ -58,6 +64,8 @@ def run_inspect(
     ):
         console.print(table)
         console.print()
+    if device:
+        console.print(device_table(report.manifest))
     for problem in report.problems:
         console.print(f"[bold red]problem:[/bold red] {problem}")
 
@@ -78,6 +86,8 @@ def overview(report: ArtifactReport) -> Table:
         f"{m.limits.max_seq_len} tokens per sequence, {m.limits.max_batch} sequences and "
         f"{m.limits.max_step_tokens} tokens per step",
     )
+    if m.device is not None:
+        table.add_row("device code", device_text(m.device))
     table.add_row("quality", quality_text(m.quality))
     if m.quality.text is not None:
         table.add_row("on a text", text_quality_text(m.quality.text))
@@ -85,6 +95,32 @@ def overview(report: ArtifactReport) -> Table:
     if bits := bits_per_weight(m):
         table.add_row("weights", bits)
     table.add_row("created", m.created)
+    return table
+
+
+def device_text(device: DeviceCode) -> str:
+    """Architectures, compiler and the worst kernel in a line."""
+    images = ", ".join(f"{i.arch} ({i.format})" for i in device.images)
+    spilling = [k for k in device.kernels if k.spill_bytes]
+    most = max((k.registers for k in device.kernels), default=0)
+    return (
+        f"{images} by {device.compiler}; {len(device.kernels)} kernels, at most {most} registers, "
+        f"{len(spilling)} with spills; --device lists them"
+    )
+
+
+def device_table(manifest: Manifest) -> Table:
+    """The device's kernels as the assembler reports them."""
+    table = _table("kernels", "kernel", "arch", "registers", "shared", "stack", "spilled")
+    for k in manifest.device.kernels if manifest.device is not None else ():
+        table.add_row(
+            k.name,
+            k.arch,
+            str(k.registers),
+            human_bytes(k.shared_bytes),
+            human_bytes(k.stack_bytes),
+            human_bytes(k.spill_bytes),
+        )
     return table
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from llmc.errors import LlmcError
 
+_LONGEST = 200  # characters of a statement in a message
+
 
 class SimulationError(LlmcError):
     """A kernel does something that a GPU does not define.
@@ -32,4 +34,5 @@ def text_of(node: Any) -> str:
     """The last line of a node in TVMScript: the statement without the declarations that precede it."""
     lines = [line.strip() for line in str(node).splitlines()]
     kept = [line for line in lines if line and not line.startswith("#")]
-    return kept[-1] if kept else ""
+    last = kept[-1] if kept else ""
+    return last if len(last) <= _LONGEST else f"{last[:_LONGEST]} ..."

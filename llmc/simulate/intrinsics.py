@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llmc.simulate.machine import Machine
+import ml_dtypes
+import numpy as np
+
+from llmc.simulate.errors import failure
+from llmc.simulate.machine import WARP, Machine, Pointer
+from llmc.simulate.memory import Array, Memory
 
 # name in the generated source -> its model
 FUNCTIONS: dict[str, Callable[..., Any]] = {}
@@ -24,3 +29,128 @@ def model(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @model("llmc_warp_barrier")
 def _warp_barrier(m: Machine) -> None:
     m.warp_barrier()
+
+
+# -- asynchronous copies: 16 bytes of a thread, in groups that it waits for ------------------------------------------------
+
+
+@model("llmc_copy16")
+def _copy16(m: Machine, to: Pointer, source: Pointer, size: Any) -> None:
+    """The target is filled with NaN at once, and with the data when the thread waits for it."""
+    active = m.active
+    sizes = m.spread(size)[active]
+    data = np.zeros((len(active), 16), np.uint8)
+    target = _bytes_at(m, to)[active]
+    origin = _bytes_at(m, source)[active]
+    reads = sizes > 0
+    data[reads] = _access(m, source.memory, origin[reads], active[reads], write=False)
+    _access(m, to.memory, target, active, write=True, data=np.full_like(data, 0xFF))
+    m.pending.append((to.memory, target, active, data))
+
+
+@model("llmc_copy_commit")
+def _copy_commit(m: Machine) -> None:
+    m.whole_warps("a commit of copies")
+    m.groups.append(m.pending)
+    m.pending = []
+
+
+def _copy_wait(m: Machine, groups: int) -> None:
+    m.whole_warps("a wait for copies")
+    while len(m.groups) > groups:
+        for memory, target, active, data in m.groups.pop(0):
+            _access(m, memory, target, active, write=True, data=data)
+
+
+for _n in range(8):
+    FUNCTIONS[f"llmc_copy_wait_{_n}"] = lambda m, n=_n: _copy_wait(m, n)
+
+
+def _bytes_at(m: Machine, pointer: Pointer) -> Array:
+    """Byte of a memory that each thread's pointer points to."""
+    return m.spread(pointer.index).astype(np.int64) * pointer.dtype.itemsize
+
+
+def _access(
+    m: Machine, memory: Any, at: Array, active: Array, *, write: bool, data: Array | None = None
+) -> Array:
+    """16 bytes at byte `at` per active thread: read them, or write `data`; returns them."""
+    assert isinstance(memory, Memory)
+    if len(at) == 0:
+        return np.zeros((0, 16), np.uint8)
+    if (at % 16).any():
+        raise failure(
+            "alignment", f"16 bytes of {memory.name} are accessed at byte {int(at[at % 16 != 0][0])}", m.node
+        )
+    view = memory.view(np.dtype(np.uint8))
+    index = at[:, None] + np.arange(16)
+    memory.check(index, view.shape[1], m.lanes, active, m.node)
+    units = index[:, :: memory.granule] // memory.granule
+    memory.touch(units, memory.granule, m.lanes, active, write, m.node)
+    rows = m.lanes.block[active][:, None] if memory.shared else 0
+    if data is None:
+        found: Array = view[rows, index]
+        return found
+    view[rows, index] = data
+    return data
+
+
+# -- matrix units (PTX ISA, fragments of ldmatrix and mma.m16n8k16) ---------------------------------------------------------
+
+
+@model("llmc_ldmatrix_x4")
+def _ldmatrix_x4(m: Machine, to: Pointer, source: Pointer) -> None:
+    m.whole_warps("ldmatrix")
+    memory = source.memory
+    assert isinstance(memory, Memory)
+    active = m.active
+    first = active // WARP * WARP
+    _whole_blocks_of_warps(m)
+    at = _bytes_at(m, source)
+    lane = active % WARP
+    for j in range(4):
+        row = at[first + 8 * j + lane // 4]
+        if (row % 16).any():
+            raise failure(
+                "alignment", f"A row of {memory.name} for ldmatrix begins at byte {int(row.max())}", m.node
+            )
+        word = row // 4 + lane % 4
+        view = memory.view(np.dtype(np.uint32))
+        memory.check(word, view.shape[1], m.lanes, active, m.node)
+        memory.touch(word, 4, m.lanes, active, False, m.node)
+        value = np.zeros(m.lanes.n, np.uint32)
+        value[active] = view[m.lanes.block[active], word]
+        m.store(to.memory, to.dtype, np.asarray(to.index) + j, value, False)
+
+
+def _mma(m: Machine, kind: Any, c: Pointer, *operands: Any) -> None:
+    m.whole_warps("mma")
+    _whole_blocks_of_warps(m)
+    words = [np.ascontiguousarray(m.spread(o)).reshape(-1, WARP) for o in operands]
+    pairs = [w.view(kind).reshape(*w.shape, 2).astype(np.float32) for w in words]
+    warps = pairs[0].shape[0]
+    lane = np.arange(WARP)
+    row, column = lane // 4, lane % 4 * 2
+    a, b = np.zeros((warps, 16, 16), np.float32), np.zeros((warps, 16, 8), np.float32)
+    for i in range(2):
+        for part in range(4):
+            a[:, row + part % 2 * 8, column + part // 2 * 8 + i] = pairs[part][..., i]
+        for part in range(2):
+            b[:, column + part * 8 + i, row] = pairs[4 + part][..., i]
+    product = a @ b
+    for part in range(4):
+        value = product[:, row + part // 2 * 8, column + part % 2].reshape(-1)
+        at = np.asarray(c.index) + part
+        old = m.load(c.memory, c.dtype, at, False)
+        m.store(c.memory, c.dtype, at, old + value, False)
+
+
+def _whole_blocks_of_warps(m: Machine) -> None:
+    if m.lanes.block_size % WARP:
+        raise failure(
+            "unsupported", f"A block of {m.lanes.block_size} threads does not consist of warps", m.node
+        )
+
+
+FUNCTIONS["llmc_mma_bf16"] = lambda m, *args: _mma(m, ml_dtypes.bfloat16, *args)
+FUNCTIONS["llmc_mma_f16"] = lambda m, *args: _mma(m, np.float16, *args)

@@ -253,6 +253,8 @@ class _StatementCompiler(ExpressionCompiler):
         return run
 
     def _stmt_allocbuffer(self, s: Any) -> Runner:
+        if not self._launching:
+            return self._host_alloc(s)
         buffer, slot = s.buffer, self.slot(s.buffer)
         dtype, lanes = dtype_of(str(buffer.ty.dtype))
         size = lanes
@@ -272,6 +274,21 @@ class _StatementCompiler(ExpressionCompiler):
         if scope.startswith("shared") or scope in ("", "local"):
             return run
         raise failure("unsupported", f"The buffer {name} is of scope {scope}, which a kernel cannot allocate")
+
+    def _host_alloc(self, s: Any) -> Runner:
+        """Device memory between the launches of one kernel."""
+        buffer, slot = s.buffer, self.slot(s.buffer)
+        dtype, lanes = dtype_of(str(buffer.ty.dtype))
+        extents = [self.expr(extent) for extent in buffer.ty.shape]
+        name, granule = str(buffer.name), self.granules.get(buffer, dtype.itemsize)
+
+        def run(m: Machine) -> None:
+            size = lanes * dtype.itemsize
+            for extent in extents:
+                size *= int(extent(m))
+            m.values[slot] = Memory(name, _poison(1, size), granule, shared=False, watch=self.races)
+
+        return run
 
     # -- launches ----------------------------------------------------------------------------------------------------
 
@@ -317,6 +334,9 @@ class _StatementCompiler(ExpressionCompiler):
             raise failure("unsupported", f"A block has {threads} threads; a GPU takes 1 to 1024")
         counts = Counts(blocks=blocks, threads=threads)
         self.launches.append(counts)
+        for value in host.values:  # a launch begins when the one before has ended
+            if isinstance(value, Memory):
+                value.forget()
         step = max(1, self.chunk // threads)
         for first in range(0, blocks, step):
             lanes = Lanes(first, min(step, blocks - first), threads)

@@ -44,7 +44,8 @@ class Machine:
         values: variables by number.
         mask: bool[n]; which threads execute; None = all.
         node: the statement being executed, for messages.
-        pending: groups of asynchronous copies that have been issued (see intrinsics.py).
+        pending: asynchronous copies that have been issued, and are in no group yet (see intrinsics.py).
+        groups: groups of them that have not been waited for, oldest first.
     """
 
     lanes: Lanes
@@ -53,6 +54,7 @@ class Machine:
     mask: Array | None = None
     node: Any = None
     pending: list[Any] = field(default_factory=list)
+    groups: list[list[Any]] = field(default_factory=list)
 
     @property
     def active(self) -> Ints:

@@ -85,6 +85,11 @@ class Memory:
         self._views: dict[Any, Array] = {}
         self.shadow = Shadow(data.shape[0], -(-data.shape[1] // granule)) if watch else None
 
+    def forget(self) -> None:
+        """All accesses so far lie behind a point that every thread waits for."""
+        if self.shadow is not None:
+            self.shadow = Shadow(*self.shadow.writer.shape)
+
     def view(self, dtype: Any) -> Array:
         """The memory as elements of a type: [rows, elements]."""
         if dtype not in self._views:

@@ -108,7 +108,7 @@ class SimulatedStep:
     def _call(self, call: Any, values: dict[Any, Any], sizes: dict[Any, int]) -> Any:
         name = call.args[0].name_hint
         args = [
-            np.ascontiguousarray(a) if isinstance(a, np.ndarray) else a
+            np.array(a, order="C", copy=None) if isinstance(a, np.ndarray) else a
             for a in self._value(call.args[1], values, sizes)
         ]
         types = call.ty_args[0]

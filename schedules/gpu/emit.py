@@ -77,18 +77,20 @@ def warp_reduce(register: Any, op: Callable[[Any, Any], Any], first: int = WARP 
 
 
 def block_reduce(
-    register: Any, scratch: Any, thread: Any, threads: int, op: Callable[[Any, Any], Any]
+    register: Any, scratch: Any, thread: Any, threads: int, op: Callable[[Any, Any], Any], again: bool = False
 ) -> None:
     """Combine register[0] over the threads of a block; all get the result.
 
     Args:
         scratch: shared memory of threads / 32 elements; its earlier content is not used.
+        again: scratch was used before, and its readers may still be at it.
     """
     warp_reduce(register, op)
     warps = threads // WARP
     if warps == 1:
         return
-    barrier()  # the last reader of scratch may still be at it
+    if again:
+        barrier()
     with T.If(thread % WARP == 0), T.Then():
         e.store(scratch, thread // WARP, register[0], 1)
     barrier()

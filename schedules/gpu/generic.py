@@ -5,27 +5,49 @@ from __future__ import annotations
 from typing import Any
 
 import tvm
-from tvm import tirx
-from tvm.s_tir import dlight
+from tvm import s_tir, tirx
 
-from llmc.schedules.generic import SCHEDULED
+from llmc.schedules import rules
+
+_THREADS = 256
+_SCHEDULED = "tirx.is_scheduled"
 
 
 def schedule_module(module: Any) -> Any:
-    """Bind the loops of every unscheduled function to blocks and threads; runs under the target.
-
-    What is elementwise is inlined, the axes that are not reduced are shared among threads, reductions run in one thread
-    (TVM's fallback rule for GPUs): right for any shape, and fast enough for what is left beside the kernels of this folder.
-    """
-    names = [
-        gvar
-        for gvar, func in module.functions.items()
-        if isinstance(func, tirx.PrimFunc) and not (func.attrs and func.attrs.get(SCHEDULED))
-    ]
+    """Bind the loops of every unscheduled function to blocks and threads."""
     out = tvm.IRModule(dict(module.functions.items()), attrs=module.attrs)
-    for gvar in names:
-        one = tvm.IRModule({"main": module[gvar].with_attr("global_symbol", "main")})
-        done = dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())(one)["main"]
-        done = done.with_attr("global_symbol", gvar.name_hint).with_attr(SCHEDULED, True)
-        out.update_func(gvar, done)
+    for gvar, func in module.functions.items():
+        if isinstance(func, tirx.PrimFunc) and not (func.attrs and func.attrs.get(_SCHEDULED)):
+            out.update_func(gvar, schedule(func).with_attr(_SCHEDULED, True))
     return out
+
+
+def schedule(func: Any) -> Any:
+    """Elementwise producers inlined; the axes that are not reduced shared among threads, reductions in one thread each.
+
+    before: for i, j: a[i, j] = f(x);  for i, k: s[i] += a[i, k]
+    after:  for block: for thread: for k: s[i] += f(x)
+
+    Right for any shape, and fast enough for what is left beside the kernels of this folder. A result that several blocks
+    need is computed by a launch of its own.
+    """
+    sch = s_tir.Schedule(func)
+    for block in rules._blocks(sch):
+        if not rules._is_reduction(sch, block):
+            rules._try_inline(sch, block)
+    for block in rules._blocks(sch):
+        loops = sch.get_loops(block)
+        if any(rules._extent(sch, loop) == 0 for loop in loops):
+            continue  # nothing to compute
+        loops = [sch.add_unit_loop(block)] if not loops else list(loops)
+        reduced = [loop for loop in loops if rules._reduces(sch, block, loop)]
+        free = [loop for loop in loops if not any(loop.same_as(r) for r in reduced)]
+        if not free:
+            free = [sch.add_unit_loop(loops[0])]
+        if reduced:
+            sch.reorder(*free, *reduced)
+        one = sch.fuse(*free) if len(free) > 1 else free[0]
+        across, thread = sch.split(one, [None, _THREADS])
+        sch.bind(across, "blockIdx.x")
+        sch.bind(thread, "threadIdx.x")
+    return sch.mod["main"]

@@ -8,10 +8,11 @@ from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
+from llmc.schedules.gpu import gemm
 from llmc.schedules.gpu.gemv import Operands, gemv, layout_of
 from llmc.schedules.linear import LinearConfig
 
-_MANY_ROWS = 4  # rows of x that share one pass over the weight
+_SHARED_ROWS = 4  # rows of x that share one pass over the weight, without matrix units
 
 
 def linear(cfg: LinearConfig, caps: Capabilities) -> Any:
@@ -31,8 +32,21 @@ def linear(cfg: LinearConfig, caps: Capabilities) -> Any:
                 with T.Then():
                     gemv(ops, caps, 1, warps)
                 with T.Else():
-                    gemv(ops, caps, _MANY_ROWS, warps)
+                    if gemm.takes(cfg, caps):
+                        _on_matrix_units(ops, caps)
+                    else:
+                        gemv(ops, caps, _SHARED_ROWS, warps)
     return built[0]
+
+
+def _on_matrix_units(ops: Operands, caps: Capabilities) -> None:
+    """By the number of rows: a tile of 16, or larger ones that have more work per byte and leave more blocks idle."""
+    large = gemm.MANY_ROWS if ops.outputs >= 16 * gemm.MANY_ROWS.columns else gemm.SOME_ROWS
+    with T.If(ops.t <= gemm.FEW_ROWS.rows):
+        with T.Then():
+            gemm.gemm(ops, caps, gemm.FEW_ROWS)
+        with T.Else():
+            gemm.gemm(ops, caps, large)
 
 
 def _warps(cfg: LinearConfig, caps: Capabilities) -> int:

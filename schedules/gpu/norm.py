@@ -75,13 +75,13 @@ def _row(
         g.strided(thread, k, threads, join)
         x = total
 
-    def sum_of(term: Any) -> Any:
+    def sum_of(term: Any, again: bool) -> Any:
         e.store(register, 0, e.f32(0.0), 1)
         g.strided(thread, k, threads, lambda j: e.store(register, 0, register[0] + term(j), 1))
-        g.block_reduce(register, scratch, thread, threads, g.add)
+        g.block_reduce(register, scratch, thread, threads, g.add, again)
         return e.let(register[0] * e.f32(1.0 / k))
 
-    mean = sum_of(lambda j: read(x, base + j, cfg.dtype)) if attrs.center else None
+    mean = sum_of(lambda j: read(x, base + j, cfg.dtype), False) if attrs.center else None
 
     def centered(j: Any) -> Any:
         value = read(x, base + j, cfg.dtype)
@@ -91,7 +91,7 @@ def _row(
         value = centered(j)
         return value * value
 
-    variance = sum_of(square)
+    variance = sum_of(square, attrs.center)
     scale = e.let(e.f32(1.0) / T.sqrt(variance + e.f32(attrs.eps)))
 
     def write(j: Any) -> None:

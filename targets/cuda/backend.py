@@ -89,7 +89,7 @@ def capabilities(preset: str) -> Capabilities:
         simt=True,
         shared_bytes=min(a.shared for a in archs),
         multiprocessors=min(a.multiprocessors for a in archs),
-        has_mma_f16=True,
+        has_mma_f16=least >= 80,
         has_mma_bf16=least >= 80,
         has_async_copy=least >= 80,
     )

@@ -1,0 +1,155 @@
+"""The cuda target with no GPU: presets, assembly of real kernels, artifacts, and sentences for what is missing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tvm
+
+import llmc
+from llmc import cuda_driver
+from llmc.artifact import MANIFEST, KernelEntry, Manifest
+from llmc.cuda_driver import CudaDevice, CudaDriver
+from llmc.errors import LlmcError
+from llmc.ops import NormAttrs
+from llmc.pipeline import compile_model
+from llmc.runtime.cuda import choose_image
+from llmc.schedules.gpu.linear import linear
+from llmc.schedules.gpu.norm import norm
+from llmc.schedules.linear import LinearConfig
+from llmc.schedules.norm import NormConfig
+from llmc.targets.backend import get
+from llmc.targets.cuda import compiler, resources
+from llmc.targets.cuda.backend import BACKEND, capabilities, tvm_target
+from tools.tiny_configs import tiny_model
+
+H100 = CudaDevice(0, "NVIDIA H100", 90, 132, 80 << 30)
+
+
+def has_compiler() -> bool:
+    try:
+        compiler.which()
+    except LlmcError:
+        return False
+    return True
+
+
+needs_compiler = pytest.mark.skipif(
+    not has_compiler(), reason="needs NVRTC (pip install 'llmc-compiler[cuda]') or nvcc to assemble kernels"
+)
+
+
+def assembled(preset: str, **funcs: Any) -> tuple[KernelEntry, ...]:
+    """Build kernels for an architecture and return what the assembler says of each."""
+    from llmc.targets import simt
+
+    caps = capabilities(preset)
+    named = {name: f.with_attr("global_symbol", name) for name, f in funcs.items()}
+    library = tvm.tirx.build(tvm.IRModule(named), tvm_target(caps), pipeline=simt.register())
+    kernels = resources.parse(compiler.assemble(str(library.imports[0].inspect_source()), preset).log)
+    assert kernels and {k.arch for k in kernels} == {preset}
+    return kernels
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "preset", [p if p == "sm_90" else pytest.param(p, marks=pytest.mark.slow) for p in BACKEND.presets]
+)
+def test_kernels_assemble_without_spills(preset: str) -> None:
+    caps = capabilities(preset)
+    kernels = assembled(
+        preset,
+        norm=norm(NormConfig((1, -1, 4096), "bfloat16", "bfloat16", NormAttrs(1e-5, has_weight=True)), caps),
+        linear=linear(LinearConfig(4096, 4096, "bfloat16", "bfloat16", "bfloat16", lead=1), caps),
+    )
+    assert not [k for k in kernels if k.spill_bytes or k.stack_bytes]
+    resources.check(kernels, {k.name: 256 for k in kernels})
+
+
+def test_presets() -> None:
+    _, caps = get("cuda/sm_75,sm_90")
+    assert caps.simt and not caps.has_mma_bf16 and caps.preset == "cuda/sm_75,sm_90"
+    assert get("cuda/sm_90")[1].has_mma_bf16
+    with pytest.raises(LlmcError, match=r"presets sm_75, .*found 'sm_90,sm_42'"):
+        get("cuda/sm_90,sm_42")
+
+
+def test_cuda_means_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_driver, "query", lambda: CudaDriver(13000, (H100,)))
+    assert get("cuda")[1].preset == "cuda/sm_90"
+    monkeypatch.setattr(cuda_driver, "query", lambda: CudaDriver(0, (), "there is no NVIDIA driver"))
+    with pytest.raises(
+        LlmcError, match=r"there is no NVIDIA driver.*--target cuda/sm_90.*\[no-cuda-device\]"
+    ):
+        get("cuda")
+
+
+def test_no_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_nvrtc_library", lambda: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(LlmcError, match=r"needs NVRTC or nvcc.*llmc-compiler\[cuda\].*\[no-cuda-compiler\]"):
+        compiler.which()
+
+
+def test_a_kernel_over_its_limits_fails() -> None:
+    def entry(**changes: int) -> KernelEntry:
+        sizes = {"registers": 32, "shared_bytes": 0, "stack_bytes": 0, "spill_stores": 0, "spill_loads": 0}
+        return KernelEntry("k", "sm_90", **{**sizes, **changes})
+
+    resources.check([entry()], {"k": 1024})
+    for changes, words in (
+        ({"registers": 128}, "128 registers in 1024 threads"),
+        ({"shared_bytes": 50000}, "50000 bytes of shared memory"),
+        ({"spill_loads": 2000}, "2000 bytes of spilled registers"),
+    ):
+        with pytest.raises(LlmcError, match=words):
+            resources.check([entry(**changes)], {"k": 1024})
+
+
+def test_a_source_that_the_compiler_refuses() -> None:
+    if not has_compiler():
+        pytest.skip("needs NVRTC or nvcc")
+    with pytest.raises(LlmcError, match=r"refuses the generated source for sm_90: .*error"):
+        compiler.assemble('extern "C" __global__ void f() { undefined(); }', "sm_90")
+
+
+@needs_compiler
+@pytest.mark.e2e
+def test_a_tiny_model_becomes_an_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled with no GPU: machine code per architecture, a clear word on the check, and a refusal to load."""
+    monkeypatch.setattr(cuda_driver, "query", lambda: CudaDriver(0, (), "there is no NVIDIA driver"))
+    out = tmp_path / "artifact"
+    compile_model(tiny_model("llama"), out, target="cuda/sm_80,sm_90", dtype="bf16", max_seq_len=64)
+    manifest = Manifest.from_text((out / MANIFEST).read_text(), "")
+    assert manifest.device is not None
+    assert [i.arch for i in manifest.device.images] == ["sm_80", "sm_90"]
+    assert {k.arch for k in manifest.device.kernels} == {"sm_80", "sm_90"}
+    assert any("attention_decode" in k.name for k in manifest.device.kernels)
+    assert all(
+        (out / i.file).stat().st_size > 1000 and i.file in manifest.files for i in manifest.device.images
+    )
+    assert manifest.quality.mode == "off" and "NOT CHECKED" in manifest.quality.note
+    with pytest.raises(
+        LlmcError, match=r"is for cuda/sm_80,sm_90, and there is no NVIDIA driver.*\[no-cuda-device\]"
+    ):
+        llmc.load(out)
+    found = [
+        (CudaDriver(12080, (H100,)), "cuda-driver-too-old", "implements CUDA 12.8"),
+        (CudaDriver(13000, (CudaDevice(0, "T4", 75, 40, 1),)), "wrong-gpu", "this machine's T4 is sm_75"),
+    ]
+    for driver, ref, words in found:
+        with pytest.raises(LlmcError, match=words) as caught:
+            choose_image(manifest, driver)
+        assert caught.value.ref == ref
+    for arch, expected in ((90, "sm_90"), (86, "sm_80")):
+        image = choose_image(manifest, CudaDriver(13000, (CudaDevice(0, "x", arch, 1, 1),)))
+        assert image is not None and image.arch == expected
+
+
+def test_quantized_weights_are_refused_for_now(tmp_path: Path) -> None:
+    with pytest.raises(LlmcError, match=r"no kernel for quantized weights .* on cuda/sm_90 yet"):
+        compile_model(tiny_model("llama"), tmp_path / "a", target="cuda/sm_90", quant="q8", verify="off")
+    assert not (tmp_path / "a").exists()
