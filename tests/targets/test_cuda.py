@@ -11,7 +11,7 @@ import tvm
 
 import llmc
 from llmc import cuda_driver
-from llmc.artifact import MANIFEST, KernelEntry, Manifest
+from llmc.artifact import MANIFEST, DeviceKernel, Manifest
 from llmc.cuda_driver import CudaDevice, CudaDriver
 from llmc.errors import LlmcError
 from llmc.ops import NormAttrs
@@ -42,7 +42,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def assembled(preset: str, **funcs: Any) -> tuple[KernelEntry, ...]:
+def assembled(preset: str, **funcs: Any) -> tuple[DeviceKernel, ...]:
     """Build kernels for an architecture and return what the assembler says of each."""
     from llmc.targets import simt
 
@@ -95,9 +95,9 @@ def test_no_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_kernel_over_its_limits_fails() -> None:
-    def entry(**changes: int) -> KernelEntry:
+    def entry(**changes: int) -> DeviceKernel:
         sizes = {"registers": 32, "shared_bytes": 0, "stack_bytes": 0, "spill_stores": 0, "spill_loads": 0}
-        return KernelEntry("k", "sm_90", **{**sizes, **changes})
+        return DeviceKernel("k", "sm_90", **{**sizes, **changes})
 
     resources.check([entry()], {"k": 1024})
     for changes, words in (
