@@ -16,7 +16,7 @@ from llmc.passes.rewrite import Builder, Graph, Kernels
 from llmc.passes.step_module import LoweredGraph, StepModule
 from llmc.schedules.attention import AttentionConfig
 from llmc.schedules.gather import GatherConfig
-from llmc.schedules.kernels import builders
+from llmc.schedules.kernels import builders, with_defaults
 from llmc.schedules.rope import HeadSource, RopeConfig
 
 
@@ -161,6 +161,7 @@ class MakeStepFunction:
             has_sinks=attrs.has_sinks,
             has_alibi=attrs.has_alibi,
         )
+        config = with_defaults(config, self.caps)
         layer = relax.prim_value(tirx.IntImm("int64", index))
         heads = [ir.match_opaque(self._graph.definition(v), HEADS) for v in (q, k, v)]
         owns = attrs.layer not in dict(self.plan.shared) and attrs.layer not in appended
