@@ -18,7 +18,7 @@ from llmc.passes.step_module import LoweredGraph, StepModule
 from llmc.schedules.attention import AttentionConfig
 from llmc.schedules.costs import append_cost, attention_cost
 from llmc.schedules.gather import GatherConfig
-from llmc.schedules.kernels import builders
+from llmc.schedules.kernels import builders, with_defaults
 from llmc.schedules.rope import HeadSource, RopeConfig
 from llmc.schedules.tuned_choice import Tuned
 
@@ -165,6 +165,7 @@ class MakeStepFunction:
             has_sinks=attrs.has_sinks,
             has_alibi=attrs.has_alibi,
         )
+        config = with_defaults(config, self.caps)
         for kernel in ("attention_prefill", "attention_decode"):
             config = self.tuned.apply(config, kernel)
         layer = relax.prim_value(tirx.IntImm("int64", index))

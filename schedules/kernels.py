@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmc.caps import Capabilities
@@ -21,6 +21,8 @@ from llmc.schedules import (
     qlinear,
     rope,
 )
+from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule
+from llmc.schedules.choice import ByRows
 from llmc.schedules.gpu import attention as gpu_attention
 from llmc.schedules.gpu import gather as gpu_gather
 from llmc.schedules.gpu import linear as gpu_linear
@@ -94,6 +96,16 @@ _THREADS = Builders(
     attention_prefill=gpu_attention.attention_prefill,
     attention_decode=gpu_attention.attention_decode,
 )
+
+
+def with_defaults(config: AttentionConfig, caps: Capabilities) -> AttentionConfig:
+    """An attention configuration whose decode fills the machine: a few blocks per multiprocessor for one sequence."""
+    if not caps.simt:
+        return config
+    splits = 8
+    while splits < 64 and splits * config.kv_heads < 2 * caps.multiprocessors:
+        splits *= 2
+    return replace(config, decode=ByRows((DecodeSchedule(splits=splits),)))
 
 
 def builders(caps: Capabilities) -> Builders:

@@ -92,6 +92,7 @@ ALLOWED: dict[str, set[str]] = {
         "packing",
         "pipeline",
         "reference",
+        "runtime",
     },
     "reproducer": set(BASE),
     # kernels that measure the machine, run as the runtime runs kernels
@@ -139,6 +140,7 @@ ALLOWED: dict[str, set[str]] = {
         "evaluate",
         "evaluate_text",
         "bench",
+        "simulate",
         "limits",
         "roofline",
         "gate",

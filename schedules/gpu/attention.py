@@ -176,6 +176,6 @@ def _merge(
             base = e.let(row(s))
             e.store(value, 0, value[0] + T.exp(part[base + width - 16] - top[0]) * part[base + d], 1)
         at = (sequence * cfg.heads + head) * cfg.value_dim + d
-        e.store(args.out, at, e.narrow(e.let(value[0] * factor), cfg.dtype, 1, caps), 1)
+        e.store(args.out, at, g.narrow(e.let(value[0] * factor), cfg.dtype, caps), 1)
 
     g.strided(thread, cfg.value_dim, THREADS, dim)

@@ -89,7 +89,7 @@ class Tile:
 
             def keep(number: Any, d: Any, value: Any) -> None:
                 if cfg.dtype != "float32":  # as if the query had been stored in between
-                    value = e.widen(e.let(e.narrow(e.let(value), cfg.dtype, 1, self.caps)), cfg.dtype, 1)
+                    value = e.widen(e.let(g.narrow(e.let(value), cfg.dtype, self.caps)), cfg.dtype, 1)
                 e.store(self.query, number * cfg.key_dim + d, value, 1)
 
             rotate(args.rope, 0, first_token, (self.first_head, self.share), self.thread, keep, THREADS)
@@ -234,7 +234,7 @@ class Tile:
                 for c, register in enumerate(registers):
                     d = e.let(dim + c * self.dims)
                     with g.when(d < cfg.value_dim):
-                        value = e.narrow(e.let(register[0] * factor), cfg.dtype, 1, self.caps)
+                        value = g.narrow(e.let(register[0] * factor), cfg.dtype, self.caps)
                         e.store(self.args.out, base + d, value, 1)
 
     def store_partial(self, part: Any, row_base: Any, width: int) -> None:

@@ -15,6 +15,7 @@ from tvm.backend.cuda.op import cuda_func_call
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 
 WARP = 32
@@ -119,6 +120,27 @@ def when(condition: Any) -> Any:
             yield
 
     return scope()
+
+
+_TO_BF16 = """
+__device__ __forceinline__ unsigned short llmc_to_bf16(float x) {
+  unsigned short bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+"""
+
+
+def narrow(value: Any, dtype: str, caps: Capabilities) -> Any:
+    """float32 to `dtype` (bf16 as uint16 bits), rounded to nearest even; NaN stays NaN."""
+    if dtype == "bfloat16" and caps.has_mma_bf16:  # such machines have the conversion too
+        return device_call("llmc_to_bf16", _TO_BF16, value, result="uint16")
+    return e.narrow(value, dtype, 1, caps)
+
+
+def loop(count: Any) -> Any:
+    """A serial loop over int32."""
+    return T.serial(i32(count))
 
 
 def address(buffer: Any, index: Any) -> Any:

@@ -109,9 +109,9 @@ class _Block:
                     e.store(registers, i, e.f32(0.0), 1)
         steps = -(-self.ops.shape[1] // _CHUNKS)
         for stage in range(tile.stages - 1):
-            self._copy(e.i64(stage), stage)
+            self._copy(g.i32(stage), stage)
             unit.commit()
-        with e.loop(steps) as step:
+        with g.loop(steps) as step:
             unit.wait(tile.stages - 2)
             # the stage has arrived for everybody, and everybody is done with the one that is overwritten next
             g.barrier()
@@ -133,7 +133,7 @@ class _Block:
             row, chunk = e.let(i // _CHUNKS), e.let(i % _CHUNKS)
             column = e.let(step * _CHUNKS + chunk)
             valid = T.And(column < k // _CHUNK, self.first_row + row < ops.t)
-            token, piece = T.min(self.first_row + row, ops.t - 1), T.min(column, e.i64(k // _CHUNK - 1))
+            token, piece = T.min(self.first_row + row, ops.t - 1), T.min(column, k // _CHUNK - 1)
             to = self._x_at(slot, row, chunk)
             unit.copy16(self.x, to, ops.x, e.let(token * k + piece * _CHUNK), valid)
 
@@ -141,7 +141,7 @@ class _Block:
             block, chunk, row = e.let(i // (_CHUNKS * ROWS)), e.let(i // ROWS % _CHUNKS), e.let(i % ROWS)
             column, number = e.let(step * _CHUNKS + chunk), e.let(self.first_block + block)
             valid = T.And(column < chunks, number < blocks)
-            where = T.min(number, e.i64(blocks - 1)) * chunks + T.min(column, e.i64(chunks - 1))
+            where = T.min(number, e.i64(blocks - 1)) * chunks + T.min(column, chunks - 1)
             to = e.let(slot * (tile.columns * _DEPTH) + i * _CHUNK)
             unit.copy16(self.w, to, ops.w, e.let((where * ROWS + row) * _CHUNK), valid)
 
@@ -152,7 +152,7 @@ class _Block:
         """body(i) for i < count, by all threads, unrolled."""
         threads = self.tile.threads
         for turn in range(-(-count // threads)):
-            i = e.let(e.i64(self.thread) + turn * threads)
+            i = e.let(self.thread + turn * threads)
             if (turn + 1) * threads <= count:
                 body(i)
             else:
@@ -161,8 +161,8 @@ class _Block:
 
     def _x_at(self, slot: Any, row: Any, chunk: Any) -> Any:
         """Element of a stage at which 16 bytes of a row of x lie: two rows fill the banks once."""
-        permuted = T.bitwise_xor(e.i64(chunk), e.i64(row) // 2 % _CHUNKS)
-        return e.let(e.i64(slot) * (self.tile.rows * _DEPTH) + e.i64(row) * _DEPTH + permuted * _CHUNK)
+        permuted = T.bitwise_xor(chunk, row // 2 % _CHUNKS)
+        return e.let(slot * (self.tile.rows * _DEPTH) + row * _DEPTH + permuted * _CHUNK)
 
     # -- shared to registers -----------------------------------------------------------------------------------------
 
@@ -180,7 +180,7 @@ class _Block:
                 # matrices: columns 0..7 and 8..15 of this half for one block of the weight, then for the next
                 block = e.let(self.warp_block + 2 * j + self.lane // 16)
                 chunk = e.let(self.lane // 8 % 2 + 2 * half)
-                piece = e.let((e.i64(block) * _CHUNKS + chunk) * ROWS + self.lane % 8)
+                piece = e.let((block * _CHUNKS + chunk) * ROWS + self.lane % 8)
                 at = e.let(slot * (self.tile.columns * _DEPTH) + piece * _CHUNK)
                 unit.load_x4(registers, self.w, at)
             for i, row in enumerate(self.acc):

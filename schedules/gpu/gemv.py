@@ -19,6 +19,7 @@ from llmc.schedules.layout import BlockedLayout
 
 ROWS = 8  # weight rows of a block
 _BYTES = 16
+_IN_FLIGHT = 4  # loads that a thread has under way
 
 
 def words_of(dtype: str) -> int:
@@ -60,7 +61,7 @@ class Operands:
         cfg = self.cfg
         with g.when(T.And(column < cfg.n, row < self.t)):
             value = finish(cfg, sums, column, row, self.bias, self.residual)
-            e.store(self.y, row * cfg.n + column, e.narrow(value, cfg.out_dtype, 1, caps), 1)
+            e.store(self.y, row * cfg.n + column, g.narrow(value, cfg.out_dtype, caps), 1)
 
 
 def element(vector: Any, i: int, dtype: str) -> Any:
@@ -88,8 +89,10 @@ def gemv(ops: Operands, caps: Capabilities, rows: int, warps: int) -> None:
         # rows past the last one are computed from a copy of it
         bases = [e.let(T.min(first + r, ops.t - 1) * cfg.k) for r in range(rows)]
 
-        def chunk(j: Any) -> None:
-            weight = e.let(e.load(ops.w, ((block * steps + j) * nb + thread % ROWS) * kp, kp))
+        def weight_at(j: Any) -> Any:
+            return e.let(e.load(ops.w, ((block * steps + j) * nb + thread % ROWS) * kp, kp))
+
+        def multiply(j: Any, weight: Any) -> None:
             parts = [element(weight, i, cfg.weight_dtype) for i in range(kp)]
             for r in range(rows):
                 if whole:
@@ -100,8 +103,17 @@ def gemv(ops: Operands, caps: Capabilities, rows: int, warps: int) -> None:
                 for value, part in zip(values, parts, strict=True):
                     e.store(acc[r], 0, acc[r][0] + value * part, 1)
 
-        per_warp = g.WARP // ROWS
-        g.strided(thread // ROWS, steps, per_warp * warps, chunk)
+        # all loads of a turn are under way before the first is used
+        stride = g.WARP // ROWS * warps
+        turns = steps // (stride * _IN_FLIGHT)
+        with e.loop(turns) as turn:
+            at = [e.let((turn * _IN_FLIGHT + u) * stride + thread // ROWS) for u in range(_IN_FLIGHT)]
+            weights = [weight_at(j) for j in at]
+            for j, weight in zip(at, weights, strict=True):
+                multiply(j, weight)
+        rest = turns * _IN_FLIGHT * stride
+        if rest < steps:
+            g.strided(e.i64(thread // ROWS) + rest, steps, stride, lambda j: multiply(j, weight_at(j)))
         for r in range(rows):
             g.warp_reduce(acc[r], g.add, first=16, last=ROWS)
         with g.when(thread % g.WARP < ROWS):

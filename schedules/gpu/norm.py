@@ -69,7 +69,7 @@ def _row(
 
         def join(j: Any) -> None:
             value = read(x, base + j, cfg.dtype) + read(addend, base + j, cfg.dtype)
-            e.store(total, base + j, e.narrow(e.let(value), cfg.dtype, 1, caps), 1)
+            e.store(total, base + j, g.narrow(e.let(value), cfg.dtype, caps), 1)
 
         # every thread reads back only what it has written itself
         g.strided(thread, k, threads, join)
@@ -97,12 +97,12 @@ def _row(
     def write(j: Any) -> None:
         value = centered(j) * scale
         if attrs.rounds_first and cfg.dtype != "float32":
-            value = e.widen(e.let(e.narrow(e.let(value), cfg.dtype, 1, caps)), cfg.dtype, 1)
+            value = e.widen(e.let(g.narrow(e.let(value), cfg.dtype, caps)), cfg.dtype, 1)
         if weight is not None:
             factor = read(weight, j, cfg.weight_dtype)
             value = value * (factor + e.f32(1.0) if attrs.plus_one else factor)
         if bias is not None:
             value = value + read(bias, j, cfg.weight_dtype)
-        e.store(y, base + j, e.narrow(e.let(value), cfg.dtype, 1, caps), 1)
+        e.store(y, base + j, g.narrow(e.let(value), cfg.dtype, caps), 1)
 
     g.strided(thread, k, threads, write)

@@ -84,8 +84,8 @@ class Pages:
     def _rounded(self, value: Any) -> Any:
         cfg = self.cfg
         if cfg.dtype != "float32" and cfg.dtype != cfg.kv_dtype:
-            value = e.widen(e.let(e.narrow(e.let(value), cfg.dtype, 1, self.caps)), cfg.dtype, 1)
-        return e.narrow(e.let(value), cfg.kv_dtype, 1, self.caps)
+            value = e.widen(e.let(g.narrow(e.let(value), cfg.dtype, self.caps)), cfg.dtype, 1)
+        return g.narrow(e.let(value), cfg.kv_dtype, self.caps)
 
 
 def append(ops: RopeOperands, pages: Pages, token: Any, thread: Any) -> None:
@@ -123,7 +123,7 @@ def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
 
                 def store(head: Any, d: Any, value: Any) -> None:
                     at = (token * a.heads + head) * dk + d
-                    e.store(out, at, e.narrow(e.let(value), a.dtype, 1, caps), 1)
+                    e.store(out, at, g.narrow(e.let(value), a.dtype, caps), 1)
 
                 rotate(ops, 0, token, (e.i64(0), a.heads), thread, store)
     return built[0]

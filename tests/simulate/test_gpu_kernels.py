@@ -191,7 +191,7 @@ def rope_config(dtype: str) -> RopeConfig:
     plain = (Run(0, 1, 16, 0, 1),)
     heads = [(4, 0, tuple(half)), (2, 64, tuple(half)), (2, 96, plain)]
     q, k, v = (
-        HeadSource((1, -1, row), HeadsAttrs(count, 16, offset, row, 16, False, runs))
+        HeadSource((1, -1, row), dtype, HeadsAttrs(count, 16, offset, row, 16, False, runs))
         for count, offset, runs in heads
     )
     return RopeConfig(attention, q, k, v, ((1, -1, 8), (1, -1, 8)), "float32")
