@@ -13,7 +13,7 @@ states: it must give the rotated output, or the model is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -28,13 +28,12 @@ from llmc.quant.recorder import InputTap, Recorder, Usage
 from llmc.quant.rotated import Change, RotatedWeights
 from llmc.quant.runner import HeldLayer, LayerRunner
 from llmc.quant.schemes import SCHEMES
+from llmc.quant.stream import Norm, blocks_of, find_norms, head_changes, in_axis, inputs_of, out_axis
 
 # of the largest hidden state or logit: float32 through a layer, and through the whole model
 _LAYER_TOLERANCE, _MODEL_TOLERANCE = 1e-4, 1e-3
 # of a head's values; heads that were mixed differ by more, even where attention is nearly uniform
 _HEAD_TOLERANCE = 2e-5
-# smaller blocks of values gain nothing
-_SMALLEST_HEAD = 8
 
 
 def rotated(
@@ -54,21 +53,7 @@ def rotated(
     weights = RotatedWeights(source.weights, found.changes)
     result = replace(source, weights=weights)
     _check_whole(source, result, sequences)
-    return result, found.stream, tuple(found.notes)
-
-
-@dataclass(frozen=True)
-class _Norm:
-    """A norm and the matrices that it feeds."""
-
-    weight: str
-    bias: str | None
-    one_plus: bool
-    consumers: tuple[str, ...]
-
-    def factor(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What it multiplies with, float64 [d]."""
-        return parameters[self.weight].double() + (1.0 if self.one_plus else 0.0)
+    return result, found.stream, found.notes
 
 
 @dataclass
@@ -77,7 +62,14 @@ class _Finder:
     runner: LayerRunner
     seed: int
     changes: dict[str, Change] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    without_heads: int = 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was not rotated, and why."""
+        n = self.without_heads
+        why = f"{n} of {len(self.runner.layers)} layers: no matrix makes values of heads alone; they are not rotated"
+        return (why,) if n else ()
 
     def run(self) -> _Finder:
         self.runner.start()
@@ -153,10 +145,10 @@ class _Finder:
             return recorder.finish()
 
         before = self.runner.probe_end(leaving, tensors)
-        changes = _norm_changes(self, _norms(tensors, vectors, run), tensors, usages)
-        readers = {n for n, u in usages.items() if _inputs(tensors[n], u) == width}
+        changes = _norm_changes(self, find_norms(tensors, vectors, run), tensors, usages)
+        readers = {n for n, u in usages.items() if inputs_of(tensors[n], u) == width}
         for name in readers - set(changes):  # no norm before it
-            changes[name] = Change(inputs=self.stream, in_axis=_in_axis(usages[name]))
+            changes[name] = Change(inputs=self.stream, in_axis=in_axis(usages[name]))
         for name, change in changes.items():
             tensors[name] = change.apply(tensors[name])
         if not _same(self.runner.probe_end(self.stream.apply(leaving), tensors), before, _LAYER_TOLERANCE):
@@ -177,11 +169,11 @@ class _Layer:
         width = finder.stream.width
         usages = self._usages()
         vectors = [n for n, p in parameters.items() if p.shape == (width,)]
-        norms = _norms(parameters, vectors, self._usages)
+        norms = find_norms(parameters, vectors, self._usages)
         changes = _norm_changes(finder, norms, parameters, usages)
         for name in self._writers(usages, changes):
             if name in usages:
-                changes[name] = Change(outputs=finder.stream, out_axis=_out_axis(usages[name]))
+                changes[name] = Change(outputs=finder.stream, out_axis=out_axis(usages[name]))
             else:
                 changes[name] = Change(inputs=finder.stream)
         hidden = finder.runner.probe_hidden()
@@ -218,7 +210,7 @@ class _Layer:
         parameters = self.layer.parameters
         candidates = []
         for name, tensor in parameters.items():
-            axis = _out_axis(usages[name]) if name in usages else -1
+            axis = out_axis(usages[name]) if name in usages else -1
             if name not in known and tensor.is_floating_point() and tensor.shape[axis] == width:
                 candidates.append((name, axis))
         found = []
@@ -236,7 +228,7 @@ class _Layer:
                     found.append(name)
         return found
 
-    def _why(self, changes: Mapping[str, Change], norms: list[_Norm]) -> str:
+    def _why(self, changes: Mapping[str, Change], norms: list[Norm]) -> str:
         """What stands against it, as far as that can be told."""
         path, width = self.layer.path, self.finder.stream.width
 
@@ -265,7 +257,7 @@ class _Layer:
             rotation = None if fold.producer.is_norm else self._head_rotation(fold, usages)
             if rotation is None:
                 continue
-            for name, change in _head_changes(fold, rotation, usages).items():
+            for name, change in head_changes(fold, rotation, usages).items():
                 before = changes.get(name, Change())
                 if change.outputs is None:
                     changes[name] = replace(before, inputs=rotation, in_axis=change.in_axis)
@@ -273,18 +265,16 @@ class _Layer:
                     changes[name] = replace(before, outputs=rotation, out_axis=change.out_axis)
             done = True
         if not done:
-            self.finder.notes.append(
-                f"{self.layer.path}: values of heads not rotated, because none were found"
-            )
+            self.finder.without_heads += 1
         return changes
 
     def _head_rotation(self, fold: Fold, usages: Mapping[str, Usage]) -> Rotation | None:
         """A rotation of the largest blocks of the producer's channels that arrives at the consumers as it is."""
         reader = fold.consumers[0]
         before = self._inputs(reader)
-        for block in _blocks(fold):
+        for block in blocks_of(fold):
             rotation = random_rotation(block, self.finder.seed + 1)
-            changes = _head_changes(fold, rotation, usages)
+            changes = head_changes(fold, rotation, usages)
             producers = {n: c for n, c in changes.items() if n in fold.producer.names()}
             with self._kept(producers):
                 for name, change in producers.items():
@@ -301,44 +291,9 @@ class _Layer:
         return tap.inputs[name]
 
 
-def _norms(
-    parameters: Mapping[str, torch.Tensor], vectors: list[str], run: Callable[[], dict[str, Usage]]
-) -> list[_Norm]:
-    """Norms whose output goes into matrices: with one channel left open, only that channel comes through."""
-    found = []
-    for name in vectors:
-        if not name.endswith("weight"):
-            continue
-        bias = name.removesuffix("weight") + "bias"
-        names = [name, bias] if bias in vectors else [name]
-        saved = {n: parameters[n].clone() for n in names}
-        channel = len(parameters[name]) // 3
-        for one_plus in (False, True):
-            if bias in vectors:
-                parameters[bias].zero_()
-            parameters[name].fill_(-1.0 if one_plus else 0.0)
-            parameters[name][channel] = 0.0 if one_plus else 1.0
-            consumers = tuple(n for n, u in run().items() if _only(u, channel))
-            for n, tensor in saved.items():
-                parameters[n].copy_(tensor)
-            if consumers:
-                found.append(_Norm(name, bias if bias in vectors else None, one_plus, consumers))
-                break
-    return found
-
-
-def _only(usage: Usage, channel: int) -> bool:
-    """Whether the inputs were zero but for one channel."""
-    peaks = [m.peak for m in usage.moments if m is not None]
-    if not peaks:
-        return False
-    peak = torch.stack(peaks).amax(dim=0)
-    return len(peak) > channel and float(peak[channel]) > 0 and int((peak > 0).sum()) == 1
-
-
 def _norm_changes(
     finder: _Finder,
-    norms: list[_Norm],
+    norms: list[Norm],
     parameters: Mapping[str, torch.Tensor],
     usages: Mapping[str, Usage],
 ) -> dict[str, Change]:
@@ -354,42 +309,8 @@ def _norm_changes(
         for name in norm.consumers:
             if name in changes:
                 raise finder.refusal(f"{name} is fed by two norms")
-            changes[name] = Change(scale=factor, inputs=finder.stream, in_axis=_in_axis(usages[name]))
+            changes[name] = Change(scale=factor, inputs=finder.stream, in_axis=in_axis(usages[name]))
     return changes
-
-
-def _head_changes(fold: Fold, rotation: Rotation, usages: Mapping[str, Usage]) -> dict[str, Change]:
-    changes = {
-        fold.producer.weight: Change(outputs=rotation, out_axis=_out_axis(usages[fold.producer.weight]))
-    }
-    if fold.producer.bias is not None:
-        changes[fold.producer.bias] = Change(outputs=rotation, out_axis=-1)
-    for name in fold.consumers:
-        changes[name] = Change(inputs=rotation, in_axis=_in_axis(usages[name]))
-    return changes
-
-
-def _blocks(fold: Fold) -> Iterator[int]:
-    """Sizes of blocks of channels that stay together on their way to the consumers, largest first."""
-    for block in range(fold.width, _SMALLEST_HEAD - 1, -1):
-        if fold.width % block or len(fold.channel) % block:
-            continue
-        grouped = fold.channel.reshape(-1, block)
-        first = grouped[:, :1]
-        if bool((first % block == 0).all()) and bool((grouped == first + torch.arange(block)).all()):
-            yield block
-
-
-def _in_axis(usage: Usage) -> int:
-    return -2 if usage.transposed else -1
-
-
-def _out_axis(usage: Usage) -> int:
-    return -1 if usage.transposed else -2
-
-
-def _inputs(tensor: torch.Tensor, usage: Usage) -> int:
-    return tensor.shape[_in_axis(usage)]
 
 
 def _same(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:

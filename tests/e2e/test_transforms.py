@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from llmc.artifact import Manifest
 from llmc.errors import LlmcError
 from llmc.frontend.checkpoint import open_model
+from llmc.frontend.graph import SourceModel
 from llmc.frontend.untie import untied
 from llmc.passes.step_module import PackedParam
 from llmc.pipeline import compile_model
@@ -31,8 +33,33 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def check_two_of_four(source: SourceModel, manifest: Manifest, folder: Path) -> None:
+    """Exactly two of every four weights that the artifact in `folder` holds are zero."""
+    assert source.weights is not None
+    params = []
+    for p in manifest.params:
+        layout, _, gated = p.layout.partition(", ")
+        first, *more = p.sources
+        params.append(
+            PackedParam(p.name, first, p.dtype, p.shape, layout, more=tuple(more), gated=bool(gated))
+        )
+    weights = ArtifactWeights(source.weights, params, manifest.params, folder)
+    for layer in range(2):
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+            values = weights.load(f"model.layers.{layer}.{name}.weight").numpy()
+            assert ((values.reshape(-1, 4) == 0).sum(axis=1) == 2).all(), name
+
+
+def test_pruned_without_text(tied: Path, tmp_path: Path) -> None:
+    """Two of four weights are zero in the artifact itself."""
+    manifest = compile_model(tied, tmp_path / "a", quant="q8", prune="magnitude:2:4").manifest
+    assert manifest is not None and manifest.spec["prune"] == "magnitude:2:4"
+    check_two_of_four(open_model(str(tied), dtype=None), manifest, tmp_path / "a")
+
+
+@pytest.mark.slow(reason="calibrates, prunes and evaluates a model, and compiles its graph twice")
 def test_rotated_pruned_and_quantized(tied: Path, tmp_path: Path) -> None:
-    """Two of four weights are zero in the artifact itself; the tied table became two; layers are compared unrotated."""
+    """Zeros survive; the tied table became two; the layers' errors are of hidden states that are rotated back."""
     manifest = compile_model(
         tied,
         tmp_path / "a",
@@ -49,20 +76,7 @@ def test_rotated_pruned_and_quantized(tied: Path, tmp_path: Path) -> None:
     assert manifest.quality.text is not None
     # pruned as it is, the model still is the source's: rotated hidden states would have an error above 1
     assert all(0 < layer.error < 0.7 for layer in manifest.quality.text.layers)
-    source = untied(open_model(str(tied), dtype=None))
-    assert source.weights is not None
-    params = []
-    for p in manifest.params:
-        layout, _, gated = p.layout.partition(", ")
-        first, *more = p.sources
-        params.append(
-            PackedParam(p.name, first, p.dtype, p.shape, layout, more=tuple(more), gated=bool(gated))
-        )
-    weights = ArtifactWeights(source.weights, params, manifest.params, tmp_path / "a")
-    for layer in range(2):
-        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
-            values = weights.load(f"model.layers.{layer}.{name}.weight").numpy()
-            assert ((values.reshape(-1, 4) == 0).sum(axis=1) == 2).all(), name
+    check_two_of_four(untied(open_model(str(tied), dtype=None)), manifest, tmp_path / "a")
 
 
 def test_low_rank(tied: Path, tmp_path: Path) -> None:
