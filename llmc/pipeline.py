@@ -194,7 +194,23 @@ def _capture(model: Any, spec: CompileSpec, *, taps: bool = False) -> tuple[Sour
     from llmc.frontend.capture import capture
 
     source = _open(model, spec)
+    _check_tokens(spec, source)
     return source, capture(source, taps=taps, max_seq_len=spec.max_seq_len)
+
+
+def _check_tokens(spec: CompileSpec, source: SourceModel) -> None:
+    """Refuse texts that have too few tokens before the long work."""
+    if spec.quant_method != RTN:
+        from llmc.quant.methods import Calibration
+
+        assert spec.calib_text is not None
+        Calibration(spec.quant_method, Path(spec.calib_text)).pieces(source)
+    if spec.eval_text:
+        from llmc.evaluate_text import FolderTokenizer, cut_text
+
+        limit = _limits(spec, source).max_seq_len
+        tokenizer = FolderTokenizer(source.folder, source.name)
+        cut_text(tokenizer, Path(spec.eval_text), limit, max_tokens=spec.eval_tokens)
 
 
 def _lower(
