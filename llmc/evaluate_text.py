@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,24 +76,24 @@ def read_tokens(path: Path, tokenizer: Tokenizes, most: int | None = None) -> li
     except OSError as e:
         raise unreadable(path, e) from None
     except UnicodeDecodeError as e:
-        raise LlmcError(
-            "text-not-utf8",
-            f"The text {path} is not UTF-8: {e.reason} at byte {e.start} of a piece of it.",
-            hint="Convert it to UTF-8.",
-        ) from None
+        raise not_utf8(path, e) from None
 
 
 def check_text(path: Path, least: int = WINDOW) -> None:
-    """Refuse a text that cannot do, before the long work: no file, or fewer bytes than tokens needed.
+    """Refuse a text that cannot do, before the long work: no file, no UTF-8, or fewer bytes than tokens needed.
 
     Raises:
         LlmcError: it cannot be read or is too short.
     """
     try:
         with path.expanduser().open("rb") as file:
-            found = len(file.read(least))
+            start = file.read(least)
+        found = len(start)
+        codecs.getincrementaldecoder("utf-8")().decode(start)  # the last character may be cut
     except OSError as e:
         raise unreadable(path, e) from None
+    except UnicodeDecodeError as e:
+        raise not_utf8(path, e) from None
     if found < least:
         raise LlmcError(
             "text-too-short",
@@ -107,6 +108,15 @@ def unreadable(path: Path, error: OSError) -> LlmcError:
         "text-unreadable",
         f"The text {path} cannot be read: {error.strerror or error}.",
         hint="Give a UTF-8 text file.",
+    )
+
+
+def not_utf8(path: Path, error: UnicodeDecodeError) -> LlmcError:
+    """The error for a file in another encoding."""
+    return LlmcError(
+        "text-not-utf8",
+        f"The text {path} is not UTF-8: {error.reason} at byte {error.start} of a piece of it.",
+        hint="Convert it to UTF-8.",
     )
 
 

@@ -222,11 +222,26 @@ def _capture(model: Any, spec: CompileSpec, *, taps: bool = False) -> tuple[Sour
     from llmc.frontend.untie import untied
 
     source = _open(model, spec)
+    _check_tokens(spec, source)
     if rotates(spec.quant_method):
         source = untied(source)
     rule = spec.rank_rule()
     shaped = source if rule is None else low_rank(source, rule)[0]
     return source, capture(shaped, taps=taps, max_seq_len=spec.max_seq_len)
+
+
+def _check_tokens(spec: CompileSpec, source: SourceModel) -> None:
+    """Refuse texts that have too few tokens before the long work."""
+    if spec.calib_text:
+        from llmc.quant.methods import Calibration
+
+        Calibration(spec.quant_method, Path(spec.calib_text)).pieces(source)
+    if spec.eval_text:
+        from llmc.evaluate_text import FolderTokenizer, cut_text
+
+        limit = _limits(spec, source).max_seq_len
+        tokenizer = FolderTokenizer(source.folder, source.name)
+        cut_text(tokenizer, Path(spec.eval_text), limit, max_tokens=spec.eval_tokens)
 
 
 def _lower(

@@ -12,6 +12,7 @@ from llmc.cli.compile import text_quality_text
 from llmc.errors import LlmcError
 from llmc.gate import check_gate, worst_layers
 from llmc.spec import CompileSpec
+from llmc.stages import ProgressReporter
 
 LAYERS = (
     LayerQuality("layers.0", 0.03, 0.003),
@@ -94,12 +95,57 @@ def test_bad_bounds_are_refused(values: dict[str, object], words: str) -> None:
     assert words in str(caught.value)
 
 
-def test_a_missing_text_is_refused_before_the_work(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "cannot be read"), (b"short", "has 5 bytes; at least 512"), (b"\xff\xfe" * 600, "is not UTF-8")],
+)
+@pytest.mark.parametrize("option", ["eval_text", "calib_text"])
+def test_a_text_that_cannot_do_is_refused_before_the_work(
+    option: str, content: bytes | None, words: str, tmp_path: Path
+) -> None:
     from llmc.pipeline import compile_model
 
-    with pytest.raises(LlmcError, match=r"text .*none\.txt cannot be read"):
-        compile_model("nothing", tmp_path / "out", eval_text=str(tmp_path / "none.txt"))
-    assert list(tmp_path.iterdir()) == []
+    text = tmp_path / "some.txt"
+    if content is not None:
+        text.write_bytes(content)
+    more = {"quant": "q4g32", "quant_method": "gptq"} if option == "calib_text" else {}
+    with pytest.raises(LlmcError, match=rf"text .*some\.txt {words}"):
+        compile_model("nothing", tmp_path / "out", **{option: str(text)}, **more)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "ref"),
+    [
+        ({"eval_text": "TEXT"}, "text-too-short"),
+        ({"quant": "q4g32", "quant_method": "gptq", "calib_text": "TEXT"}, "calibration-too-short"),
+    ],
+)
+def test_a_text_of_too_few_tokens_is_refused_before_the_model_is_traced(
+    more: dict[str, str], ref: str, tmp_path: Path
+) -> None:
+    """Enough bytes, but not enough tokens."""
+    from llmc.pipeline import compile_model
+    from tests.texts import save_tiny
+
+    folder = save_tiny(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("be " * 200)
+    fields = {k: str(tmp_path / "text.txt") if v == "TEXT" else v for k, v in more.items()}
+    stages: list[str] = []
+    with pytest.raises(LlmcError) as caught:
+        compile_model(folder, tmp_path / "out", progress=Stages(stages), **fields)
+    assert caught.value.ref == ref and stages == ["capture"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+class Stages(ProgressReporter):
+    """Keeps the names of the stages that were started."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def stage_started(self, stage: str, number: int, total: int) -> None:
+        self.names.append(stage)
 
 
 def test_auto_needs_a_bound_and_takes_no_other_scheme() -> None:

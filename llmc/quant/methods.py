@@ -55,6 +55,22 @@ class Calibration:
     prune: PruneRule | None = None
     svd: RankRule | None = None
 
+    def pieces(self, source: SourceModel) -> torch.Tensor:
+        """The tokens, int64 [sequences, length].
+
+        Raises:
+            LlmcError: no tokenizer, or a text that is unreadable or too short.
+        """
+        if self.text is None:  # only to see which weights the layers multiply with
+            return torch.randint(0, 64, (1, 64), generator=torch.Generator().manual_seed(self.seed))
+        return calibration_sequences(
+            source,
+            self.text,
+            sequences=self.sequences,
+            length=min(self.length, source.max_seq_len),
+            seed=self.seed,
+        )
+
 
 def calibrated(
     source: SourceModel,
@@ -122,7 +138,7 @@ def _transformed(
             f"The weights of {source.name} are quantized already; rotation, --prune and --svd need floating-point ones.",
             hint="Use the checkpoint that it was quantized from.",
         )
-    sequences = _sequences(source, calibration)
+    sequences = calibration.pieces(source)
     notes: tuple[str, ...] = ()
     errors: dict[str, float] = {}
     stream: Rotation | None = None
@@ -136,15 +152,3 @@ def _transformed(
     if made is not None:
         source, errors, notes = made.source, made.errors, (*notes, *made.notes)
     return _Prepared(source, sequences, stream, notes, errors)
-
-
-def _sequences(source: SourceModel, calibration: Calibration) -> torch.Tensor:
-    if calibration.text is None:  # only to see which weights the layers multiply with
-        return torch.randint(0, 64, (1, 64), generator=torch.Generator().manual_seed(calibration.seed))
-    return calibration_sequences(
-        source,
-        calibration.text,
-        sequences=calibration.sequences,
-        length=min(calibration.length, source.max_seq_len),
-        seed=calibration.seed,
-    )
