@@ -126,8 +126,9 @@ def tunables() -> tuple[Tunable, ...]:
     """The kernel classes that a compile for a CPU uses."""
     from llmc.schedules.tune_attention import TunableDecode, TunablePrefill
     from llmc.schedules.tune_linear import TunableLinear
+    from llmc.schedules.tune_qlinear import TunableQuantLinear
 
-    return (TunableLinear(), TunablePrefill(), TunableDecode())
+    return (TunableLinear(), TunableQuantLinear(), TunablePrefill(), TunableDecode())
 
 
 def runner(caps: Capabilities) -> Runner:
