@@ -9,11 +9,13 @@ import pytest
 
 from llmc.quant.schemes import by_name
 from llmc.schedules.attention_config import AttentionConfig
+from llmc.schedules.experts import ExpertConfig
 from llmc.schedules.linear import LinearConfig
 from llmc.schedules.qlayout import quant_layout
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.tunable import BUCKETS, Bucket, bucket_of
 from llmc.schedules.tune_attention import TunableDecode, TunablePrefill
+from llmc.schedules.tune_experts import TunableExperts
 from llmc.schedules.tune_linear import TunableLinear
 from llmc.schedules.tune_qlinear import TunableQuantLinear
 from llmc.targets.backend import get
@@ -46,6 +48,7 @@ TASKS = {
         ),
         20,
     ),
+    "experts": (TunableExperts(), ExpertConfig(3, 70, 40, "bfloat16", "bfloat16", "float32", has_bias=True), 9),
     "prefill": (TunablePrefill(), ATTENTION, 40),
     "decode": (TunableDecode(), ATTENTION, 3),
 }  # fmt: skip
