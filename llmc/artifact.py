@@ -247,7 +247,7 @@ class Manifest:
     params: tuple[ParamEntry, ...]
     quality: QualityReport
     tuning_records: tuple[dict[str, Any], ...] = ()  # that schedules were chosen by
-    kernels: tuple[dict[str, Any], ...] = ()  # what the functions call: llmc.tune.extract.KernelUse
+    tasks: tuple[dict[str, Any], ...] = ()  # kernels to tune: llmc.tune.extract.KernelUse
     versions: dict[str, str] = field(default_factory=dict)  # torch, transformers, ... that compiled it
     files: dict[str, str] = field(default_factory=dict)
     device: DeviceCode | None = None  # only of targets whose kernels run beside the host

@@ -534,7 +534,7 @@ def _manifest(
         params=params,
         quality=NO_CHECK,
         tuning_records=tuple(record.to_json() for record in tuned.used.values()),
-        kernels=tuple(use.to_json() for use in kernel_uses(step.module)),
+        tasks=tuple(use.to_json() for use in kernel_uses(step.module)),
         versions=versions(),
         device=built.device,
     )

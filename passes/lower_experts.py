@@ -15,11 +15,14 @@ from llmc.ops import EXPERT_LINEAR, ExpertLinearAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph
 from llmc.quant.schemes import by_name
+from llmc.schedules.choice import ByRows
 from llmc.schedules.experts import ExpertConfig
 from llmc.schedules.kernels import builders
 from llmc.schedules.layout import BlockedLayout, linear_layout
 from llmc.schedules.qexperts import QuantExpertConfig
 from llmc.schedules.qlayout import QuantLayout, quant_layout
+from llmc.schedules.tune_experts import ExpertKernel, ExpertSchedule
+from llmc.schedules.tuned_choice import Tuned
 
 
 class LowerExperts:
@@ -31,8 +34,9 @@ class LowerExperts:
     Runs beside LowerLinear, before LegalizeOps, which does not know the op.
     """
 
-    def __init__(self, caps: Capabilities) -> None:
+    def __init__(self, caps: Capabilities, tuned: Tuned | None = None) -> None:
         self.caps = caps
+        self.tuned = tuned or Tuned()
 
     def __call__(self, lowered: LoweredGraph) -> LoweredGraph:
         func = lowered.module["main"]
@@ -42,6 +46,9 @@ class LowerExperts:
         module = ir.shallow_copy(lowered.module)
         kernels, build = Kernels(module), Builder()
         packed_vars: dict[tuple[Any, bool], Any] = {}
+        decided: dict[
+            tuple[Any, bool], dict[str, int]
+        ] = {}  # about the layout, by the first kernel of a weight
         changed = False
         for binding in graph.bindings:
             match = ir.match_opaque(binding.value, EXPERT_LINEAR)
@@ -81,13 +88,16 @@ class LowerExperts:
                     partial(builder, quantized, self.caps),
                 )
             else:
-                layout = blocked = linear_layout(dtype, self.caps)
+                config = ExpertConfig(experts=experts, n=n, k=k, weight_dtype=dtype, **common)
+                key = (weight, attrs.transposed)
+                tuned = ExpertKernel(config, self._schedules(config, decided.get(key)))
+                decided.setdefault(key, {"vectors": tuned.schedule.choices[0].vectors})
+                layout = blocked = linear_layout(dtype, self.caps, decided[key]["vectors"])
                 shape = (experts, *blocked.packed_shape(n, k))
-                config = ExpertConfig(experts=experts, n=n, k=k, weight_dtype=dtype, layout=blocked, **common)
                 kernel = kernels.get(
-                    config,
+                    tuned,
                     f"expert_linear_{n}_{k}",
-                    partial(builders(self.caps).expert_linear, config, self.caps),
+                    partial(builders(self.caps).expert_linear, tuned, self.caps),
                 )
             key = (weight, attrs.transposed)
             if key not in packed_vars:
@@ -111,3 +121,10 @@ class LowerExperts:
             return lowered
         new = build.function(params, func.body.body, func.attrs, symbol="main")
         return LoweredGraph(update_function(module, "main", new), tuple(infos))
+
+    def _schedules(self, config: ExpertConfig, shared: dict[str, int] | None) -> ByRows[ExpertSchedule]:
+        """Tuned schedules, or the default for any number of rows."""
+        kernel = self.tuned.apply(config, shared=shared)
+        if isinstance(kernel, ExpertKernel):
+            return kernel.schedule
+        return ByRows((ExpertSchedule(**(shared or {})),))

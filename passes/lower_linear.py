@@ -19,6 +19,7 @@ from llmc.schedules.layout import BlockedLayout
 from llmc.schedules.linear import LinearConfig
 from llmc.schedules.qlayout import QuantLayout, quant_layout
 from llmc.schedules.qlinear import QuantLinearConfig
+from llmc.schedules.tune_qlinear import QuantKernel
 from llmc.schedules.tuned_choice import Tuned
 
 
@@ -105,7 +106,10 @@ class LowerLinear:
                 )
                 params.append(packed_vars[key])
                 infos.append(packed)
-            gvar = kernels.get(config, _kernel_name(config, k), partial(_build, config, self.caps))
+            kernel: Any = config
+            if isinstance(config, QuantLinearConfig):
+                kernel = self.tuned.apply(config)
+            gvar = kernels.get(kernel, _kernel_name(config, k), partial(_build, kernel, self.caps))
             args = [match.x, packed_vars[key], *(a for a in (match.bias, match.residual) if a is not None)]
             out = ir.tensor_type([*ir.dims(match.x)[:-1], tirx.IntImm("int64", config.n)], match.out_dtype)
             build.bind(binding.var, relax.call_tir(gvar, args, out))
@@ -237,11 +241,9 @@ def _is_packed(packed: dict[tuple[tuple[str, ...], str, bool, bool], Any], sourc
     return any(key[0] == sources for key in packed)
 
 
-def _build(config: LinearConfig | QuantLinearConfig, caps: Capabilities) -> Any:
+def _build(config: LinearConfig | QuantLinearConfig | QuantKernel, caps: Capabilities) -> Any:
     build = builders(caps)
-    if not isinstance(config, QuantLinearConfig):
-        return build.linear(config, caps)
-    return (build.int_linear if config.layout.quads else build.quant_linear)(config, caps)
+    return (build.linear if isinstance(config, LinearConfig) else build.quant_linear)(config, caps)
 
 
 def _kernel_name(config: LinearConfig | QuantLinearConfig, k: int) -> str:

@@ -68,7 +68,7 @@ def graph_phase(
         ("FuseRoPE", FuseRoPE()),
         ("LowerNorm", LowerNorm(caps)),
         ("LowerLinear", LowerLinear(caps, tuned)),
-        ("LowerExperts", LowerExperts(caps)),
+        ("LowerExperts", LowerExperts(caps, tuned)),
         # after LowerLinear: a tied embedding reads the head's packed weight
         ("LowerEmbedding", LowerEmbedding(caps)),
     ]

@@ -7,8 +7,9 @@ Nothing in this file names a processor; what depends on one is asked of the Capa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from tvm import tirx
@@ -57,9 +58,69 @@ def import_text(caps: Capabilities) -> dict[str, Any]:
     return {"pragma_import_llvm": _BF16_DOT} if caps.has_bf16_dot else {}
 
 
+class _Merge:
+    """Several kernels with the same arguments on their way to become one that chooses between them; see merged."""
+
+    def __init__(self, dim: str, limits: Sequence[int]) -> None:
+        self.dim, self.limits, self.number = dim, limits, 0
+        self.frames = ExitStack()  # what stays open until the last kernel
+        self.declared: dict[str, Any] = {}
+
+    def once(self, name: str, declare: Callable[[], Any]) -> Any:
+        """What the first kernel declared under a name."""
+        if name not in self.declared:
+            self.declared[name] = declare()
+        return self.declared[name]
+
+    @contextmanager
+    def branch(self) -> Iterator[None]:
+        """The body of the next kernel, in the branch for its rows."""
+        if self.number == 0:
+            self.frames.enter_context(T.sblock("root"))
+            no_accesses()
+        last = self.number == len(self.limits)
+        if last:
+            yield
+        else:
+            condition = self.declared[self.dim] <= i64(self.limits[self.number])
+            self.frames.enter_context(T.If(condition))
+            with T.Then():
+                yield
+            self.frames.enter_context(T.Else())
+        self.number += 1
+
+
+_merge: ContextVar[_Merge | None] = ContextVar("merge", default=None)
+
+
+def merged(dim: str, limits: Sequence[int], kernels: Sequence[Callable[[], Any]]) -> Any:
+    """One PrimFunc of several that are built by this module's words and have the same arguments.
+
+    kernels[i] runs where the dimension `dim` is at most limits[i], the last one for all above.
+    """
+    if len(kernels) == 1:
+        return kernels[0]()
+    merge = _Merge(dim, limits)
+    token = _merge.set(merge)
+    try:
+        with IRBuilder() as ib:
+            with merge.frames:
+                merge.frames.enter_context(T.prim_func(is_private=True, s_tir=True))
+                T.func_attr({LOWERED: True})
+                for build in kernels:
+                    build()
+            return ib.get()
+    finally:
+        _merge.reset(token)
+
+
 @contextmanager
 def kernel(built: list[Any]) -> Iterator[None]:
     """Build a PrimFunc in the body, arguments first, then `with root():`; it is appended to `built` on exit."""
+    if _merge.get() is not None:
+        yield
+        built.append(None)
+        return
     with IRBuilder() as ib:
         with T.prim_func(is_private=True, s_tir=True):
             T.func_attr({LOWERED: True})
@@ -70,27 +131,45 @@ def kernel(built: list[Any]) -> Iterator[None]:
 @contextmanager
 def root() -> Iterator[None]:
     """The block that TVM's pipeline expects around a body."""
+    merge = _merge.get()
+    if merge is not None:
+        with merge.branch():
+            yield
+        return
     with T.sblock("root"):
-        # found by an analysis of every access otherwise, which takes seconds for a large kernel; nobody asks
-        T.reads([])
-        T.writes([])
+        no_accesses()
         yield
+
+
+def no_accesses() -> None:
+    """Say that a root block reads and writes nothing: found by an analysis otherwise, which takes seconds; nobody asks."""
+    T.reads([])
+    T.writes([])
 
 
 def dim(name: str) -> Any:
     """A symbolic dimension."""
-    return tirx.Var(name, "int64")
+    merge = _merge.get()
+    make = lambda: tirx.Var(name, "int64")  # noqa: E731
+    return make() if merge is None else merge.once(name, make)
 
 
 def tensor(name: str, shape: Sequence[Any], dtype: str) -> Any:
     """Declare a tensor argument; dense, at any alignment that its element type allows."""
-    param = T.arg(name, tirx.Var(name, "handle"))
-    return T.match_buffer(param, [i64(s) for s in shape], dtype)
+
+    def declare() -> Any:
+        param = T.arg(name, tirx.Var(name, "handle"))
+        return T.match_buffer(param, [i64(s) for s in shape], dtype)
+
+    merge = _merge.get()
+    return declare() if merge is None else merge.once(name, declare)
 
 
 def scalar_arg(name: str) -> Any:
     """Declare an int64 argument."""
-    return T.arg(name, tirx.Var(name, "int64"))
+    merge = _merge.get()
+    declare = lambda: T.arg(name, tirx.Var(name, "int64"))  # noqa: E731
+    return declare() if merge is None else merge.once(name, declare)
 
 
 def storage(dtype: str) -> str:

@@ -23,6 +23,7 @@ class ExpertConfig:
         ids_dtype: int32 or int64.
         has_bias: a bias [experts, n] of in_dtype follows the weight.
         prefetch: bytes that the weight stream is asked for ahead of its use.
+        rows_tile, unroll: see LinearSchedule.
     """
 
     experts: int
@@ -35,6 +36,8 @@ class ExpertConfig:
     has_bias: bool = False
     layout: BlockedLayout | None = None
     prefetch: int = 2304
+    rows_tile: int = 0
+    unroll: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,8 +73,8 @@ def expert_linear(cfg: ExpertConfig, caps: Capabilities) -> Any:
             bf = e.flat(bias, experts * n) if bias is not None else None
             yf = e.flat(y, rows * n)
             order, begin, active, count = sort_rows(e.flat(ids, rows), rows, experts)
-            micro = MicroKernel(caps, layout, cfg.in_dtype, k, xf, wf, cfg.prefetch)
-            tile = micro.max_rows()
+            micro = MicroKernel(caps, layout, cfg.in_dtype, k, xf, wf, cfg.prefetch, cfg.unroll)
+            tile = cfg.rows_tile or micro.max_rows()
             # neighbouring tasks share a block number, not an expert: contiguous pieces of the task range then
             # hold the same share of every expert's rows
             with e.parallel(count * blocks, caps) as task:

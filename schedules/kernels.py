@@ -10,16 +10,15 @@ from llmc.caps import Capabilities
 from llmc.errors import LlmcError
 from llmc.schedules import (
     attention,
-    experts,
     gather,
     iexperts,
-    ilinear,
     linear,
     norm,
     qexperts,
     qgather,
-    qlinear,
     rope,
+    tune_experts,
+    tune_qlinear,
 )
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule
 from llmc.schedules.choice import ByRows
@@ -39,7 +38,6 @@ class Builders:
 
     linear: Builder
     quant_linear: Builder
-    int_linear: Builder
     expert_linear: Builder
     quant_expert_linear: Builder
     int_expert_linear: Builder
@@ -66,9 +64,8 @@ def _not_yet(what: str) -> Builder:
 
 _LOOPS = Builders(
     linear=linear.linear,
-    quant_linear=qlinear.quant_linear,
-    int_linear=ilinear.int_linear,
-    expert_linear=experts.expert_linear,
+    quant_linear=tune_qlinear.quant_linear_by_rows,
+    expert_linear=tune_experts.expert_linear_by_rows,
     quant_expert_linear=qexperts.quant_expert_linear,
     int_expert_linear=iexperts.int_expert_linear,
     norm=norm.norm,
@@ -83,7 +80,6 @@ _LOOPS = Builders(
 _THREADS = Builders(
     linear=gpu_linear.linear,
     quant_linear=_not_yet("quantized weights (--quant)"),
-    int_linear=_not_yet("quantized weights (--quant)"),
     expert_linear=_not_yet("mixtures of experts"),
     quant_expert_linear=_not_yet("mixtures of experts"),
     int_expert_linear=_not_yet("mixtures of experts"),

@@ -11,7 +11,7 @@ from llmc.schedules.choice import ByRows
 from llmc.schedules.records import Record, Status, read_records, task_key
 from llmc.schedules.tunable import BUCKETS, Bucket, Tunable
 
-SHIPPED = Path(__file__).parent / "tuned"  # records that come with llmc, one file per machine
+SHIPPED = Path(__file__).resolve().parent / "tuned"  # records that come with llmc, one file per machine
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def _tune_artifact(
         )
     backend, caps = get(manifest.target.preset)
     tune_kernels(
-        [KernelUse.from_json(use) for use in manifest.kernels],
+        [KernelUse.from_json(use) for use in manifest.tasks],
         backend,
         caps,
         max_batch=manifest.limits.max_batch,

@@ -139,9 +139,11 @@ def tvm_target(caps: Capabilities) -> Any:
 def tunables() -> tuple[Tunable, ...]:
     """The kernel classes that a compile for a CPU uses."""
     from llmc.schedules.tune_attention import TunableDecode, TunablePrefill
+    from llmc.schedules.tune_experts import TunableExperts
     from llmc.schedules.tune_linear import TunableLinear
+    from llmc.schedules.tune_qlinear import TunableQuantLinear
 
-    return (TunableLinear(), TunablePrefill(), TunableDecode())
+    return (TunableLinear(), TunableQuantLinear(), TunableExperts(), TunablePrefill(), TunableDecode())
 
 
 def runner(caps: Capabilities) -> Runner:

@@ -5,10 +5,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from llmc.quant.schemes import by_name
+from llmc.schedules import emit as e
+from llmc.schedules import tune_qlinear
 from llmc.schedules.attention import attention_decode, attention_prefill
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
 from llmc.schedules.choice import ByRows
 from llmc.schedules.linear import LinearConfig, LinearSchedule, linear
+from llmc.schedules.qlayout import quant_layout
+from llmc.schedules.qlinear import QuantLinearConfig
+from llmc.schedules.tune_qlinear import (
+    QuantKernel,
+    QuantLinearSchedule,
+    quant_linear_by_rows,
+)
 
 CHOICES = (
     LinearSchedule(prefetch=0, unroll=2),
@@ -98,3 +108,54 @@ def test_attention_kernels_dispatch_too(best):
     for build in (attention_prefill, attention_decode):
         text = build(config, best).script()
         assert text.count("T.parallel(") == 2
+
+
+def test_kernels_are_merged_into_one_that_chooses(best, tools):
+    """For kernels that do not dispatch by themselves."""
+    config = LinearConfig(40, 30, "float32", "float32", "float32", has_bias=True)
+    builders = [lambda c=c: linear(replace(config, schedule=ByRows((c,))), best) for c in CHOICES]
+    library = tools.build(
+        best, all=e.merged("T", (1, 8), builders), **{f"k{i}": build() for i, build in enumerate(builders)}
+    )
+    rng = np.random.default_rng(0)
+    weight, bias = tools.random(rng, (40, 30), "float32"), tools.random(rng, (40,), "float32")
+    packed = tools.tensor(config.weight_layout(best).pack(weight))
+    for rows, alone in ((1, 0), (8, 1), (30, 2)):
+        x = tools.random(rng, (rows, 30), "float32")
+        results = []
+        for name in ("all", f"k{alone}"):
+            y = tools.tensor(np.full((rows, 40), np.nan, np.float32))
+            library[name](tools.tensor(x), packed, tools.tensor(bias), y)
+            results.append(y.numpy())
+        assert np.array_equal(*results), rows
+        np.testing.assert_allclose(results[0], x @ weight.T + bias, rtol=1e-4, atol=1e-4)
+    # the words of the builder are as they were
+    assert builders[0]().script().count("sblock") == 1
+
+
+def test_quantized_kernels_by_rows(best, tools, monkeypatch):
+    """Each range of rows runs the kernel of its own schedule; a stand-in, because the real one takes long to build."""
+
+    def stand_in(config, caps):
+        built = []
+        with e.kernel(built):
+            t = e.dim("T")
+            x, y = e.tensor("x", [t, 1], "float32"), e.tensor("y", [t, 1], "float32")
+            with e.root():
+                xf, yf = e.flat(x, t), e.flat(y, t)
+                with e.loop(t) as i:
+                    e.store(yf, i, xf[i] * e.f32(config.prefetch) + e.f32(config.t_block), 1)
+        return built[0]
+
+    monkeypatch.setattr(tune_qlinear, "quant_linear", stand_in)
+    config = QuantLinearConfig(1, quant_layout(by_name("q8"), 16, 32, best), "float32", "float32")
+    table = ByRows(
+        (QuantLinearSchedule(24, 1), QuantLinearSchedule(48, 2), QuantLinearSchedule(8, 3)), (1, 8)
+    )
+    kernel = QuantKernel(config, table)
+    assert kernel.to_json()["schedule"]["limits"] == [1, 8]
+    built = tools.build(best, k=quant_linear_by_rows(kernel, best))["k"]
+    for rows, expected in ((1, 10 + 24), (2, 20 + 48), (8, 20 + 48), (9, 30 + 8)):
+        y = tools.tensor(np.zeros((rows, 1), np.float32))
+        built(tools.tensor(np.full((rows, 1), 10, np.float32)), y)
+        assert (y.numpy() == expected).all(), rows

@@ -1,0 +1,190 @@
+"""The linear kernels on quantized weights for the tuner."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llmc.caps import Capabilities
+from llmc.quant.schemes import Code
+from llmc.quant.weight import QuantizedWeight
+from llmc.schedules import emit as e
+from llmc.schedules.choice import ByRows
+from llmc.schedules.ilinear import int_linear
+from llmc.schedules.qlayout import QuantLayout, in_turns
+from llmc.schedules.qlinear import QuantLinearConfig, quant_linear
+from llmc.schedules.tunable import (
+    BUCKETS,
+    ITEM_BYTES,
+    Arguments,
+    Array,
+    Bucket,
+    Knob,
+    Space,
+    Tunable,
+    Work,
+    balance,
+    empty_result,
+    multiply,
+    random_array,
+)
+from llmc.schedules.tune_linear import finish
+
+
+@dataclass(frozen=True)
+class QuantLinearSchedule:
+    """Fields of QuantLinearConfig that may differ by the number of rows; see there."""
+
+    t_block: int = 240
+    prefetch: int = 2304
+
+
+class QuantKernel(NamedTuple):
+    """A kernel with schedules by rows: its config, whose own schedule fields do not count, and the schedules."""
+
+    config: QuantLinearConfig
+    schedule: ByRows[QuantLinearSchedule]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.config.to_json(), "schedule": self.schedule.to_json()}
+
+
+def quant_linear_by_rows(kernel: QuantKernel | QuantLinearConfig, caps: Capabilities) -> Any:
+    """quant_linear's PrimFunc (or int_linear's), with a schedule for each range of T."""
+    if isinstance(kernel, QuantLinearConfig):
+        return _one(kernel, caps)
+    configs = [replace(kernel.config, **vars(choice)) for choice in kernel.schedule.choices]
+    return e.merged("T", kernel.schedule.limits, [lambda c=c: _one(c, caps) for c in configs])
+
+
+def _one(config: QuantLinearConfig, caps: Capabilities) -> Any:
+    return (int_linear if config.layout.quads else quant_linear)(config, caps)
+
+
+class TunableQuantLinear(Tunable):
+    """y = x @ dequantize(weight).T with its epilogue."""
+
+    name = "quant_linear"
+    config_type = QuantLinearConfig
+    schedule_type = QuantLinearSchedule
+
+    def task(self, config: QuantLinearConfig) -> QuantLinearConfig:
+        plain = QuantLinearSchedule()
+        return replace(config, lead=0, t_block=plain.t_block, prefetch=plain.prefetch)
+
+    def parsed(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "layout": QuantLayout(**values["layout"])}
+
+    def to_values(self, task: QuantLinearConfig) -> dict[str, Any]:
+        values = super().to_values(task)
+        plain = {f.name: f.default for f in fields(task.layout)}
+        values["layout"] = {k: v for k, v in values["layout"].items() if v != plain.get(k)}
+        return values
+
+    def buckets(self, task: QuantLinearConfig) -> tuple[Bucket, ...]:
+        return BUCKETS
+
+    def space(self, task: QuantLinearConfig, bucket: Bucket, caps: Capabilities) -> Space:
+        large = not bucket.high or bucket.high > 16
+        knobs = (
+            Knob("t_block", (24, 48, 96, 144, 240, 384, 512) if large else (240,)),
+            Knob("prefetch", (0, 256, 512, 1024, 1536, 2304, 3072, 4096, 6144, 8192)),
+        )
+        return Space(self.default(task, caps), knobs)
+
+    def scheduled(self, config: QuantLinearConfig, schedule: ByRows[Any]) -> QuantKernel:
+        return QuantKernel(config, schedule)
+
+    def schedules_of(self, config: Any) -> ByRows[Any]:
+        if isinstance(config, QuantKernel):
+            return config.schedule
+        return ByRows((QuantLinearSchedule(config.t_block, config.prefetch),))
+
+    def build(self, config: QuantKernel, caps: Capabilities) -> Any:
+        return quant_linear_by_rows(config, caps)
+
+    def candidate(self, task: Any, schedule: Any, bucket: Bucket | None, caps: Capabilities) -> Any:
+        # the kernel has its own paths for few and many rows, so a bucket makes it no smaller
+        return super().candidate(task, schedule, None, caps)
+
+    def case(self, task: QuantLinearConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
+        layout, held = task.layout, 2 * task.n if task.gated else task.n
+        scheme = layout.of
+        groups = -(-layout.k // scheme.group_size) if scheme.group_size else 1
+        codes = np.resize(rng.integers(0, 1 << scheme.bits, 1_000_003, np.uint8), (held, layout.k))
+        if scheme.code is Code.E4M3:
+            codes = np.where(codes & 0x7F == 0x7F, 0, codes).astype(np.uint8)  # the codes of NaN
+        # sums of about one, so that activations are tested where they bend
+        largest = {Code.INT: 1 << (scheme.bits - 1), Code.NF4: 1, Code.E4M3: 448, Code.E2M1: 6}[scheme.code]
+        scales = rng.uniform(0.5, 1.5, (held, groups)).astype(np.float32) * np.float32(1 / largest)
+        if scheme.scale_dtype == "e8m0":
+            scales = np.exp2(np.round(np.log2(scales))).astype(np.float32)
+        elif scheme.scale_dtype == "float16":
+            scales = scales.astype(np.float16).astype(np.float32)
+        case = {
+            "x": random_array(rng, (rows, layout.k), task.in_dtype),
+            "codes": codes,
+            "scales": scales,
+        }
+        if layout.quads:  # rows that are rounded to int8 without a loss: the reference need not round them
+            x = rng.integers(-127, 128, (rows, layout.k)).astype(np.float32)
+            x[:, 0] = 127
+            case["x"] = (x / 2 ** (7 + math.ceil(math.log2(layout.k) / 2))).astype(case["x"].dtype)
+        else:
+            case["x"] = (case["x"].astype(np.float32) / math.sqrt(layout.k)).astype(case["x"].dtype)
+        if not scheme.symmetric:
+            case["zeros"] = rng.integers(0, 1 << scheme.bits, (held, groups), np.uint8)
+        if task.has_bias:
+            case["bias"] = random_array(rng, (held,), task.in_dtype)
+        if task.has_residual:
+            case["residual"] = random_array(rng, (rows, task.n), task.in_dtype)
+        return case
+
+    def _weight(self, task: QuantLinearConfig, case: Mapping[str, Array]) -> QuantizedWeight:
+        return QuantizedWeight(task.layout.of, case["codes"], case["scales"], case.get("zeros"))
+
+    def arguments(
+        self, task: QuantLinearConfig, schedule: Any, case: dict[str, Array], caps: Capabilities
+    ) -> Arguments:
+        weight = self._weight(task, case)
+        packed = task.layout.pack(in_turns(weight, task.layout.n_block) if task.gated else weight)
+        extra = [case[name] for name in ("bias", "residual") if name in case]
+        y = empty_result((case["x"].shape[0], task.n), task.out_dtype)
+        values = (case["x"], packed, *extra, y)
+        return Arguments(values, (1,), len(values) - 1)
+
+    def reference(self, task: QuantLinearConfig, case: dict[str, Array]) -> Array:
+        weight = self._weight(task, case)
+        out = np.empty((case["x"].shape[0], weight.codes.shape[0]), np.float32)
+        step = max(1, (8 << 20) // task.layout.k)
+        for i in range(0, out.shape[1], step):
+            zeros = None if weight.zeros is None else weight.zeros[i : i + step]
+            part = QuantizedWeight(
+                weight.scheme, weight.codes[i : i + step], weight.scales[i : i + step], zeros
+            )
+            out[:, i : i + step] = multiply(case["x"], part.dequantize())
+        return finish(task, out, case)
+
+    def work(self, task: QuantLinearConfig, rows: int) -> Work:
+        blocks, size = task.layout.packed_shape
+        moved = blocks * size + rows * task.layout.k * ITEM_BYTES[task.in_dtype]
+        moved += rows * task.n * (ITEM_BYTES[task.out_dtype] + ITEM_BYTES[task.in_dtype] * task.has_residual)
+        held = 2 * task.n if task.gated else task.n
+        return Work(float(moved), 2.0 * rows * held * task.layout.k, task.in_dtype)
+
+    def terms(
+        self, task: QuantLinearConfig, schedule: QuantLinearSchedule, rows: int, caps: Capabilities
+    ) -> dict[str, float]:
+        rows_of_task = min(schedule.t_block, rows)
+        tasks = task.layout.blocks * -(-rows // rows_of_task)
+        return {
+            "bits": float(task.layout.of.bits),
+            "tasks": tasks / caps.threads,
+            "balance": balance(tasks, caps.threads),
+            "partial": float(rows_of_task * task.layout.n_block * 4),
+            "groups_ahead": schedule.prefetch / task.layout.group_bytes,
+        }
