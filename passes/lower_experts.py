@@ -72,6 +72,8 @@ class LowerExperts:
             if info.scheme:
                 layout = packing = quant_layout(by_name(info.scheme), n, k, self.caps)
                 shape: tuple[int, ...] = (experts, *packing.packed_shape)
+                if packing.quads:  # as LowerLinear
+                    common["prefetch"] = 0
                 quantized = QuantExpertConfig(experts, packing, **common)
                 builder = int_expert_linear if packing.quads else quant_expert_linear
                 kernel = kernels.get(

@@ -26,6 +26,7 @@ import transformers
 from llmc.frontend.capture import decoder_layers
 from llmc.frontend.checkpoint import open_model
 from llmc.frontend.graph import SourceModel, WeightSource
+from llmc.products import to_int8
 from llmc.quant.calibrate import Method, calibrate
 from llmc.quant.corpus import calibration_sequences, text_tokens
 from llmc.quant.methods import METHODS
@@ -70,10 +71,8 @@ class Scorer:
 
 
 def round_inputs(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """int8 per token: the scale is the largest magnitude over 127."""
-    (x,) = args
-    scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
-    return (torch.round(x / scale) * scale,)
+    """int8 per token."""
+    return (to_int8(args[0]),)
 
 
 def nearest(weights: WeightSource, plan: Mapping[str, Scheme]) -> OverlayWeights:
