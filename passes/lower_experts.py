@@ -79,6 +79,8 @@ class LowerExperts:
             if info.scheme:
                 layout = packing = quant_layout(by_name(info.scheme), n, k, self.caps)
                 shape: tuple[int, ...] = (experts, *packing.packed_shape)
+                if packing.quads:  # as LowerLinear
+                    common["prefetch"] = 0
                 quantized = QuantExpertConfig(experts, packing, **common)
                 build_it = builders(self.caps)
                 builder = build_it.int_expert_linear if packing.quads else build_it.quant_expert_linear

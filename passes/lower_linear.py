@@ -125,6 +125,7 @@ class LowerLinear:
         has_residual = match.residual is not None
         if info.scheme:
             packed = quant_layout(by_name(info.scheme), n, k, self.caps, gated=attrs.gated)
+            # integer kernels leave prefetching to the machine: docs/design/008 has the figures
             quantized = QuantLinearConfig(
                 n=n,
                 layout=packed,
@@ -136,6 +137,7 @@ class LowerLinear:
                 gated=attrs.gated,
                 gate_second=attrs.gate_second,
                 has_residual=has_residual,
+                **({"prefetch": 0} if packed.quads else {}),
             )
             return quantized, packed, packed.packed_shape
         config = LinearConfig(

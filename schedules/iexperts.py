@@ -10,8 +10,7 @@ from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.experts import sort_rows
-from llmc.schedules.ilinear import FEW, IntBlocks, Vectors
-from llmc.schedules.linear import for_tiles
+from llmc.schedules.ilinear import IntBlocks, Vectors
 from llmc.schedules.qexperts import QuantExpertConfig
 
 _ROWS = 240  # rows of an expert that are taken together
@@ -48,15 +47,8 @@ def int_expert_linear(cfg: QuantExpertConfig, caps: Capabilities) -> Any:
                 def write(acc: Vectors, at: list[Any]) -> None:
                     work.store(acc, epilogue, at, block, yf, bf, None, expert * n)
 
-                def rows_at(size: int, start: Any) -> None:
-                    at = [e.let(order[first + start + r]) for r in range(size)]
-                    write(work.few(rounded, at, base), at)
-
-                with T.If(end - first <= FEW):
-                    with T.Then():
-                        for_tiles(FEW, e.let(end - first), rows_at)
-                    with T.Else(), e.loop((end - first + (_ROWS - 1)) // _ROWS) as part:
-                        start = e.let(first + part * _ROWS)
-                        size = e.let(T.min(e.i64(_ROWS), end - start))
-                        work.many(rounded, size, _ROWS, base, lambda r: order[start + r], write)
+                with e.loop((end - first + (_ROWS - 1)) // _ROWS) as part:
+                    start = e.let(first + part * _ROWS)
+                    size = e.let(T.min(e.i64(_ROWS), end - start))
+                    work.rows(rounded, size, _ROWS, base, lambda r: order[start + r], write)
     return built[0]

@@ -22,10 +22,13 @@ from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
 from llmc.schedules.qlinear import QuantLinearConfig
 
-FEW = 4
-_PIECE = 256  # columns of a piece: with 64 rows of bytes, half of a first-level cache
+FEW = 32  # up to so many rows unpack in registers
+_PIECE = 256  # columns of a pass: with 64 rows of bytes, half of a first-level cache
+_FEW_PIECE = 128  # the same when the next one is on its way into the cache
 
 Vectors = list[list[Any]]
+RowOf = Callable[[Any], Any]
+Write = Callable[[Vectors, list[Any]], None]
 
 
 class IntBlocks:
@@ -33,11 +36,11 @@ class IntBlocks:
 
     Args:
         w: the packed weight as declared; `copies` of them behind one another (experts).
-        prefetch: bytes that the weight stream is asked for ahead of its use.
+        prefetch: bytes that the weight stream is asked for ahead of its use; 0 = that is left to the machine.
     """
 
     def __init__(
-        self, caps: Capabilities, layout: QuantLayout, w: Any, copies: int = 1, prefetch: int = 2304
+        self, caps: Capabilities, layout: QuantLayout, w: Any, copies: int = 1, prefetch: int = 0
     ) -> None:
         self.caps, self.layout, self.prefetch = caps, layout, prefetch
         blocks, self.block_bytes = layout.packed_shape
@@ -60,36 +63,155 @@ class IntBlocks:
 
     @property
     def max_rows(self) -> int:
-        """Rows whose sums fit into the registers beside the weights of a step and a broadcast."""
+        """Rows whose sums fit into the registers beside the weights of a step and a broadcast.
+
+        With groups these are integer and float32 sums. Fewer rows, but no sums go through memory for every group.
+        """
         spare = self.caps.vector_registers - (self.vectors + 1) * self.dot.registers
-        return max(1, min(6, spare // self.vectors))
+        return max(1, min(6, spare // (self.vectors * (2 if self.grouped else 1))))
 
-    def few(self, x: IntActivations, rows: list[Any], base: Any) -> Vectors:
-        """float32 sums of a few rows of x times the block whose bytes begin at `base`."""
-        layout, lanes = self.layout, self.lanes
-        acc = self._scratch(len(rows), "float32")
-        part = self._scratch(len(rows), "int32")
-        self._fill(acc, lambda r: e.splat(0.0, lanes))
-        with e.loop(layout.groups) as g:
-            group = e.let(base + g * layout.group_bytes)
-            starts = [e.let(e.splat(x.starts[row * layout.groups + g], lanes)) for row in rows]
-            self._fill(part, lambda r: starts[r])
-            columns = [e.let(row * x.stride + g * (layout.group // 4)) for row in rows]
-            with e.loop(layout.group // UNIT) as u:
-                unit = e.let(group + u * layout.unit_bytes)
-                for line in range(0, layout.unit_bytes + (layout.scale_bytes if self.nibbles else 0), 64):
-                    e.prefetch(self.codes.bytes, unit + self.prefetch + line)
-                self._few_unit(x, part, unit, [e.let(c + u * (UNIT // 4)) for c in columns])
-            tail = e.let(group + layout.group // UNIT * layout.unit_bytes)
-            self._scale(acc, part, lambda v: self.codes.scale(tail, v * lanes, lanes))
-        self._scale_rows(acc, x, rows)
-        return acc
+    def rows(self, x: IntActivations, count: Any, most: int, base: Any, row_of: RowOf, write: Write) -> None:
+        """Rows row_of(0 .. count - 1) times the block at byte `base`.
 
-    def _few_unit(self, x: IntActivations, part: Vectors, unit: Any, columns: list[Any]) -> None:
-        """part plus a unit's products; more than two rows take its words in a loop: less code."""
+        Args:
+            most: upper bound of count.
+            write: gets (sums, rows) once they are complete.
+        """
+        if not self.nibbles:
+            self.few(x, count, most, base, row_of, write)
+            return
+        with T.If(count <= FEW):
+            with T.Then():
+                self.few(x, count, min(most, FEW), base, row_of, write)
+            with T.Else():
+                self.many(x, count, most, base, row_of, write)
+
+    def few(self, x: IntActivations, count: Any, most: int, base: Any, row_of: RowOf, write: Write) -> None:
+        """Rows row_of(0 .. count - 1) times the block at byte `base`, read from memory once; codes unpacked in registers.
+
+        Columns are taken in passes that the first-level cache holds for the further tiles of rows.
+        """
+        layout = self.layout
+        size = self._pass_columns(_FEW_PIECE)
+        if not self.nibbles:
+            size = e.let(tirx.Select(count <= FEW, e.i64(size), e.i64(_PIECE)))
+        partial = self._partial(x, count, most, row_of)
+        with e.loop((layout.padded_k + size - 1) // size) as p:
+            first = e.let(p * size)
+            columns = e.let(T.min(e.i64(size), layout.padded_k - first))
+
+            def tile_of(rows: int, start: Any) -> None:
+                index = [e.let(row_of(start + r)) for r in range(rows)]
+                bases = [e.let(i * x.stride + first // 4) for i in index]
+                sums = self._load(partial, start, rows)
+
+                def units(part: Vectors, data: Any, columns: list[Any], count: Any) -> None:
+                    with e.loop(count) as u:
+                        unit = e.let(data + u * layout.unit_bytes)
+                        for line in range(0, layout.unit_bytes if self.prefetch else 0, 64):
+                            e.prefetch(self.codes.bytes, unit + self.prefetch + line)
+                        self._unit(x, part, unit, [e.let(c + u * (UNIT // 4)) for c in columns])
+
+                if self.grouped:
+                    starts = [e.let(i * layout.groups + first // layout.group) for i in index]
+                    with e.loop(columns // layout.group) as g:
+                        part = self._starts(x, [at + g for at in starts])
+                        data = e.let(base + (first // layout.group + g) * layout.group_bytes)
+                        at = [e.let(b + g * (layout.group // 4)) for b in bases]
+                        units(part, data, at, layout.group // UNIT)
+                        tail = e.let(data + layout.group // UNIT * layout.unit_bytes)
+                        self._scale(sums, part, lambda v: self.codes.scale(tail, v * self.lanes, self.lanes))
+                else:
+                    units(sums, e.let(base + first // UNIT * layout.unit_bytes), bases, columns // UNIT)
+                self._keep(partial, start, sums)
+
+            for_tiles(self.max_rows, count, tile_of)
+        self._finish(x, partial, count, base, row_of, write)
+
+    def many(self, x: IntActivations, count: Any, most: int, base: Any, row_of: RowOf, write: Write) -> None:
+        """As `few`, with 4-bit codes of a pass unpacked into the first-level cache once for all rows."""
+        layout = self.layout
+        size = self._pass_columns(_PIECE)
+        piece = _Piece(self, size)
+        partial = self._partial(x, count, most, row_of)
+        with e.loop(-(-layout.padded_k // size)) as p:
+            first = e.let(p * size)
+            columns = e.let(T.min(e.i64(size), layout.padded_k - first))
+            piece.fill(base, first, columns)
+
+            def tile_of(rows: int, start: Any) -> None:
+                index = [e.let(row_of(start + r)) for r in range(rows)]
+                bases = [e.let(i * x.stride + first // 4) for i in index]
+                sums = self._load(partial, start, rows)
+                if self.grouped:
+                    groups = [e.let(i * layout.groups + first // layout.group) for i in index]
+                    self._tile(x, sums, bases, groups, piece, columns // layout.group)
+                else:
+                    self._products(x, sums, bases, piece.words, e.i64(0), columns // 4)
+                self._keep(partial, start, sums)
+
+            for_tiles(self.max_rows, count, tile_of)
+        self._finish(x, partial, count, base, row_of, write)
+
+    def _pass_columns(self, columns: int) -> Any:
+        """At least a group."""
+        return max(columns, self.layout.group) if self.grouped else columns
+
+    def _partial(self, x: IntActivations, count: Any, most: int, row_of: RowOf) -> Any:
+        """Sums of rows between passes: float32 with groups, else the integers."""
+        partial = e.workspace(most * self.nb, "float32" if self.grouped else "int32")
+        with e.loop(count) as r:
+            start = e.splat(0.0, self.lanes) if self.grouped else e.splat(x.starts[row_of(r)], self.lanes)
+            start = e.let(start)
+            for v in range(self.vectors):
+                e.store(partial, r * self.nb + v * self.lanes, start, self.lanes)
+        return partial
+
+    def _load(self, partial: Any, start: Any, rows: int) -> Vectors:
+        sums = self._scratch(rows, str(partial.dtype))
+        for r, row in enumerate(sums):
+            for v, vector in enumerate(row):
+                e.store(
+                    vector, 0, e.load(partial, (start + r) * self.nb + v * self.lanes, self.lanes), self.lanes
+                )
+        return sums
+
+    def _keep(self, partial: Any, start: Any, sums: Vectors) -> None:
+        for r, row in enumerate(sums):
+            for v, vector in enumerate(row):
+                e.store(
+                    partial, (start + r) * self.nb + v * self.lanes, e.load(vector, 0, self.lanes), self.lanes
+                )
+
+    def _finish(
+        self, x: IntActivations, partial: Any, count: Any, base: Any, row_of: RowOf, write: Write
+    ) -> None:
+        """Scale the sums of each row and write them."""
+        with e.loop(count) as r:
+            acc = self._scratch(1, "float32")
+            tail = e.let(base + self.layout.padded_k // UNIT * self.layout.unit_bytes)
+            row = e.let(row_of(r))
+            factor = e.let(e.splat(x.scales[row], self.lanes))
+            for v, vector in enumerate(acc[0]):
+                value = e.load(partial, r * self.nb + v * self.lanes, self.lanes)
+                if not self.grouped:
+                    value = tirx.Cast(e.vec("float32", self.lanes), value)
+                    value = value * self.codes.scale(tail, v * self.lanes, self.lanes)
+                e.store(vector, 0, value * factor, self.lanes)
+            write(acc, [row])
+
+    def _starts(self, x: IntActivations, at: list[Any]) -> Vectors:
+        """Integer sums of a group before its first product."""
+        values = [e.let(e.splat(x.starts[i], self.lanes)) for i in at]
+        part = self._scratch(len(at), "int32")
+        self._store(part, [[values[r]] * len(row) for r, row in enumerate(part)])
+        return part
+
+    def _unit(self, x: IntActivations, part: Vectors, unit: Any, columns: list[Any]) -> None:
+        """part plus a unit's products; more than one row takes its words in a loop: less code."""
         words = UNIT // 8 if self.nibbles else UNIT // 4
         base = e.let(unit // 4)
-        if len(columns) <= 2:
+        if len(columns) == 1:
             sums = [[e.load(vector, 0, self.lanes) for vector in row] for row in part]
             for j in range(words):
                 sums = self._word(x, sums, base, columns, j)
@@ -122,110 +244,37 @@ class IntBlocks:
         high = T.shift_right(word, e.const("int32", 4, self.lanes))
         return [e.let(T.bitwise_and(word, mask)), e.let(T.bitwise_and(high, mask))]
 
-    def many(
-        self,
-        x: IntActivations,
-        count: Any,
-        most: int,
-        base: Any,
-        row_of: Callable[[Any], Any],
-        write: Callable[[Vectors, list[Any]], None],
+    def _tile(
+        self, x: IntActivations, acc: Vectors, bases: list[Any], groups: list[Any], piece: _Piece, count: Any
     ) -> None:
-        """Rows row_of(0 .. count - 1) times a block, piece by piece of its columns.
+        """acc += `count` groups of a piece times those of some rows of x; integer sums of a group, then its scales.
 
         Args:
-            most: upper bound of count.
-            write: gets (sums, rows) once they are complete.
+            bases: where the rows' columns of the piece begin in x.data.
+            groups: where the rows' groups of the piece begin in x.starts.
         """
-        layout, lanes, nb = self.layout, self.lanes, self.nb
-        size = max(_PIECE, layout.group) if self.grouped else _PIECE
-        piece = _Piece(self, size) if self.nibbles else None
-        partial = e.workspace(most * nb, "float32" if self.grouped else "int32")
-        with e.loop(count) as r:
-            start = e.const("int32", 0, lanes)
-            if not self.grouped:
-                start = e.let(e.splat(x.starts[row_of(r)], lanes))
-            for v in range(self.vectors):
-                zero = e.splat(0.0, lanes) if self.grouped else start
-                e.store(partial, r * nb + v * lanes, zero, lanes)
-        with e.loop(-(-layout.padded_k // size)) as p:
-            first = e.let(p * size)
-            columns = e.let(T.min(e.i64(size), layout.padded_k - first))
-            if piece is not None:
-                piece.fill(base, first, columns)
+        quads = self.layout.group // 4
+        with e.loop(count) as g:
+            part = self._starts(x, [at + g for at in groups])
+            begin = e.let(g * quads)
+            rows = [e.let(at + begin) for at in bases]
+            self._products(x, part, rows, piece.words, e.let(begin * self.nb), quads)
+            self._scale(acc, part, lambda v: e.load(piece.scales, g * self.nb + v * self.lanes, self.lanes))
 
-            def tile_of(rows: int, start: Any) -> None:
-                index = [e.let(row_of(start + r)) for r in range(rows)]
-                bases = [e.let(i * x.stride + first // 4) for i in index]
-                to = e.let(start * nb)
-                if not self.grouped:
-                    if piece is None:
-                        source, begin = self.words, e.let((base + first * nb) // 4)
-                    else:
-                        source, begin = piece.words, e.i64(0)
-                    self._tile(x, bases, source, begin, columns // 4, partial, to, None)
-                    return
-                assert piece is not None
-                with e.loop(columns // layout.group) as g:
-                    number = e.let(first // layout.group + g)
-                    starts = [e.let(e.splat(x.starts[i * layout.groups + number], lanes)) for i in index]
-                    begin = e.let(g * (layout.group // 4))
-                    scale = lambda v, g=g: e.load(piece.scales, g * nb + v * lanes, lanes)  # noqa: E731
-                    at = [e.let(b + begin) for b in bases]
-                    self._tile(
-                        x, at, piece.words, e.let(begin * nb), layout.group // 4, partial, to, scale, starts
-                    )
-
-            for_tiles(self.max_rows, count, tile_of)
-        with e.loop(count) as r:
-            acc = self._scratch(1, "float32")
-            tail = e.let(base + layout.padded_k // UNIT * layout.unit_bytes)
-            for v in range(self.vectors):
-                value = e.load(partial, r * nb + v * lanes, lanes)
-                if not self.grouped:
-                    value = tirx.Cast(e.vec("float32", lanes), value)
-                    value = value * self.codes.scale(tail, v * lanes, lanes)
-                e.store(acc[0][v], 0, value, lanes)
-            rows = [e.let(row_of(r))]
-            self._scale_rows(acc, x, rows)
-            write(acc, rows)
-
-    def _tile(
-        self,
-        x: IntActivations,
-        bases: list[Any],
-        source: Any,
-        begin: Any,
-        quads: Any,
-        partial: Any,
-        to: Any,
-        scale: Callable[[int], Any] | None,
-        starts: list[Any] | None = None,
+    def _products(
+        self, x: IntActivations, sums: Vectors, bases: list[Any], source: Any, begin: Any, quads: Any
     ) -> None:
-        """partial[row] += the products of `quads` quads; with scales it is float32, else the int32 sums themselves."""
-        lanes, nb = self.lanes, self.nb
-        sums = self._scratch(len(bases), "int32")
-        for r, row in enumerate(sums):
-            for v, vector in enumerate(row):
-                at = to + r * nb + v * lanes
-                e.store(vector, 0, starts[r] if starts is not None else e.load(partial, at, lanes), lanes)
+        """sums += `quads` quads of bytes in `source` times those of some rows of x."""
+        lanes = self.lanes
         with e.loop(quads) as q:
             weights = []
             for v in range(self.vectors):
-                word = e.let(e.load(source, begin + q * nb + v * lanes, lanes))
+                word = e.let(e.load(source, begin + q * self.nb + v * lanes, lanes))
                 weights.append(self.dot.weights(word))
-            for r, row in enumerate(sums):
-                spread = self.dot.activations(x.data[bases[r] + q])
-                for v, vector in enumerate(row):
-                    e.store(vector, 0, self.dot.add(e.load(vector, 0, lanes), weights[v], spread), lanes)
-        for v in range(self.vectors):
-            factor = e.let(scale(v)) if scale is not None else None
-            for r, row in enumerate(sums):
-                at = e.let(to + r * nb + v * lanes)
-                value = e.load(row[v], 0, lanes)
-                if factor is not None:
-                    value = e.load(partial, at, lanes) + tirx.Cast(e.vec("float32", lanes), value) * factor
-                e.store(partial, at, value, lanes)
+            for base, row in zip(bases, sums, strict=True):
+                spread = self.dot.activations(x.data[base + q])
+                for vector, w in zip(row, weights, strict=True):
+                    e.store(vector, 0, self.dot.add(e.load(vector, 0, lanes), w, spread), lanes)
 
     def store(
         self,
@@ -259,18 +308,8 @@ class IntBlocks:
                 value = tirx.Cast(e.vec("float32", self.lanes), e.load(sums[v], 0, self.lanes)) * factor
                 e.store(total[v], 0, e.load(total[v], 0, self.lanes) + value, self.lanes)
 
-    def _scale_rows(self, acc: Vectors, x: IntActivations, rows: list[Any]) -> None:
-        """acc *= the scale of its row of x."""
-        for row, vectors in zip(rows, acc, strict=True):
-            factor = e.let(e.splat(x.scales[row], self.lanes))
-            for vector in vectors:
-                e.store(vector, 0, e.load(vector, 0, self.lanes) * factor, self.lanes)
-
     def _scratch(self, rows: int, dtype: str) -> Vectors:
         return [[e.scratch(self.lanes, dtype) for _ in range(self.vectors)] for _ in range(rows)]
-
-    def _fill(self, vectors: Vectors, value: Callable[[int], Any]) -> None:
-        self._store(vectors, [[value(r)] * len(row) for r, row in enumerate(vectors)])
 
     def _store(self, vectors: Vectors, values: Vectors) -> None:
         for row, new in zip(vectors, values, strict=True):
@@ -294,8 +333,6 @@ class _Piece:
             group = e.let(base + (first // layout.group + g) * layout.group_bytes)
             with e.loop(layout.group // 8) as j:
                 at = e.let(group + j * (4 * nb))
-                for line in range(0, 4 * nb, 64):
-                    e.prefetch(work.codes.bytes, at + work.prefetch + line)
                 for v in range(work.vectors):
                     word = e.let(e.load(work.words, at // 4 + v * lanes, lanes))
                     for h, quad in enumerate(work._quads(word)):
@@ -332,25 +369,18 @@ def int_linear(cfg: QuantLinearConfig, caps: Capabilities) -> Any:
             def write(block: Any, acc: Vectors, rows: list[Any]) -> None:
                 work.store(acc, epilogue, rows, block, yf, bf, rf)
 
-            with T.If(t <= FEW):
-                with T.Then(), work.parallel(layout.blocks) as block:
-
-                    def rows_at(rows: int, start: Any) -> None:
-                        at = [e.let(start + r) for r in range(rows)]
-                        write(block, work.few(rounded, at, e.let(block * work.block_bytes)), at)
-
-                    for_tiles(FEW, t, rows_at)
-                with T.Else():
-                    row_blocks = (t + (cfg.t_block - 1)) // cfg.t_block
-                    with work.parallel(layout.blocks * row_blocks) as task:
-                        block = e.let(task // row_blocks)
-                        first = e.let(task % row_blocks * cfg.t_block)
-                        work.many(
-                            rounded,
-                            e.let(T.min(e.i64(cfg.t_block), t - first)),
-                            cfg.t_block,
-                            e.let(block * work.block_bytes),
-                            lambda r: first + r,
-                            lambda acc, rows: write(block, acc, rows),
-                        )
+            row_blocks = (t + (cfg.t_block - 1)) // cfg.t_block
+            with work.parallel(layout.blocks * row_blocks) as task:
+                block = e.let(task // row_blocks)
+                first = e.let(task % row_blocks * cfg.t_block)
+                count = e.let(T.min(e.i64(cfg.t_block), t - first))
+                base = e.let(block * work.block_bytes)
+                work.rows(
+                    rounded,
+                    count,
+                    cfg.t_block,
+                    base,
+                    lambda r: first + r,
+                    lambda acc, rows: write(block, acc, rows),
+                )
     return built[0]

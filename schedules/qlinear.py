@@ -28,7 +28,7 @@ class QuantLinearConfig:
         has_bias: a bias[n] (gated: [2n]) of in_dtype follows the weight.
         lead: unit dimensions before T in x and y.
         t_block: rows of one task.
-        prefetch: bytes that the weight stream is asked for ahead of its use.
+        prefetch: bytes that the weight stream is asked for ahead of its use; 0 = that is left to the machine.
         activation, gated, gate_second: see LinearAttrs in llmc/ops.py.
         has_residual: a residual of y's shape and in_dtype follows the bias.
     """

@@ -139,3 +139,12 @@ def test_a_plot_is_drawn_or_the_reason_said(found: QuantSearch, tmp_path: Path) 
     assert (tmp_path / "plot.png").stat().st_size > 1000
     with pytest.raises(LlmcError, match="cannot be written"):
         write_plot(found, tmp_path / "none" / "plot.png")
+
+
+def test_rounded_activations_count(model: Any, windows: list[Any]) -> None:
+    """The same weights with int8 activations lose more: a rule may name such a scheme."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    oracle = Sensitivity(open_model(copy.deepcopy(model), dtype=None), windows[:1])
+    ids = windows[0].ids
+    plain, rounded = (oracle._logits({name: scheme})(ids) for scheme in ("q8", "w8a8"))
+    assert 0 < np.abs(rounded - plain).max() < 0.1 * np.abs(plain).max()

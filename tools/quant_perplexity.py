@@ -2,7 +2,8 @@
 
     python tools/quant_perplexity.py examples/models/stdlib-llama examples/models/stdlib-llama/heldout.txt --windows 8
 
-Linear layers are quantized as `llmc compile --quant SCHEME` would; the head (and a tied embedding) likewise.
+Linear layers are quantized as `llmc compile --quant SCHEME` would; the head (and a tied embedding) likewise. With
+schemes for int8 activations (w8a8, w4a8) their inputs are rounded as well.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llmc.evaluate import cut, evaluate
+from llmc.products import to_int8
 from llmc.quant.rtn import quantize
 from llmc.quant.schemes import parse
 from llmc.spec import CompileSpec
 
-SCHEMES = "none q8 q6g64 q4g32 q4g32a q4g64 q4g64a q4g128 q3g64 nf4 fp8 mxfp4"
+SCHEMES = "none q8 q6g64 q4g32 q4g32a q4g64 q4g64a q4g128 q3g64 nf4 fp8 mxfp4 w8a8 w4a8 w4a8g64 w4a8g128"
 
 
 def with_scheme(model: str, name: str, search: bool) -> tuple[torch.nn.Module, float]:
@@ -38,6 +40,8 @@ def with_scheme(model: str, name: str, search: bool) -> tuple[torch.nn.Module, f
         if scheme is None:
             continue
         weight = module.weight.detach()
+        if scheme.activation_bits == 8:
+            module.register_forward_pre_hook(lambda _, args: to_int8(args[0]))
         weight.copy_(torch.from_numpy(quantize(weight.numpy(), scheme, search=search).dequantize()))
         bits += scheme.bits_per_weight(weight.shape[1]) * weight.numel()
         count += weight.numel()
