@@ -76,6 +76,7 @@ ALLOWED: dict[str, set[str]] = {
         "packing",
         "pipeline",
         "reference",
+        "runtime",
     },
     "reproducer": set(BASE),
     "stages": {*BASE, "reproducer", "runtime.memory"},
@@ -121,6 +122,7 @@ ALLOWED: dict[str, set[str]] = {
         "quant.choose",
         "pipeline",
         "runtime",
+        "simulate",
     },
     "__main__": {"cli"},
     # the lazy attributes of the package
