@@ -32,24 +32,39 @@ def build(module: Any, target: Any, archs: tuple[str, ...]) -> Built:
         executable = relax.build(
             module, target, relax_pipeline=None, tir_pipeline=pipeline, exec_mode="bytecode"
         )
-    host, device = _find_device(executable.mod)
+    files, kernels = _assemble(executable.mod, archs)
+    named = {arch: f"kernels-{arch}.bin" for arch in archs}
+    images = tuple(DeviceImage(arch, name, "cubin") for arch, name in named.items())
+    code = DeviceCode(compiler.version(), images, kernels)
+    return Built(executable, {named[arch]: raw for arch, raw in files.items()}, code)
+
+
+def build_kernels(
+    funcs: dict[str, Any], target: Any, archs: tuple[str, ...]
+) -> tuple[Any, dict[str, bytes], tuple[DeviceKernel, ...]]:
+    """PrimFuncs by themselves, for measuring: (host module, arch -> serialised kernels, what they take)."""
+    named = {name: func.with_attr("global_symbol", name) for name, func in funcs.items()}
+    host = tvm.tirx.build(tvm.IRModule(named), target, pipeline=simt.register())
+    files, kernels = _assemble(host, archs)
+    return host, files, kernels
+
+
+def _assemble(root: Any, archs: tuple[str, ...]) -> tuple[dict[str, bytes], tuple[DeviceKernel, ...]]:
+    """Take the CUDA module out of a built one: (arch -> its serialised form with machine code, the kernels)."""
+    host, device = _find_device(root)
     source = str(device.inspect_source())
     table = _kernel_table(host, source)
     host.clear_imports()
     threads = threads_of(source)
     files: dict[str, bytes] = {}
-    images: list[DeviceImage] = []
     kernels: list[DeviceKernel] = []
     for arch in archs:
         done = compiler.assemble(source, arch)
         found = resources.parse(done.log)
         resources.check(found, threads)
         kernels.extend(found)
-        name = f"kernels-{arch}.bin"
-        files[name] = serialised("cubin", table, done.cubin)
-        images.append(DeviceImage(arch, name, "cubin"))
-    code = DeviceCode(compiler.version(), tuple(images), tuple(kernels))
-    return Built(executable, files, code)
+        files[arch] = serialised("cubin", table, done.cubin)
+    return files, tuple(kernels)
 
 
 def threads_of(source: str) -> dict[str, int]:
