@@ -113,3 +113,14 @@ def scalar_of(value: Any) -> float | None:
         return None
     array = value.value.numpy()
     return float(array.reshape(())) if array.size == 1 else None
+
+
+def uniform_value(value: Any) -> float | None:
+    """The number that every element of a constant tensor is, else None."""
+    if not isinstance(value, GenericConst) or not isinstance(value.ty, relax.TensorType):
+        return None
+    array = value.value.numpy()
+    if array.size == 0 or str(value.ty.dtype) not in ("float32", "float16", "float64"):
+        return None
+    first = array.reshape(-1)[0]
+    return float(first) if bool((array == first).all()) else None

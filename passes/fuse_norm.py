@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import tirx
+from tvm import relax, tirx
 
 from llmc import ir
 from llmc.ops import NORM, NormAttrs
@@ -63,7 +63,13 @@ class FuseNorm:
 def _layer_norm(graph: Graph, binding: Any, weights: set[Any]) -> _Match | None:
     """relax.nn.layer_norm, with the casts around it where the model is not in float32."""
     value = binding.value
-    x, *vectors = (graph.source(v) for v in value.args)
+    x, gamma, beta = (graph.source(v) for v in value.args)
+    # a norm without weight or bias comes with ones and zeros
+    has_weight, has_bias = _uniform(graph, gamma) != 1.0, _uniform(graph, beta) != 0.0
+    bare = _minus_one(graph, gamma)
+    plus_one = bare is not None
+    gamma = bare if plus_one else gamma
+    vectors = [v for v, used in ((gamma, has_weight), (beta, has_bias)) if used]
     axes = [int(a) for a in value.attrs.axes]
     if axes not in ([-1], [len(ir.dims(x)) - 1]) or not value.attrs.center or not value.attrs.scale:
         return None
@@ -72,14 +78,31 @@ def _layer_norm(graph: Graph, binding: Any, weights: set[Any]) -> _Match | None:
     if narrow is not x and down is not None and str(down.ty.dtype) == str(narrow.ty.dtype):
         x, result = narrow, down
         inner = [_uncast(graph, v) for v in vectors]
-        if len({str(v.ty.dtype) for v in inner}) == 1:
+        if len({str(v.ty.dtype) for v in inner}) <= 1:
             vectors = inner
     if any(v not in weights and not ir.is_tensor_constant(v) for v in vectors):
         return None
-    if len({str(v.ty.dtype) for v in vectors}) != 1 or str(result.ty.dtype) != str(x.ty.dtype):
+    if len({str(v.ty.dtype) for v in vectors}) > 1 or str(result.ty.dtype) != str(x.ty.dtype):
         return None
-    attrs = NormAttrs(eps=float(value.attrs.epsilon), center=True, has_weight=True, has_bias=True)
+    eps = float(value.attrs.epsilon)
+    attrs = NormAttrs(eps=eps, center=True, has_weight=has_weight, has_bias=has_bias, plus_one=plus_one)
     return _Match(x, vectors, attrs, result)
+
+
+def _minus_one(graph: Graph, var: Any) -> Any | None:
+    """w if `var` is w + 1 (Gemma, Nemotron), perhaps cast to float32."""
+    value = graph.definition(_uncast(graph, var))
+    if ir.is_op(value, "relax.add") and ir.scalar_of(value.args[1]) == 1.0:
+        return graph.source(value.args[0])
+    return None
+
+
+def _uniform(graph: Graph, var: Any) -> float | None:
+    """The number that a constant tensor holds throughout, also behind casts."""
+    while ir.is_op(graph.definition(var), "relax.astype"):
+        var = graph.source(graph.definition(var).args[0])
+    value = graph.definition(var) if isinstance(var, relax.Var) else var
+    return ir.uniform_value(value)
 
 
 def _uncast(graph: Graph, var: Any) -> Any:
@@ -195,11 +218,9 @@ def _weighted(graph: Graph, var: Any, weights: set[Any]) -> tuple[Any, Any, bool
         return None
     a, b = user.value.args
     weight = graph.source(b if graph.source(a) == var else a)
-    plus_one = False
+    bare = _minus_one(graph, weight)
+    plus_one, weight = bare is not None, weight if bare is None else bare
     value = graph.definition(weight)
-    if ir.is_op(value, "relax.add") and ir.scalar_of(value.args[1]) == 1.0:
-        plus_one, weight = True, graph.source(value.args[0])
-        value = graph.definition(weight)
     if ir.is_op(value, "relax.astype") and str(value.ty.dtype) == "float32":
         weight = graph.source(value.args[0])
     if weight not in weights or len(weight.ty.shape) != 1 or str(user.var.ty.dtype) != str(var.ty.dtype):

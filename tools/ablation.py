@@ -158,12 +158,12 @@ def main() -> None:
         for off in variants:
             rows.append(measure(model, folder, options, base, off))
             print(f"{', '.join(off)}: {rows[-1].ratio:.3f}", file=sys.stderr, flush=True)
+            if options.json:  # row by row: the whole takes a while
+                plain = [{**asdict(row), "ratio": row.ratio} for row in rows]
+                options.json.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     show(rows, options)
-    if options.json:
-        plain = [{**asdict(row), "ratio": row.ratio} for row in rows]
-        options.json.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,20 @@ from llmc.targets.backend import get
 from tools.tiny_configs import VOCAB, tiny_model
 
 TOLERANCE = 1e-5  # of the logits' range
-# llama; norms of heads, before and behind, and windows; a parallel block with LayerNorm
-ARCHITECTURES = ("llama", "gemma3_text", "gpt_neox")
-MORE = ("gemma2", "cohere", "qwen3", "phi3", "bloom", "codegen", "mixtral", "deepseek_v3", "gpt2")
+# norms of heads, before and behind, and windows; a parallel block with LayerNorm
+MORE = (
+    "gemma3_text",
+    "gpt_neox",
+    "gemma2",
+    "cohere",
+    "qwen3",
+    "phi3",
+    "bloom",
+    "codegen",
+    "mixtral",
+    "deepseek_v3",
+    "gpt2",
+)
 
 
 def kernels_per_block(model: llmc.Model, function: str = "decode") -> float:
@@ -45,9 +56,8 @@ def compare(architecture: str, folder: Path) -> tuple[float, float]:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_fused_and_unfused_agree(architecture: str, tmp_path: Path) -> None:
-    plain, fused = compare(architecture, tmp_path)
+def test_fused_and_unfused_agree(tmp_path: Path) -> None:
+    plain, fused = compare("llama", tmp_path)
     assert plain >= 2 * fused
 
 

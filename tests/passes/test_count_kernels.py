@@ -44,7 +44,7 @@ def called(spec: CompileSpec, step) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("f32", marks=pytest.mark.slow), "bf16"])
 def test_a_llama_block_is_seven_kernels_in_the_compiled_module(dtype: str) -> None:
     spec, step = lowered("llama", dtype)
     kernels = CountKernels()(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from tvm import relax
 
@@ -91,6 +92,34 @@ def test_layer_norm_with_its_casts(dtype):
     attrs = NormAttrs(1e-5, center=True, has_weight=True, has_bias=True)
     expected = model(lambda emit, x, w, b: normed(emit, x, [w, b], attrs), dtype=dtype)
     assert_same(FuseNorm()(model(layer_norm(dtype), dtype=dtype)), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weight", [True, False])
+def test_layer_norm_without_bias_comes_with_zeros(dtype, weight):
+    # ModernBERT, MPT; without a weight too: OLMo
+    def constant(emit, value):
+        vector = relax.const(np.full(K, value, np.float32))
+        return vector if dtype == "float32" else emit(relax.op.astype(vector, dtype))
+
+    def body(emit, x, w, b):
+        w = w if weight else constant(emit, 1.0)
+        return layer_norm(dtype)(emit, x, w, constant(emit, 0.0))
+
+    attrs = NormAttrs(1e-5, center=True, has_weight=weight)
+    expected = model(lambda emit, x, w, b: normed(emit, x, [w] if weight else [], attrs), dtype=dtype)
+    assert_same(FuseNorm()(model(body, dtype=dtype)), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layer_norm_with_one_more_than_its_weight(dtype):
+    # Nemotron
+    def body(emit, x, w, b):
+        return layer_norm(dtype)(emit, x, emit(relax.op.add(w, const(1.0, dtype))), b)
+
+    attrs = NormAttrs(1e-5, center=True, has_weight=True, has_bias=True, plus_one=True)
+    expected = model(lambda emit, x, w, b: normed(emit, x, [w, b], attrs), dtype=dtype)
+    assert_same(FuseNorm()(model(body, dtype=dtype)), expected)
 
 
 def _other_axis(emit, x, w, b):
