@@ -10,6 +10,7 @@ from llmc.passes.lower_embedding import LowerEmbedding
 from llmc.passes.lower_linear import LowerLinear
 from llmc.passes.quantize_weights import QuantizeWeights
 from llmc.quant.schemes import QuantRules
+from llmc.spec import CompileSpec
 from llmc.targets.backend import get
 from tests.passes.graphs import Model, linear
 from tests.passes.test_lower_linear import called
@@ -98,3 +99,15 @@ def test_stored_weights_get_int8_activations_if_asked_for():
     for default, expected in (("none", "q8"), ("w8a8", "w8a8"), ("q4g32", "q8")):
         found = schemes(QuantizeWeights(QuantRules(default), stored=stored)(model()))
         assert found["l0.up"] == expected
+
+
+def test_a_copy_of_the_head_is_stored_like_it() -> None:
+    """An embedding that was tied, and was untied for a rotation; one of its own is left alone."""
+    spec = CompileSpec("m", quant="q4g32")
+    assert QuantizeWeights.of(spec).embedding is None
+    assert QuantizeWeights.of(spec, untied=True).embedding == "q8"
+    assert QuantizeWeights.of(CompileSpec("m", quant="fp8"), untied=True).embedding == "fp8"
+    # nothing is multiplied with an embedding: the same weights without rounded activations
+    assert QuantizeWeights.of(CompileSpec("m", quant="w8a8"), untied=True).embedding == "q8"
+    asked = CompileSpec("m", quant="q4g32", quant_embedding="q4g64")
+    assert QuantizeWeights.of(asked, untied=True).embedding == "q4g64"
