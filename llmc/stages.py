@@ -12,11 +12,14 @@ turns a bug into a reproducer folder. It knows nothing of what the stages do.
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 from llmc.errors import LlmcError
@@ -97,6 +100,42 @@ def result_text(value: object) -> str | None:
     return None
 
 
+@contextmanager
+def remembered_interrupts() -> Iterator[list[BaseException]]:
+    """The exceptions that signal handlers (Ctrl-C, SIGTERM) raise meanwhile.
+
+    One that passes through TVM, where a pass or a callback in Python was running, comes out as a RuntimeError without a
+    cause, and would be taken for a bug.
+    """
+    raised: list[BaseException] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield raised
+        return
+
+    def remember(
+        handler: Callable[[int, FrameType | None], object],
+    ) -> Callable[[int, FrameType | None], None]:
+        def handle(number: int, frame: FrameType | None) -> None:
+            try:
+                handler(number, frame)
+            except BaseException as error:
+                raised.append(error)
+                raise
+
+        return handle
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number, handler in before.items():
+            if callable(handler):
+                signal.signal(number, remember(handler))
+        yield raised
+    finally:
+        for number, handler in before.items():
+            if callable(handler):
+                signal.signal(number, handler)
+
+
 class StageRunner:
     """Runs stages one after another. Use it as a context manager, so that the reporter is closed.
 
@@ -138,6 +177,7 @@ class StageRunner:
         self._dumped = 0
         self._last_text = ""
         self._done: list[str] = []
+        self._interrupts: list[BaseException] = []
         if dump_ir is not None:
             self._prepare_dump(dump_ir)
 
@@ -163,7 +203,8 @@ class StageRunner:
         """
         number = self.stages.index(name) + 1 if name in self.stages else 0
         self.progress.stage_started(name, number, len(self.stages))
-        result = self._timed(name, "", args[0] if args else None, fn, *args, **kwargs)
+        with remembered_interrupts() as self._interrupts:
+            result = self._timed(name, "", args[0] if args else None, fn, *args, **kwargs)
         self.progress.stage_finished(self.timings[-1])
         for part in result if isinstance(result, tuple) else (result,):
             self.dump(name, type(part).__name__, part)
@@ -202,6 +243,8 @@ class StageRunner:
         except (LlmcError, Stopped):
             raise
         except Exception as e:
+            if self._interrupts:
+                raise self._interrupts[0] from None
             folder = write_reproducer(self.spec, label, self._done, result_text_safe(before), before, e)
             raise LlmcError(
                 "internal-error",

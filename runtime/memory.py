@@ -99,6 +99,11 @@ def process_rss() -> int:
 
 
 def peak_rss() -> int:
-    """Largest resident set of this process so far, bytes; the kernel's figure may lag a little behind."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Largest resident set of this program so far, bytes; the kernel's figure may lag a little behind."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        # getrusage would count what the process that started this one held
+        return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, ValueError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

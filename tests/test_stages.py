@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,3 +179,22 @@ def test_unwritable_dump_folder_is_a_user_error(tmp_path: Path) -> None:
 def test_toml_text_quotes_and_skips_none() -> None:
     text = toml_text({"a": 'x"\\\n', "b": None, "c": True, "d": [1, "y"], "e": 2})
     assert text == 'a = "x\\"\\\\\\n"\nc = true\nd = [1, "y"]\ne = 2\n'
+
+
+def test_ctrl_c_inside_of_a_pass_is_no_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TVM hands on a KeyboardInterrupt of a pass in Python as a RuntimeError."""
+    import tvm
+
+    monkeypatch.setenv("LLMC_CACHE", str(tmp_path))
+
+    @tvm.transform.module_pass(opt_level=0)
+    class Interrupted:
+        def transform_module(self, module: object, context: object) -> object:
+            signal.raise_signal(signal.SIGINT)
+            return module
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), StageRunner(SPEC, stages=NAMES) as runner:
+        runner.run("one", lambda: runner.run_pass("one", "Interrupted", Interrupted(), tvm.IRModule()))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert list(tmp_path.iterdir()) == []

@@ -77,7 +77,8 @@ def compile_peak(model: Path, output: Path, *options: str) -> Peak:
     watcher.join()
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
-    return Peak(peaks["RssAnon"], usage.ru_maxrss // 1024, usage.ru_utime + usage.ru_stime)
+    # not usage.ru_maxrss: that begins with what this process held when it started the other
+    return Peak(peaks["RssAnon"], peaks["VmHWM"], usage.ru_utime + usage.ru_stime)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -172,7 +172,7 @@ def _folder_of(model: str, revision: str | None, meta_weights: bool) -> Path:
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise LlmcError(
             "model-not-found",
-            f"{model} {what}; a folder with config.json, a .pt2 file or a Hugging Face id such as org/name is required.",
+            f"{model} {what}; a folder with config.json, a .gguf or .pt2 file or a Hugging Face id such as org/name is required.",
             hint="Check the path.",
         )
     import huggingface_hub

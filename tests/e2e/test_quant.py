@@ -199,6 +199,18 @@ def test_bad_weights_leave_nothing_behind(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow(reason="a compile; rounding and layouts have tests of their own")
+def test_groups_of_zeros_and_a_shorter_last_group(tmp_path: Path) -> None:
+    """72 columns are two groups of 32 and one of 8; the check of the compile compares with torch."""
+    model = tiny_model("llama", hidden_size=72, intermediate_size=100)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:40] = 0
+        model.model.layers[1].self_attn.o_proj.weight[:, 32:] = 0
+    manifest = compiled(save(model, tmp_path / "model"), tmp_path / "a", quant="q4g32", dtype="f32")
+    assert manifest.quality.prefill_max_abs_error < manifest.quality.tolerance
+    assert np.isfinite(llmc.load(tmp_path / "a").logits([3, 5, 7])).all()
+
+
 def test_unknown_scheme_lists_the_names() -> None:
     with pytest.raises(LlmcError, match=r"q4g32.*mxfp4"):
         CompileSpec("m", quant="q5")

@@ -255,3 +255,12 @@ def test_threads_and_streams_share_a_model(artifact: Path) -> None:
         pass
     assert [s.result.token_ids for s in streams] == expected
     assert model.memory().kv_in_use == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_is_this_programs_own() -> None:
+    """getrusage's figure survives exec: a shell or test runner that holds much would be counted."""
+    held = np.ones(60_000_000)  # 480 MB
+    code = "from llmc.runtime.memory import peak_rss; print(peak_rss())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert held[0] == 1 and int(done.stdout) < 200 << 20
