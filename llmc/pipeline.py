@@ -119,7 +119,9 @@ def compile_model(
             spec = spec.with_(quant=NONE, quant_rules=search.rules())
         source, graph = runner.run("capture", _capture, model, spec)
         if spec.tune is not None:
-            known = runner.run("tune", _tune, graph, spec, source, backend, caps, tune_progress)
+            known, interrupted = runner.run("tune", _tune, graph, spec, source, backend, caps, tune_progress)
+            if interrupted:  # what was found is in the database
+                raise KeyboardInterrupt
         tuned = _tuned(backend, caps, known)
         step = runner.run("lower", _lower, graph, spec, source, caps, target, runner, tuned)
         del graph
@@ -314,8 +316,8 @@ def _tune(
     backend: Backend,
     caps: Capabilities,
     progress: TuneProgress | None,
-) -> list[list[Record]]:
-    """Measure schedules for the kernels that the graph will call; the records to choose by."""
+) -> tuple[list[list[Record]], bool]:
+    """Measure schedules for the kernels that the graph will call; the records to choose by, and whether by Ctrl-C."""
     from llmc.schedules.records import read_records
     from llmc.schedules.tuned_choice import shipped_records
     from llmc.tune.extract import kernel_uses
@@ -326,7 +328,7 @@ def _tune(
     step = _lower(graph, spec, source, caps, backend.tvm_target(caps), StageRunner(spec))
     limits = _limits(spec, source)
     database = Path(spec.records) if spec.records else default_database()
-    tune_kernels(
+    result = tune_kernels(
         kernel_uses(step.module),
         backend,
         caps,
@@ -336,7 +338,7 @@ def _tune(
         database=database,
         progress=progress,
     )
-    return [shipped_records(), read_records(database) if database.exists() else []]
+    return [shipped_records(), read_records(database) if database.exists() else []], result.interrupted
 
 
 def _build(step: StepModule, backend: Backend, caps: Capabilities, target: Any, runner: StageRunner) -> Built:

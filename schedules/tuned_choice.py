@@ -11,6 +11,9 @@ from llmc.schedules.choice import ByRows
 from llmc.schedules.records import Record, Status, read_records, task_key
 from llmc.schedules.tunable import BUCKETS, Bucket, Tunable
 
+_WORTH = (
+    0.02  # a schedule of its own must save a bucket this share of its time; else it takes its neighbour's
+)
 SHIPPED = Path(__file__).resolve().parent / "tuned"  # records that come with llmc, one file per machine
 
 
@@ -106,9 +109,12 @@ def choose(
     """The best schedule of each bucket that agree in the shared fields; None if the default is as good.
 
     The shared fields take the values with the least time over all buckets, each weighted by its share of the step.
-    Values that some bucket was not measured with do not compete, but for the default's, whose time is known.
+    Values that some bucket was not measured with do not compete, but for the default's, whose time is known. A threshold
+    between two buckets is there only where it was measured to pay: a bucket takes the schedule of the bucket below, or
+    the default, if that is as fast within measuring error.
     """
     groups: dict[tuple[int, ...], dict[Bucket, Record]] = {}
+    measured: dict[tuple[Bucket, Any], Record] = {}
     shares: dict[Bucket, float] = {}
     for record in records:
         if record.bucket not in BUCKETS or record.status is not Status.OK or record.ratio <= 0:
@@ -118,6 +124,7 @@ def choose(
         best = group.get(record.bucket)
         if best is None or record.ratio < best.ratio:
             group[record.bucket] = record
+        measured[record.bucket, tunable.schedule_type(**record.schedule)] = record
     plain = tunable.schedule_type()
     usual = tuple(int(getattr(plain, name)) for name in tunable.shared)
     if shared:
@@ -131,10 +138,21 @@ def choose(
     known: dict[Bucket, Any] = {}
     used: list[Record] = []
     for bucket in tunable.buckets(task):
+        # what is in the code already, the least new first
+        simple = [fallback, *list(known.values())[-1:]]
         known[bucket] = fallback
-        if bucket in group and (group[bucket].ratio < 1 or key != usual):
-            known[bucket] = tunable.schedule_type(**group[bucket].schedule)
-            used.append(group[bucket])
+        if bucket not in group:
+            continue
+        enough = group[bucket].ratio * (1 + _WORTH)
+        as_fast = [s for s in simple if (r := measured.get((bucket, s))) is not None and r.ratio <= enough]
+        if key == usual and enough >= 1:
+            as_fast.insert(0, fallback)
+        known[bucket] = as_fast[0] if as_fast else tunable.schedule_type(**group[bucket].schedule)
+        behind = measured.get((bucket, known[bucket]))
+        if behind is not None and known[bucket] != plain:
+            used.append(behind)
+    if set(known.values()) == {plain}:
+        return None
     # rows that no bucket of the kernel class covers go with the nearest that does
     order = list(known)
     near = lambda b: min(order, key=lambda o: abs(BUCKETS.index(o) - BUCKETS.index(b)))  # noqa: E731

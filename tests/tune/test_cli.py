@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from llmc.cli.app import app
-from llmc.cli.tune import clock, conclusions, jobs_table, records_table, result_table
+from llmc.cli.tune import TuneView, clock, conclusions, jobs_table, records_table, result_table
 from llmc.errors import LlmcError
 from llmc.schedules.records import RecordFile, Status, read_records
 from llmc.spec import CompileSpec, parse_budget
 from llmc.tune.job import Outcome
-from llmc.tune.tuner import TuneResult
-from tests.tune.synthetic import ToySchedule, toy_jobs
+from llmc.tune.tuner import Tuner, TuneResult
+from tests.tune.synthetic import CAPS, ToyLab, ToySchedule, toy_jobs
 from tests.tune.test_records import record
 
 
@@ -114,3 +116,24 @@ def test_what_a_run_came_to(tmp_path: Path) -> None:
     assert "50.0 % of that with default" in text and "llmc compile my/model --records" in text
     assert records_table(tmp_path, [record()]).row_count == 1
     assert clock(754) == "12:34" and clock(3700) == "01:01:40" and clock(-3) == "00:00"
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_the_view_of_a_run(tmp_path: Path, live: bool) -> None:
+    pytest.importorskip("xgboost", reason="the cost model needs xgboost")
+    out = io.StringIO()
+    view = TuneView(Console(file=out, force_terminal=live, width=120), live=live, quiet=False)
+    lab = ToyLab(lambda s: Outcome(Status.HUNG, note="no answer") if s.tile == 2 else None)
+    jobs = toy_jobs(64, 4096)
+    Tuner(jobs, lab, RecordFile(tmp_path / "r"), CAPS, "1", "here", progress=view, clock=lab.clock).run(60)
+    text = out.getvalue()
+    assert view.result is not None and view.result.trials > 20
+    assert "toy 4096" in text
+    if live:
+        assert "hung" in text and "roofline" in text and "left," in text
+    else:
+        assert "measuring default schedules" in text
+        assert "hung, no answer" in text and "% of the roofline" in text and "reads 1.0 GB/s" in text
+    quiet = io.StringIO()
+    TuneView(Console(file=quiet), live=False, quiet=True).phase("searching")
+    assert quiet.getvalue() == ""

@@ -125,6 +125,20 @@ def test_the_choice_agrees_in_what_is_shared():
     assert choose(TOY, ToyConfig(64), [record(1.2, tile=4)]) is None
 
 
+def test_a_threshold_is_there_only_where_it_pays():
+    more = {"rows": 4, "bucket": (2, 4)}
+    # in the second bucket the first one's schedule is 1 % slower than the best: it serves both
+    same = [record(0.8, tile=4), record(0.7, tile=2, **more), record(0.707, tile=4, **more)]
+    choice = choose(TOY, ToyConfig(64), same)
+    assert choice.schedule.at(1) == choice.schedule.at(4) == ToySchedule(tile=4)
+    assert choice.schedule.limits == (4,) and [r.ratio for r in choice.records] == [0.8, 0.707]
+    # 10 % slower: a threshold
+    apart = [*same[:2], record(0.77, tile=4, **more)]
+    assert choose(TOY, ToyConfig(64), apart).schedule.limits == (1, 4)
+    # what gains 1 % on the default is not worth the code
+    assert choose(TOY, ToyConfig(64), [record(0.99, tile=4)]) is None
+
+
 def test_configs_are_scheduled_by_records_of_this_machine():
     config = ToyConfig(64)
 
