@@ -69,7 +69,7 @@ def _layer_norm(graph: Graph, binding: Any, weights: set[Any]) -> _Match | None:
     bare = _minus_one(graph, gamma)
     plus_one = bare is not None
     gamma = bare if plus_one else gamma
-    vectors = [v for v, used in ((gamma, has_weight), (beta, has_bias)) if used]
+    vectors: list[Any] = [v for v, used in ((gamma, has_weight), (beta, has_bias)) if used]
     axes = [int(a) for a in value.attrs.axes]
     if axes not in ([-1], [len(ir.dims(x)) - 1]) or not value.attrs.center or not value.attrs.scale:
         return None
