@@ -88,15 +88,16 @@ def markdown(counts: list[Count], command: str, dtypes: tuple[str, ...]) -> str:
     lines = [
         "# Kernels per decoder block",
         "",
-        f"Result of `{command}` with transformers {version('transformers')}: tiny models, lowered as for an artifact for this "
-        "machine's cpu preset. A block is what lies between two attention kernels; where layers differ, the figure is their "
-        "mean. What the kernels are, and why: [design/007](design/007-kernels-per-block.md).",
+        f"Result of `{command}` with transformers {version('transformers')}: tiny models, lowered as for an artifact for "
+        "this machine's cpu preset. A block is what lies between two attention kernels; where layers differ, the figure is "
+        "their mean. What lies behind the last attention kernel is in no block: of a tiny model of two layers whose first is "
+        "dense, experts are not counted. What the kernels are, and why: [design/007](design/007-kernels-per-block.md).",
         "",
         "| model type | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
     done = [c for c in counts if not c.refused and all(n in c.blocks for n in columns)]
-    for c in sorted(done, key=lambda c: (c.blocks[columns[len(dtypes) - 1]], c.model_type)):
+    for c in sorted(done, key=lambda c: (round(c.blocks[columns[len(dtypes) - 1]], 3), c.model_type)):
         lines.append(f"| `{c.model_type}` | " + " | ".join(f"{c.blocks[n]:.4g}" for n in columns) + " |")
     return "\n".join(lines) + "\n"
 
