@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from llmc.errors import LlmcError
 from llmc.frontend.graph import SourceModel
 from llmc.spec import CompileSpec
 
@@ -31,6 +32,8 @@ def run(source: SourceModel, spec: CompileSpec, token_ids: Sequence[int]) -> Map
 
     assert source.weights is not None
     backend, caps = get(spec.target)
+    if backend.on_device:
+        raise LlmcError("taps-on-device", f"Hidden states cannot be taken out of {caps.preset} code yet.")
     target = backend.tvm_target(caps)
     graph = capture(source, taps=True)
     lowered = LoweredGraph.from_model(graph)

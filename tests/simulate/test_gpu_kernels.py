@@ -29,6 +29,11 @@ TOOLS = SimulatedTools()
 RNG = np.random.default_rng(0)
 
 
+def _slow(cases: list[Any]) -> list[Any]:
+    """Cases of the slow run only."""
+    return [pytest.param(c, marks=pytest.mark.slow) for c in cases]
+
+
 def test_no_kernel_names_a_target() -> None:
     """Schedules ask the capabilities; a name of a target or an architecture in one is a mistake."""
     for path in Path(__file__).parents[2].glob("schedules/gpu/*.py"):
@@ -85,11 +90,11 @@ def test_gathers(packed: bool) -> None:
 LINEAR = [
     # n, k, dtype, out, options: tails everywhere, exact tiles, columns that do not fill 16 bytes
     (40, 64, "float32", "float32", {}),
+    (70, 160, "bfloat16", "float32", {"has_bias": True, "has_residual": True}),
+    (20, 64, "bfloat16", "bfloat16", {"gated": True, "activation": "silu", "has_bias": True}),
     (13, 27, "float32", "float32", {"has_bias": True}),
     (72, 96, "bfloat16", "bfloat16", {"has_residual": True}),
-    (70, 160, "bfloat16", "float32", {"has_bias": True, "has_residual": True}),
     (24, 37, "float16", "float16", {"activation": "gelu_tanh"}),
-    (20, 64, "bfloat16", "bfloat16", {"gated": True, "activation": "silu", "has_bias": True}),
     (68, 128, "float16", "float16", {"gated": True, "gate_second": True, "activation": "gelu"}),
 ]
 ACTIVATIONS = {
@@ -100,8 +105,8 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize("case", LINEAR, ids=lambda c: "-".join(map(str, c[:3])))
-@pytest.mark.parametrize("preset", ["sm_90", pytest.param("sm_75", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", [*LINEAR[:3], *_slow(LINEAR[3:])], ids=lambda c: "-".join(map(str, c[:3])))
+@pytest.mark.parametrize("preset", ["sm_90", *_slow(["sm_75"])])
 def test_linear(case: tuple[Any, ...], preset: str) -> None:
     n, k, dtype, out_dtype, options = case
     caps = gpu(preset)
@@ -149,7 +154,8 @@ BASE = AttentionConfig(
 
 
 @pytest.mark.parametrize(
-    "case", ["f32", "bf16-window-sinks-dims", "chunk-softcap", "alibi-sinks-bf16-pages", "wide"]
+    "case",
+    ["f32", *_slow(["bf16-window-sinks-dims", "chunk-softcap", "alibi-sinks-bf16-pages", "wide"])],
 )
 def test_attention(case: str) -> None:
     from tests.schedules.test_attention import CASES, run
@@ -180,9 +186,7 @@ FLASH = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [*list(FLASH)[:1], *(pytest.param(c, marks=pytest.mark.slow) for c in list(FLASH)[1:])]
-)
+@pytest.mark.parametrize("case", [*list(FLASH)[:1], *_slow(list(FLASH)[1:])])
 def test_prefill_on_matrix_units(case: str) -> None:
     from tests.schedules.test_attention import run
 
@@ -224,7 +228,7 @@ def rope_config(dtype: str) -> RopeConfig:
     return RopeConfig(attention, q, k, v, ((1, -1, 8), (1, -1, 8)), "float32")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", *_slow(["float32"])])
 def test_rope_append_and_decode_with_rope(dtype: str) -> None:
     """The rotation against numpy, and decode with the rotation inside against decode behind it."""
     cfg = rope_config(dtype)
