@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmc.artifact import StoredParams
+from llmc.errors import LlmcError
 from llmc.frontend.graph import SourceModel
 from llmc.spec import CompileSpec
 
@@ -41,6 +42,8 @@ def run(
 
     assert source.weights is not None
     backend, caps = get(spec.target)
+    if backend.on_device:
+        raise LlmcError("taps-on-device", f"Hidden states cannot be taken out of {caps.preset} code yet.")
     target = backend.tvm_target(caps)
     graph = capture(source, taps=True)
     lowered = LoweredGraph.from_model(graph)

@@ -103,8 +103,7 @@ def _access(
 # -- matrix units (PTX ISA, fragments of ldmatrix and mma.m16n8k16) ---------------------------------------------------------
 
 
-@model("llmc_ldmatrix_x4")
-def _ldmatrix_x4(m: Machine, to: Pointer, source: Pointer) -> None:
+def _ldmatrix_x4(m: Machine, to: Pointer, source: Pointer, transposed: bool) -> None:
     m.whole_warps("ldmatrix")
     memory = source.memory
     assert isinstance(memory, Memory)
@@ -112,20 +111,28 @@ def _ldmatrix_x4(m: Machine, to: Pointer, source: Pointer) -> None:
     first = active // WARP * WARP
     _whole_blocks_of_warps(m)
     at = _bytes_at(m, source)
+    if (at[active] % 16).any():
+        raise failure(
+            "alignment", f"A row of {memory.name} for ldmatrix begins at byte {int(at.max())}", m.node
+        )
     lane = active % WARP
+    view = memory.view(np.dtype(np.uint16))
+    block = m.lanes.block[active]
     for j in range(4):
-        row = at[first + 8 * j + lane // 4]
-        if (row % 16).any():
-            raise failure(
-                "alignment", f"A row of {memory.name} for ldmatrix begins at byte {int(row.max())}", m.node
-            )
-        word = row // 4 + lane % 4
-        view = memory.view(np.dtype(np.uint32))
-        memory.check(word, view.shape[1], m.lanes, active, m.node)
-        memory.touch(word, 4, m.lanes, active, False, m.node)
+        halves = []
+        for i in range(2):
+            row, column = (lane % 4 * 2 + i, lane // 4) if transposed else (lane // 4, lane % 4 * 2 + i)
+            element = at[first + 8 * j + row] // 2 + column
+            memory.check(element, view.shape[1], m.lanes, active, m.node)
+            memory.touch(element, 2, m.lanes, active, False, m.node)
+            halves.append(view[block, element].astype(np.uint32))
         value = np.zeros(m.lanes.n, np.uint32)
-        value[active] = view[m.lanes.block[active], word]
+        value[active] = halves[0] | halves[1] << 16
         m.store(to.memory, to.dtype, np.asarray(to.index) + j, value, False)
+
+
+FUNCTIONS["llmc_ldmatrix_x4"] = lambda m, to, source: _ldmatrix_x4(m, to, source, False)
+FUNCTIONS["llmc_ldmatrix_x4_trans"] = lambda m, to, source: _ldmatrix_x4(m, to, source, True)
 
 
 def _mma(m: Machine, kind: Any, c: Pointer, *operands: Any) -> None:

@@ -12,6 +12,7 @@ from llmc.schedules.attention import partial_shape
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.attention_tile import Operands, first_visible
 from llmc.schedules.gpu import emit as g
+from llmc.schedules.gpu import flash
 from llmc.schedules.gpu.attention_tile import (
     THREADS,
     Tile,
@@ -38,7 +39,8 @@ def attention_prefill(cfg: AttentionConfig, caps: Capabilities) -> Any:
     The host does not know how the tokens are distributed over sequences: it launches as many tiles as there can be, and a
     block finds its sequence by counting.
     """
-    tokens = tokens_per_tile(cfg, caps)
+    on_units = flash.takes(cfg, caps)
+    tokens = flash.tokens_per_tile(cfg) if on_units else tokens_per_tile(cfg, caps)
     units = _units(cfg)
     built: list[Any] = []
     with e.kernel(built):
@@ -49,14 +51,18 @@ def attention_prefill(cfg: AttentionConfig, caps: Capabilities) -> Any:
             with g.launch((t // tokens + b) * units, THREADS) as (number, thread):
                 unit, tile_number = e.let(number % units), e.let(number // units)
                 sequence, first = _find_tile(args, tile_number, tokens)
-                tile = Tile(cfg, caps, args, tokens, thread, unit)
+                tile: Tile | flash.FlashTile
+                if on_units:
+                    tile = flash.FlashTile(cfg, caps, args, thread, unit)
+                else:
+                    tile = Tile(cfg, caps, args, tokens, thread, unit)
                 with g.when(sequence < b):
                     start = e.let(e.i64(args.query_start[sequence]))
                     length = e.let(e.i64(args.query_start[sequence + 1]) - start)
                     used = e.let(T.min(e.i64(tokens), length - first))
                     position = e.let(e.i64(args.context_len[sequence]) - length + first)
                     tile.start(e.let(start + first), used)
-                    low = first_visible(cfg, position)
+                    low = first_visible(cfg, position) // cfg.page_size * cfg.page_size
                     tile.visit(e.let(sequence * w), e.let(low), e.let(position + used), position)
                     tile.finish()
     return built[0]

@@ -31,6 +31,9 @@ __device__ __forceinline__ void llmc_ldmatrix_x4(unsigned* to, const void* from)
     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
 }
 """
+_LOAD_TRANSPOSED = _LOAD.replace("llmc_ldmatrix_x4", "llmc_ldmatrix_x4_trans").replace(
+    ".x4.shared", ".x4.trans.shared"
+)
 _MMA = """
 __device__ __forceinline__ void llmc_mma_NAME(
     float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
@@ -60,12 +63,14 @@ def wait(groups: int) -> None:
     T.evaluate(g.device_call(f"llmc_copy_wait_{groups}", _WAIT % (groups, groups)))
 
 
-def load_x4(to: Any, source: Any, index: Any) -> None:
+def load_x4(to: Any, source: Any, index: Any, transposed: bool = False) -> None:
     """Four 8 x 8 matrices of 16 bits from shared memory to registers to[0..3] (uint32).
 
-    Thread i gives the address of row i % 8 of matrix i / 8, and gets elements 2 (i % 4) and the next of row i / 4 of each.
+    Thread i gives the address of row i % 8 of matrix i / 8, and gets elements 2 (i % 4) and the next of row i / 4 of each
+    (of column i / 4, if transposed).
     """
-    T.evaluate(g.device_call("llmc_ldmatrix_x4", _LOAD, g.address(to, 0), g.address(source, index)))
+    name, text = ("llmc_ldmatrix_x4_trans", _LOAD_TRANSPOSED) if transposed else ("llmc_ldmatrix_x4", _LOAD)
+    T.evaluate(g.device_call(name, text, g.address(to, 0), g.address(source, index)))
 
 
 def mma(acc: Any, a: Any, b: Any, first: int, dtype: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from llmc.schedules.layout import linear_layout
 from llmc.schedules.linear import LinearConfig
 from llmc.schedules.norm import NormConfig
 from llmc.simulate import SimulationError
-from tests.simulate.gpu import SimulatedTools, gpu
+from tests.simulate.gpu import DTYPES, SimulatedTools, gpu
 from tests.simulate.test_gpu_kernels import BASE
 
 TOOLS = SimulatedTools()
@@ -41,18 +42,15 @@ def run_linear(rows: int, dtype: str = "bfloat16") -> np.ndarray:
     return y.numpy()
 
 
-def run_attention() -> None:
+def run_attention(**changes: Any) -> None:
     from tests.schedules.test_attention import Cache
 
-    rng = np.random.default_rng(0)
-    batch = [(1, 300)]
-    cache = Cache(BASE, TOOLS, batch, rng)
+    cfg = replace(BASE, **changes, sinks_dtype="")
+    cache = Cache(cfg, TOOLS, [(1, 300)], np.random.default_rng(0))
     for pool in (cache.k_pool, cache.v_pool):
         pool.array[...] = 1
-    kernel = TOOLS.build(CAPS, k=attention_prefill(BASE, CAPS))["k"]
-    q, out = (
-        TOOLS.tensor(np.ones((1, 4, 1, 16), np.float32).reshape(s)) for s in ((1, 4, 1, 16), (1, 1, 4, 16))
-    )
+    kernel = TOOLS.build(CAPS, k=attention_prefill(cfg, CAPS))["k"]
+    q, out = (TOOLS.tensor(np.ones(s, DTYPES[cfg.dtype])) for s in ((1, 4, 1, 16), (1, 1, 4, 16)))
     start, context = np.array([0, 1], np.int32), np.array([300], np.int32)
     kernel(q, cache.k_pool, cache.v_pool, *map(TOOLS.tensor, (start, context, cache.table)), 0, out)
 
@@ -63,6 +61,7 @@ CASES: dict[str, tuple[Callable[[], Any], range]] = {
     "gemv": (lambda: run_linear(1), range(1)),
     "gemm": (lambda: run_linear(16), range(1, 2)),
     "attention": (run_attention, range(4)),
+    "flash": (lambda: run_attention(dtype="bfloat16", kv_dtype="bfloat16"), range(3)),
 }
 
 

@@ -14,6 +14,7 @@ from llmc.ops import HeadsAttrs, NormAttrs, Run
 from llmc.schedules import norm as cpu_norm
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.gather import EmbeddingConfig, GatherConfig
+from llmc.schedules.gpu import flash
 from llmc.schedules.gpu.attention import attention_decode, attention_prefill
 from llmc.schedules.gpu.gather import embedding, gather_rows
 from llmc.schedules.gpu.linear import linear
@@ -26,6 +27,11 @@ from tests.simulate.gpu import DTYPES, SimulatedTools, gpu
 
 TOOLS = SimulatedTools()
 RNG = np.random.default_rng(0)
+
+
+def _slow(cases: list[Any]) -> list[Any]:
+    """Cases of the slow run only."""
+    return [pytest.param(c, marks=pytest.mark.slow) for c in cases]
 
 
 def test_no_kernel_names_a_target() -> None:
@@ -84,11 +90,11 @@ def test_gathers(packed: bool) -> None:
 LINEAR = [
     # n, k, dtype, out, options: tails everywhere, exact tiles, columns that do not fill 16 bytes
     (40, 64, "float32", "float32", {}),
+    (70, 160, "bfloat16", "float32", {"has_bias": True, "has_residual": True}),
+    (20, 64, "bfloat16", "bfloat16", {"gated": True, "activation": "silu", "has_bias": True}),
     (13, 27, "float32", "float32", {"has_bias": True}),
     (72, 96, "bfloat16", "bfloat16", {"has_residual": True}),
-    (70, 160, "bfloat16", "float32", {"has_bias": True, "has_residual": True}),
     (24, 37, "float16", "float16", {"activation": "gelu_tanh"}),
-    (20, 64, "bfloat16", "bfloat16", {"gated": True, "activation": "silu", "has_bias": True}),
     (68, 128, "float16", "float16", {"gated": True, "gate_second": True, "activation": "gelu"}),
 ]
 ACTIVATIONS = {
@@ -99,8 +105,8 @@ ACTIVATIONS = {
 }
 
 
-@pytest.mark.parametrize("case", LINEAR, ids=lambda c: "-".join(map(str, c[:3])))
-@pytest.mark.parametrize("preset", ["sm_90", pytest.param("sm_75", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", [*LINEAR[:3], *_slow(LINEAR[3:])], ids=lambda c: "-".join(map(str, c[:3])))
+@pytest.mark.parametrize("preset", ["sm_90", *_slow(["sm_75"])])
 def test_linear(case: tuple[Any, ...], preset: str) -> None:
     n, k, dtype, out_dtype, options = case
     caps = gpu(preset)
@@ -148,7 +154,8 @@ BASE = AttentionConfig(
 
 
 @pytest.mark.parametrize(
-    "case", ["f32", "bf16-window-sinks-dims", "chunk-softcap", "alibi-sinks-bf16-pages", "wide"]
+    "case",
+    ["f32", *_slow(["bf16-window-sinks-dims", "chunk-softcap", "alibi-sinks-bf16-pages", "wide"])],
 )
 def test_attention(case: str) -> None:
     from tests.schedules.test_attention import CASES, run
@@ -164,6 +171,30 @@ def test_attention(case: str) -> None:
         assert run(cfg, TOOLS, kernels, batch, decode=False) < TOOLS.exact[cfg.dtype] * 2, batch
     for batch in ([(1, 1), (1, 600), (1, 33)], [(1, 1500)]):
         assert run(cfg, TOOLS, kernels, batch, decode=True) < TOOLS.exact[cfg.dtype], batch
+
+
+FLASH = {
+    "bf16": {"dtype": "bfloat16", "kv_dtype": "bfloat16"},
+    "f16-window-sinks-softcap": {
+        **{"dtype": "float16", "kv_dtype": "float16", "key_dim": 32, "value_dim": 48, "heads": 8},
+        **{"window": 20, "has_sinks": True, "softcap": 5.0},
+    },
+    "bf16-alibi-chunk": {
+        **{"dtype": "bfloat16", "kv_dtype": "bfloat16", "page_size": 32},
+        **{"has_alibi": True, "chunk": 24},
+    },
+}
+
+
+@pytest.mark.parametrize("case", [*list(FLASH)[:1], *_slow(list(FLASH)[1:])])
+def test_prefill_on_matrix_units(case: str) -> None:
+    from tests.schedules.test_attention import run
+
+    cfg = replace(BASE, **FLASH[case], sinks_dtype="")
+    assert flash.takes(cfg, gpu()) and not flash.takes(cfg, gpu("sm_75"))
+    kernels = TOOLS.build(gpu(), append=kv_append(cfg, gpu()), prefill=attention_prefill(cfg, gpu()))
+    for batch in ([(5, 5), (1, 33), (40, 70)], [(3, 300)]):
+        assert run(cfg, TOOLS, kernels, batch, decode=False) < TOOLS.exact[cfg.dtype] * 2, batch
 
 
 def test_attention_with_more_heads_per_cached_head_than_a_tile_takes() -> None:
@@ -197,7 +228,7 @@ def rope_config(dtype: str) -> RopeConfig:
     return RopeConfig(attention, q, k, v, ((1, -1, 8), (1, -1, 8)), "float32")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", *_slow(["float32"])])
 def test_rope_append_and_decode_with_rope(dtype: str) -> None:
     """The rotation against numpy, and decode with the rotation inside against decode behind it."""
     cfg = rope_config(dtype)

@@ -47,6 +47,7 @@ def test_a_ragged_batch_equals_the_cpu_artifact(architecture: str, tmp_path: Pat
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "tiny")
     done = CliRunner().invoke(
