@@ -2,8 +2,9 @@
 
     python tools/compile_memory.py --layers 4 8 16 --quant none q4g32
 
-Prints a markdown table. "Private" is memory that the process itself allocated; "resident" also counts pages of mapped files
-(the checkpoint, the artifact, libraries), which the kernel takes back when memory is short. Linux only.
+Prints a markdown table. "Resident" is the kernel's own peak (VmHWM); it counts pages of mapped files too (the checkpoint, the
+artifact, libraries), which are taken back when memory is short. "Private" is what the process itself allocated, looked at every
+20 ms: on a busy machine a short peak goes unseen. Linux only.
 """
 
 from __future__ import annotations
