@@ -13,7 +13,7 @@ from llmc.frontend.checkpoint import open_model
 from llmc.pipeline import compile_model
 from llmc.quant.readers.gguf_blocks import KINDS
 from llmc.quant.readers.gguf_file import GGUFFile
-from llmc.quant.schemes import SCHEMES, STORED_ONLY, Code, by_name, stored_scheme
+from llmc.quant.schemes import SCHEMES, STORED_ONLY, Code, Scheme, by_name, stored_scheme
 from llmc.quant.stored import SourceQuantizer, packed_as, stored_schemes
 from llmc.reference import reference_logits
 from tests.frontend.tiny import tiny_model
@@ -58,12 +58,15 @@ def test_gptq_act_order(tmp_path: Path) -> None:
 
 def test_parts_that_cannot_be_joined_are_not_quantized_again() -> None:
     class Source:
+        def scheme_of(self, name: str) -> Scheme:
+            return by_name("q4g32")
+
         def quantized(self, name: str) -> None:
             return None
 
     weight = np.zeros((64, 64), np.float32)
     with pytest.raises(LlmcError, match="several parts"):
-        SourceQuantizer(Source()).quantize("a.weight", weight, by_name("nf4f"))  # type: ignore[arg-type]
+        SourceQuantizer(Source()).quantize("a.weight", weight, by_name("q4g32"))  # type: ignore[arg-type]
 
 
 @pytest.mark.e2e
