@@ -9,7 +9,7 @@ import numpy as np
 from llmc.errors import LlmcError
 from llmc.frontend.graph import WeightSource
 from llmc.quant.quantizer import RoundToNearest, WeightQuantizer
-from llmc.quant.schemes import SCHEMES, Scheme, by_name, stored_scheme
+from llmc.quant.schemes import Scheme, by_name, stored_scheme
 from llmc.quant.weight import QuantizedWeight
 
 
@@ -68,6 +68,7 @@ class SourceQuantizer:
 
     def __init__(self, weights: WeightSource, otherwise: WeightQuantizer | None = None) -> None:
         self._quantized = getattr(weights, "quantized", None)
+        self._scheme_of = getattr(weights, "scheme_of", None)
         self._otherwise = otherwise or RoundToNearest()
 
     def quantize(self, source: str, weight: np.ndarray, scheme: Scheme) -> QuantizedWeight:
@@ -76,13 +77,12 @@ class SourceQuantizer:
         Raises:
             LlmcError: the source has the weight in this scheme, but in parts that cannot be joined as they are.
         """
-        found: QuantizedWeight | None = self._quantized(source) if self._quantized is not None else None
-        if found is not None:
-            stored = packed_as(found.scheme)
-            fits = stored is not None and same_weights(stored.any_order, scheme)
-            if fits and found.codes.shape == weight.shape:
+        claimed: Scheme | None = self._scheme_of(source) if self._scheme_of is not None else None
+        stored = None if claimed is None else packed_as(claimed)
+        if self._quantized is not None and stored is not None and same_weights(stored.any_order, scheme):
+            found: QuantizedWeight | None = self._quantized(source)
+            if found is not None and found.codes.shape == weight.shape:
                 return replace(found, scheme=scheme)
-        elif scheme.name not in SCHEMES:
             raise LlmcError(
                 "quantized-weight",
                 f"{source} is stored in several parts, whose {scheme.name} codes cannot be put together as they are.",

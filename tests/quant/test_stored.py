@@ -59,12 +59,15 @@ def test_gptq_act_order(tmp_path: Path) -> None:
 
 def test_parts_that_cannot_be_joined_are_not_quantized_again() -> None:
     class Source:
+        def scheme_of(self, name: str) -> Scheme:
+            return by_name("q4g32")
+
         def quantized(self, name: str) -> None:
             return None
 
     weight = np.zeros((64, 64), np.float32)
     with pytest.raises(LlmcError, match="several parts"):
-        SourceQuantizer(Source()).quantize("a.weight", weight, by_name("nf4f"))  # type: ignore[arg-type]
+        SourceQuantizer(Source()).quantize("a.weight", weight, by_name("q4g32"))  # type: ignore[arg-type]
 
 
 @pytest.mark.e2e
@@ -103,6 +106,9 @@ class _Stored:
 
     def __init__(self, scheme: Scheme) -> None:
         self._scheme = scheme
+
+    def scheme_of(self, name: str) -> Scheme:
+        return self._scheme
 
     def quantized(self, name: str) -> QuantizedWeight:
         return QuantizedWeight(self._scheme, np.full((2, 32), 7, np.uint8), np.ones((2, 1), np.float32))
