@@ -81,6 +81,13 @@ def test_every_activation_is_known(name):
     assert attrs_of(FuseGateUp()(two(op)))[1].activation == name
 
 
+def test_squared_relu_is_an_activation_too():
+    # BitNet
+    after = FuseGateUp()(two(lambda gate: relax.op.square(relax.op.nn.relu(gate)), symbolic=True))
+    assert ops(after) == [LINEAR]
+    assert attrs_of(after)[1] == LinearAttrs("relu2", gated=True)
+
+
 def test_gate_that_is_read_again_stays():
     before = two(used_twice=True)
     assert FuseGateUp()(before) is before
