@@ -11,11 +11,17 @@ from tvm import relax
 
 from llmc.passes.lower_linear import LowerLinear
 from llmc.passes.rewrite import KERNEL_ATTR
+from llmc.quant.schemes import by_name
+from llmc.schedules import emit as e
+from llmc.schedules import tune_qlinear
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
 from llmc.schedules.layout import BlockedLayout
 from llmc.schedules.linear import LinearConfig, LinearSchedule
+from llmc.schedules.qlayout import quant_layout
+from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.records import Record
 from llmc.schedules.tunable import bucket_of
+from llmc.schedules.tune_qlinear import QuantLinearSchedule
 from llmc.schedules.tuned_choice import Tuned
 from llmc.targets.backend import get
 from llmc.tune.extract import TRAFFIC, KernelUse, jobs_of, kernel_uses, shares
@@ -102,6 +108,36 @@ def test_kernels_of_one_weight_agree_in_its_layout():
     assert sorted(c["has_bias"] for c in configs) == [False, True]
     assert {c["schedule"]["choices"][0]["vectors"] for c in configs} == {1}
     assert {c["layout"]["n_block"] for c in configs} == {CAPS.lanes_f32}
+
+
+def test_a_quantized_weight_gets_its_records(monkeypatch):
+    seen = []
+
+    def stand_in(config, caps):  # the real one takes seconds to build
+        seen.append(config)
+        built = []
+        with e.kernel(built):
+            t = e.dim("T")
+            e.tensor("x", [1, t, 32], "float32")
+            e.tensor("w", list(config.layout.packed_shape), "uint8")
+            y = e.tensor("y", [1, t, 48], "float32")
+            with e.root(), e.loop(t) as i:
+                e.store(e.flat(y, t * 48), i, e.f32(config.prefetch), 1)
+        return built[0]
+
+    monkeypatch.setattr(tune_qlinear, "quant_linear", stand_in)
+    layout = quant_layout(by_name("q8"), 48, 32, CAPS)
+    config = QuantLinearConfig(48, layout, "float32", "float32")
+    known = tuned(records(config, 1, QuantLinearSchedule(prefetch=512), "quant_linear"))
+    m = Model()
+    w = m.param("w", 48, 32)
+    x = m.param("x", 1, 8, 32)
+    graph = m.build(lambda emit: linear(emit, x, w))
+    infos = (replace(graph.params[0], scheme="q8"), graph.params[1])
+    out = LowerLinear(CAPS, known)(replace(graph, params=infos))
+    assert [c.prefetch for c in seen] == [512, 2304] and len(known.used) == 1
+    (name,) = [gv.name_hint for gv in out.module.get_global_vars() if gv.name_hint != "main"]
+    assert kernel_config(out.module, name)["layout"]["scheme"] == "q8"
 
 
 @pytest.fixture(scope="module")
