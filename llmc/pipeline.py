@@ -200,11 +200,13 @@ def _capture(model: Any, spec: CompileSpec, *, taps: bool = False) -> tuple[Sour
 
 def _check_tokens(spec: CompileSpec, source: SourceModel) -> None:
     """Refuse texts that have too few tokens before the long work."""
-    if spec.quant_method != RTN:
+    if spec.calib_text and spec.quant_method != RTN:
+        from llmc.quant.corpus import calibration_sequences
         from llmc.quant.methods import Calibration
 
-        assert spec.calib_text is not None
-        Calibration(spec.quant_method, Path(spec.calib_text)).pieces(source)
+        c = Calibration(spec.quant_method, Path(spec.calib_text))
+        length = min(c.length, source.max_seq_len)
+        calibration_sequences(source, c.text, sequences=c.sequences, length=length, seed=c.seed)
     if spec.eval_text:
         from llmc.evaluate_text import FolderTokenizer, cut_text
 

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from llmc.errors import LlmcError
 from llmc.frontend.graph import SourceModel
 from llmc.quant.awq import AWQ
@@ -43,20 +41,6 @@ class Calibration:
     length: int = 512
     seed: int = 0
 
-    def pieces(self, source: SourceModel) -> torch.Tensor:
-        """The tokens, int64 [sequences, length].
-
-        Raises:
-            LlmcError: no tokenizer, or a text that is unreadable or too short.
-        """
-        return calibration_sequences(
-            source,
-            self.text,
-            sequences=self.sequences,
-            length=min(self.length, source.max_seq_len),
-            seed=self.seed,
-        )
-
 
 def calibrated(
     source: SourceModel,
@@ -81,7 +65,13 @@ def calibrated(
         raise LlmcError(
             "no-weights", f"{source.name} was opened without weights; they are required to calibrate."
         )
-    sequences = calibration.pieces(source)
+    sequences = calibration_sequences(
+        source,
+        calibration.text,
+        sequences=calibration.sequences,
+        length=min(calibration.length, source.max_seq_len),
+        seed=calibration.seed,
+    )
     method = METHODS[calibration.method]()
     found = calibrate(source, plan, sequences, method, progress=progress, folder=folder)
     return replace(source, weights=found.weights), found

@@ -55,9 +55,7 @@ def test_nf4(nested: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ("q8_0", pytest.param("q4_k", marks=pytest.mark.slow)))
 def test_gguf(kind: str, tmp_path: Path) -> None:
     """q8_0 as it is, with the tied embedding; q4_k dequantized, because its offsets have no kernel."""
-    # rows of q4_k are whole blocks of 256
-    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 256} if kind == "q4_k" else {}
-    model = tiny_model("llama", tie_word_embeddings=True, **sizes)
+    model = tiny_model("llama", hidden_size=256, head_dim=64, intermediate_size=256, tie_word_embeddings=True)
     file = GGUFFile(export(model, tmp_path / "f.gguf", "llama"))
     tensors = {}
     for name, tensor in file.tensors.items():
