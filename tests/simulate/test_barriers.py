@@ -65,7 +65,15 @@ CASES: dict[str, tuple[Callable[[], Any], range]] = {
 }
 
 
-@pytest.mark.parametrize(("case", "number"), [(c, i) for c, (_, n) in CASES.items() for i in n])
+# one of each kernel by default
+EACH = [
+    pytest.param(case, i, marks=[pytest.mark.slow] if i != numbers[-1] else [])
+    for case, (_, numbers) in CASES.items()
+    for i in numbers
+]
+
+
+@pytest.mark.parametrize(("case", "number"), EACH)
 def test_without_a_barrier_there_is_a_race(case: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     original = g.barrier
