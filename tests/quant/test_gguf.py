@@ -85,7 +85,8 @@ def random_blocks(kind: str, rows: int, k: int, seed: int = 0) -> np.ndarray:
     _, values, size = TYPES[NUMBER[kind]]
     random = np.random.default_rng(seed)
     blocks = random.integers(0, 256, (rows, k // values, size), dtype=np.uint8)
-    at = {"q8_0": (0,), "q4_0": (0,), "q4_k": (0, 2), "q6_k": (208,)}[kind]
+    two = ("q4_1", "q5_1", "q4_k", "q5_k")
+    at = (208,) if kind == "q6_k" else (0, 2) if kind in two else (0,)
     for i in at:
         # values of about one or less: some kinds have scales of scales
         scale = (random.standard_normal(blocks.shape[:2]) * (2e-5 if kind == "q6_k" else 1e-3)).astype(
@@ -294,14 +295,14 @@ def test_bad_files(tmp_path: Path) -> None:
 
 
 def test_unsupported_tensor_type(tmp_path: Path) -> None:
-    path = export(tiny_model("llama"), tmp_path / "m.gguf", "llama")
+    path = export(tiny_model("llama", intermediate_size=256), tmp_path / "m.gguf", "llama")
     from llmc.quant.readers.gguf_file import GGUFFile
 
     file = GGUFFile(path)
     tensors = {n: (t.kind, t.shape, file.rows(t).tobytes()) for n, t in file.tensors.items()}
     name = "blk.0.ffn_down.weight"
     shape = tensors[name][1]
-    tensors[name] = ("q5_0", shape, bytes(shape[0] * shape[1] // 32 * 22))
+    tensors[name] = ("q2_k", shape, bytes(shape[0] * -(-shape[1] // 256) * 84))
     refused(
-        write_gguf(tmp_path / "q.gguf", file.metadata, tensors), "gguf-type", "blk.0.ffn_down.weight", "q5_0"
+        write_gguf(tmp_path / "q.gguf", file.metadata, tensors), "gguf-type", "blk.0.ffn_down.weight", "q2_k"
     )
