@@ -24,8 +24,8 @@ from llmc.targets.cpu.backend import capabilities, missing
 CASES = [
     ("w8a8", 130, 667, "bfloat16", True),
     ("w4a8", 70, 300, "float32", False),
-    ("w4a8g64", 33, 20, "float16", True),
 ]
+MORE_CASES = [("w4a8g64", 33, 20, "float16", True), ("w4a8g128", 64, 512, "bfloat16", False)]
 ROWS = (1, 2, 3, 7, 17, 40)
 
 
@@ -63,16 +63,19 @@ def machine(request, best):
     return caps
 
 
-def test_linear(machine, tools):
+@pytest.mark.parametrize(
+    "cases", [CASES, pytest.param(MORE_CASES, marks=pytest.mark.slow)], ids=["usual", "more"]
+)
+def test_linear(machine, tools, cases):
     """Against float64 on the rounded activations; integer sums exactly."""
-    layouts = [quant_layout(SCHEMES[s], n, k, machine) for s, n, k, _, _ in CASES]
+    layouts = [quant_layout(SCHEMES[s], n, k, machine) for s, n, k, _, _ in cases]
     funcs = {
         f"k{i}": int_linear(QuantLinearConfig(n, layouts[i], dtype, "float32", bias, lead=1), machine)
-        for i, (_, n, _, dtype, bias) in enumerate(CASES)
+        for i, (_, n, _, dtype, bias) in enumerate(cases)
     }
     library = tools.build(machine, **funcs)
     rng = np.random.default_rng(1)
-    for i, (scheme, n, k, dtype, bias) in enumerate(CASES):
+    for i, (scheme, n, k, dtype, bias) in enumerate(cases):
 
         def run(weight, x, b, kernel=library[f"k{i}"], layout=layouts[i], bias=bias, n=n):
             y = tools.tensor(np.full((1, len(x), n), np.nan, np.float32))
