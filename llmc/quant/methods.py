@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from llmc.errors import LlmcError
 from llmc.frontend.graph import SourceModel
 from llmc.quant.awq import AWQ
