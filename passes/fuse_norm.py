@@ -66,7 +66,7 @@ def _layer_norm(graph: Graph, binding: Any, weights: set[Any]) -> _Match | None:
     x, gamma, beta = (graph.source(v) for v in value.args)
     # a norm without weight or bias comes with ones and zeros
     has_weight, has_bias = _uniform(graph, gamma) != 1.0, _uniform(graph, beta) != 0.0
-    bare = _minus_one(graph, gamma)
+    bare: Any = _minus_one(graph, gamma)
     plus_one = bare is not None
     gamma = bare if plus_one else gamma
     vectors: list[Any] = [v for v, used in ((gamma, has_weight), (beta, has_bias)) if used]
@@ -218,7 +218,7 @@ def _weighted(graph: Graph, var: Any, weights: set[Any]) -> tuple[Any, Any, bool
         return None
     a, b = user.value.args
     weight = graph.source(b if graph.source(a) == var else a)
-    bare = _minus_one(graph, weight)
+    bare: Any = _minus_one(graph, weight)
     plus_one, weight = bare is not None, weight if bare is None else bare
     value = graph.definition(weight)
     if ir.is_op(value, "relax.astype") and str(value.ty.dtype) == "float32":
