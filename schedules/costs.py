@@ -25,6 +25,8 @@ from llmc.schedules.qlayout import QuantLayout
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.rope import RopeConfig
 from llmc.schedules.rules import visit
+from llmc.schedules.tune_experts import ExpertKernel
+from llmc.schedules.tune_qlinear import QuantKernel
 
 COST = "llmc.cost"  # attribute of a PrimFunc: KernelCost.as_text()
 
@@ -33,6 +35,16 @@ COST = "llmc.cost"  # attribute of a PrimFunc: KernelCost.as_text()
 def kernel_cost(config: Any) -> KernelCost:
     """The cost of the kernel that is made from `config`; of an unknown one only its name."""
     return KernelCost(type(config).__name__.removesuffix("Config"))
+
+
+@kernel_cost.register
+def _(config: QuantKernel) -> KernelCost:
+    return kernel_cost(config.config)
+
+
+@kernel_cost.register
+def _(config: ExpertKernel) -> KernelCost:
+    return kernel_cost(config.config)
 
 
 @kernel_cost.register

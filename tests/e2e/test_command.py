@@ -97,12 +97,12 @@ def test_a_flipped_byte_is_noticed(artifact: Path, tmp_path: Path) -> None:
         assert name in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_bench_counts_every_kernel_that_runs(compiled_demo: CompiledDemo) -> None:
+def test_bench_counts_every_kernel_that_runs(demo: CompiledDemo) -> None:
     from llmc.bench import Sizes, measure_steps
     from llmc.limits import MachineLimits
     from llmc.runtime.model import load
 
-    model = load(compiled_demo.artifact)
+    model = load(demo.artifact)
     limits = MachineLimits(1, 10e9, {"f32": 1e11, "bf16": 2e11, "int8": 4e11})
     decode, step = measure_steps(model, Sizes(100, 1, 1, 2), limits)
     for found in (decode, step):
@@ -112,4 +112,4 @@ def test_bench_counts_every_kernel_that_runs(compiled_demo: CompiledDemo) -> Non
     # a decode step reads every weight of the linear layers once
     weights = sum(p.nbytes for p in model.manifest.params)
     assert 0.8 * weights < sum(row.moved or 0 for row in decode.rows) < 1.5 * weights
-    llmc_command("bench", compiled_demo.artifact, "--tokens", "3", "--rounds", "1", "--prompt", "20")
+    llmc_command("bench", demo.artifact, "--tokens", "3", "--rounds", "1", "--prompt", "20")

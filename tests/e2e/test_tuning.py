@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import torch
 
 from llmc.artifact import TUNING, Manifest
 from llmc.schedules.records import Status, read_records
-from tests.e2e.test_command import ENV, ROOT, llmc
+from tests.e2e.conftest import ROOT
+from tests.e2e.conftest import llmc_command as llmc
 from tests.frontend.tiny import save, tiny_model
 
 pytest.importorskip("xgboost", reason="the cost model needs xgboost")
@@ -28,7 +30,7 @@ def test_tune_interrupt_resume_compile(tmp_path: Path) -> None:
     running = subprocess.Popen(
         [sys.executable, "-m", "llmc", *command],
         cwd=ROOT,
-        env=ENV,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )

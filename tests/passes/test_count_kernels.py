@@ -36,7 +36,8 @@ def called(spec: CompileSpec, step) -> dict[str, list[str]]:
     """Kernels in the order in which the compiled functions call them, read from the bytecode."""
     backend, caps = get(spec.target)
     with StageRunner(spec) as runner:
-        text = pipeline._build(step, backend.tvm_target(caps), runner).as_text()
+        built = pipeline._build(step, backend, caps, backend.tvm_target(caps), runner)
+    text = built.executable.as_text()
     found: dict[str, list[str]] = {}
     for name, body in re.findall(r"^@(step|decode):\n(.*?)(?=^@|\Z)", text, re.M | re.S):
         names = re.findall(r"^\s+call\s+(\S+)", body, re.M)
