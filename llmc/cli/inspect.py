@@ -22,6 +22,7 @@ from llmc.kv_plan import KVKind
 _QUANTIZED = re.compile(r"quant\((\w+),n=\d+,of=(\d+)x(\d+)\)")
 # parameters listed without --params
 _SOME = 12
+_WIDE = 160  # columns of what does not go to a terminal
 
 
 def run_inspect(
@@ -48,7 +49,8 @@ def run_inspect(
     if as_json:
         print(report.manifest.as_text())
         return
-    console = Console(file=sys.stdout, highlight=False)
+    # tables are not cut when they go to a file
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _WIDE)
     if kernels:
         for table in kernel_tables(report.manifest, context):
             console.print(table)
