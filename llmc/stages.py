@@ -1,4 +1,4 @@
-"""The stage runner: what `llmc/pipeline.py` runs its ordered table of stages through.
+"""The stage runner: what `llmc/pipeline/compile.py` runs its ordered table of stages through.
 
 It times every stage and pass, reports progress, dumps intermediate results, stops where it was told to, and
 turns a bug into a reproducer folder. It knows nothing of what the stages do.
@@ -30,7 +30,7 @@ from llmc.spec import CompileSpec
 T = TypeVar("T")
 U = TypeVar("U")
 
-# the stages of a compile, in order; pipeline.py runs exactly these
+# the stages of a compile, in order; pipeline/compile.py runs exactly these
 STAGES = ("search", "capture", "tune", "lower", "build", "calibrate", "pack", "write", "verify", "evaluate")
 
 

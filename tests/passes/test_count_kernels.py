@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmc import pipeline
 from llmc.kernel_work import Formula, Workload
 from llmc.passes.count_kernels import CountKernels
+from llmc.pipeline.lower import build_module, capture_graph, lower_graph
 from llmc.spec import CompileSpec
 from llmc.stages import StageRunner
 from llmc.targets.backend import get
@@ -27,8 +27,8 @@ def lowered(model_type: str, dtype: str, **options: object):
     spec = CompileSpec.from_json({"model": "tiny", "dtype": dtype, "max_batch": 2, **options})
     backend, caps = get(spec.target)
     with StageRunner(spec) as runner:
-        source, graph = pipeline._capture(model, spec)
-        step = pipeline._lower(graph, spec, source, caps, backend.tvm_target(caps), runner)
+        source, graph = capture_graph(model, spec)
+        step = lower_graph(graph, spec, source, caps, backend.tvm_target(caps), runner)
     return spec, step
 
 
@@ -36,7 +36,7 @@ def called(spec: CompileSpec, step) -> dict[str, list[str]]:
     """Kernels in the order in which the compiled functions call them, read from the bytecode."""
     backend, caps = get(spec.target)
     with StageRunner(spec) as runner:
-        built = pipeline._build(step, backend, caps, backend.tvm_target(caps), runner)
+        built = build_module(step, backend, caps, backend.tvm_target(caps), runner)
     text = built.executable.as_text()
     found: dict[str, list[str]] = {}
     for name, body in re.findall(r"^@(step|decode):\n(.*?)(?=^@|\Z)", text, re.M | re.S):
