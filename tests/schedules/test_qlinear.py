@@ -39,7 +39,7 @@ weight_of = random_weight
 
 def check(y, expected):
     error = np.abs(y.astype(np.float64) - expected).max() / np.abs(expected).max()
-    assert error < 2e-6
+    assert error < 1e-6
 
 
 def test_linear_matches_dequantized_weight(caps, tools):
