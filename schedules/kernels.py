@@ -26,6 +26,7 @@ from llmc.schedules.gpu import attention as gpu_attention
 from llmc.schedules.gpu import gather as gpu_gather
 from llmc.schedules.gpu import linear as gpu_linear
 from llmc.schedules.gpu import norm as gpu_norm
+from llmc.schedules.gpu import qlinear as gpu_qlinear
 from llmc.schedules.gpu import rope as gpu_rope
 
 # (configuration, capabilities) -> PrimFunc
@@ -79,13 +80,13 @@ _LOOPS = Builders(
 )
 _THREADS = Builders(
     linear=gpu_linear.linear,
-    quant_linear=_not_yet("quantized weights (--quant)"),
+    quant_linear=gpu_qlinear.quant_linear,
     expert_linear=_not_yet("mixtures of experts"),
     quant_expert_linear=_not_yet("mixtures of experts"),
     int_expert_linear=_not_yet("mixtures of experts"),
     norm=gpu_norm.norm,
     embedding=gpu_gather.embedding,
-    quant_embedding=_not_yet("quantized weights (--quant)"),
+    quant_embedding=gpu_gather.quant_embedding,
     gather_rows=gpu_gather.gather_rows,
     kv_append=gpu_rope.kv_append,
     rope_append=gpu_rope.rope_append,
