@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmc.caps import Capabilities
-from llmc.errors import LlmcError
 from llmc.schedules import (
     attention,
     gather,
@@ -23,6 +22,7 @@ from llmc.schedules import (
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule
 from llmc.schedules.choice import ByRows
 from llmc.schedules.gpu import attention as gpu_attention
+from llmc.schedules.gpu import experts as gpu_experts
 from llmc.schedules.gpu import gather as gpu_gather
 from llmc.schedules.gpu import linear as gpu_linear
 from llmc.schedules.gpu import norm as gpu_norm
@@ -52,15 +52,9 @@ class Builders:
     attention_decode: Callable[[Any, Capabilities, Any], Any]
 
 
-def _not_yet(what: str) -> Builder:
-    def refuse(config: Any, caps: Capabilities) -> Any:
-        raise LlmcError(
-            "kernel-missing",
-            f"There is no kernel for {what} on {caps.preset} yet.",
-            hint="Compile without it, or for the cpu target.",
-        )
-
-    return refuse
+def _default(build: Builder) -> Builder:
+    """A builder of what tuning would choose schedules for, where there are none to choose from."""
+    return lambda kernel, caps: build(kernel.config, caps)
 
 
 _LOOPS = Builders(
@@ -81,9 +75,9 @@ _LOOPS = Builders(
 _THREADS = Builders(
     linear=gpu_linear.linear,
     quant_linear=gpu_qlinear.quant_linear,
-    expert_linear=_not_yet("mixtures of experts"),
-    quant_expert_linear=_not_yet("mixtures of experts"),
-    int_expert_linear=_not_yet("mixtures of experts"),
+    expert_linear=_default(gpu_experts.expert_linear),
+    quant_expert_linear=gpu_experts.quant_expert_linear,
+    int_expert_linear=gpu_experts.quant_expert_linear,
     norm=gpu_norm.norm,
     embedding=gpu_gather.embedding,
     quant_embedding=gpu_gather.quant_embedding,

@@ -47,8 +47,62 @@ _TYPES = {"bfloat16": "bf16", "float16": "f16"}
 _ONE = {"bfloat16": 0x3F80, "float16": 0x3C00}
 
 
-class ThreadCodes:
-    """Unpacks columns of a layout for one thread.
+class Weights:
+    """What the matmuls ask of a weight; this class says it for one that is not quantized.
+
+    Attributes:
+        padded_k: columns, with those that fill the last unit.
+        chunk: columns that a warp takes at a time: of one group, or a unit with two of them.
+        subgroups: groups in a unit if they are smaller than it, else 1.
+        scaled: the sums of a group have to be multiplied with a scale.
+        offsets: and the sums of x with an offset.
+    """
+
+    padded_k: int
+    chunk: int
+    subgroups = 1
+    scaled = False
+    offsets = False
+    has_table = False
+
+    def load_table(self, thread: Any, threads: int) -> None:
+        """Bring the values of codes that are no integers to shared memory; a barrier must follow before they are used."""
+
+    def chunk_at(self, base: Any, number: Any) -> Place:
+        """Chunk `number` of the block at `base`; of the first group in it."""
+        raise NotImplementedError
+
+    def group_at(self, place: Place, number: Any) -> Place:
+        """Group `number` (0 or 1) of a chunk."""
+        raise NotImplementedError
+
+    def unit_at(self, place: Place, number: Any) -> Any:
+        """Where unit `number` of a chunk begins."""
+        raise NotImplementedError
+
+    def zero(self, place: Place, row: Any) -> Any:
+        """The float32 that is subtracted from integer codes of a row."""
+        return None
+
+    def scale_of(self, place: Place, row: Any) -> tuple[Any, Any]:
+        """(scale, offset or None) of a group of a row, float32."""
+        raise NotImplementedError
+
+    def words(self, unit: Any, first: Any, count: int, row: Any) -> list[list[Any]]:
+        """What columns first .. first + count - 1 of a row of a unit lie in; `first` is a multiple of count."""
+        raise NotImplementedError
+
+    def floats(self, words: list[list[Any]], count: int, zero: Any) -> list[Any]:
+        """float32 values of `count` columns."""
+        raise NotImplementedError
+
+    def pairs(self, words: list[list[Any]], count: int, zero: Any, dtype: str) -> list[Any]:
+        """Pairs of columns (0, 1), (2, 3), ... in `dtype` (two in an uint32); exact."""
+        raise NotImplementedError
+
+
+class ThreadCodes(Weights):
+    """Unpacks columns of a quantized weight for one thread.
 
     Args:
         caps: of the machine.
@@ -64,16 +118,8 @@ class ThreadCodes:
         self.codes, self.layout, self.code = QuantCodes(caps, layout, w, size), layout, scheme.code
         self._words = e.flat(w, size // 4, "uint32")
         self._table: Any = None
-
-    @property
-    def chunk(self) -> int:
-        """Columns that a warp takes at a time: of one group, or a unit with two of them."""
-        return max(self.layout.piece, UNIT)
-
-    @property
-    def subgroups(self) -> int:
-        """Groups in a unit if they are smaller than it, else 1."""
-        return max(1, UNIT // self.layout.group)
+        self.padded_k, self.chunk = layout.padded_k, max(layout.piece, UNIT)
+        self.subgroups, self.scaled, self.offsets = max(1, UNIT // layout.group), True, scheme.offsets
 
     def chunk_at(self, base: Any, number: Any) -> Place:
         """Chunk `number` of the block at byte `base`; of the first group in it."""
@@ -94,7 +140,7 @@ class ThreadCodes:
         """Bring the values of codes that are no integers to shared memory; a barrier must follow before they are used."""
         if self.layout.of.bits != 4 or self.code is Code.INT:
             return
-        self._table = g.shared(_TABLE_SIZE, name="values")
+        self._table, self.has_table = g.shared(_TABLE_SIZE, name="values"), True
         values = [float(v) for v in TABLES[self.code]]
         register = g.local(1)
         with g.when(thread < _TABLE_SIZE):
@@ -103,10 +149,6 @@ class ThreadCodes:
                 with g.when(thread == i):
                     e.store(register, 0, e.f32(value), 1)
             e.store(self._table, thread, register[0], 1)
-
-    @property
-    def has_table(self) -> bool:
-        return self._table is not None
 
     def zero(self, place: Place, row: Any) -> Any:
         """The float32 that is subtracted from integer codes of a row."""
@@ -123,11 +165,17 @@ class ThreadCodes:
             place = self.group_at(place, first // layout.group)
         unit = e.let(place.units + column % self.chunk // UNIT * layout.unit_bytes)
         values = self.floats(self.words(unit, first, COLUMNS, row), COLUMNS, self.zero(place, row))
-        scale = e.let(self.codes.scale(place.scales, row, 1, place.tops))
-        if layout.of.offsets:
-            offset = e.let(self.codes.offset(place, row, 1))
+        scale, offset = self.scale_of(place, row)
+        if offset is not None:
             return [e.let(v * scale + offset) for v in values]
         return [e.let(v * scale) for v in values]
+
+    def unit_at(self, place: Place, number: Any) -> Any:
+        return e.let(place.units + number * self.layout.unit_bytes)
+
+    def scale_of(self, place: Place, row: Any) -> tuple[Any, Any]:
+        scale = e.let(self.codes.scale(place.scales, row, 1, place.tops))
+        return scale, e.let(self.codes.offset(place, row, 1)) if self.offsets else None
 
     # -- words -------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ are 8 bytes of x and one word of 4-bit codes (two of 8-bit codes).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tvm import tirx
@@ -17,7 +18,8 @@ from llmc.schedules import emit as e
 from llmc.schedules.gpu import emit as g
 from llmc.schedules.gpu import matrix_unit as unit
 from llmc.schedules.gpu.qcodes import ThreadCodes
-from llmc.schedules.gpu.qoperands import QuantOperands
+from llmc.schedules.gpu.qoperands import Operands
+from llmc.schedules.gpu.rows import Rows
 from llmc.schedules.iactivations import SMALLEST
 from llmc.schedules.qlayout import UNIT, WARP_ROWS
 
@@ -31,7 +33,7 @@ __device__ __forceinline__ signed char llmc_round_byte(float x, float factor) {
 """
 
 
-def quantize_rows(ops: QuantOperands) -> None:
+def quantize_rows(ops: Operands) -> None:
     """Launch over rows: ops.rounded int8 [T, padded_k] and ops.row_scales float32 [T] of ops.x."""
     cfg, layout = ops.cfg, ops.cfg.layout
     k, padded = layout.k, layout.padded_k
@@ -65,60 +67,58 @@ def quantize_rows(ops: QuantOperands) -> None:
     ops.rounded, ops.row_scales = rounded, scales
 
 
-def gemm(ops: QuantOperands, caps: Capabilities, tiles: int, warps: int) -> None:
+def gemm(ops: Operands, caps: Capabilities, tiles: int, warps: int) -> None:
     """One launch over all of y, after quantize_rows; arguments as of qgemm.gemm."""
     row_blocks = e.ceildiv(ops.t, 16 * tiles)
     with g.launch(row_blocks * ops.cfg.layout.blocks, warps * g.WARP) as (number, thread):
         block = e.let(number // row_blocks)
-        first = e.let(number % row_blocks * (16 * tiles))
-        _Block(ops, caps, tiles, warps, thread).run(block, first)
+        rows = Rows(e.let(number % row_blocks * (16 * tiles)), ops.t)
+        codes = ThreadCodes(caps, ops.cfg.layout, ops.packed, ops.size)
+        Block(ops, caps, codes, tiles, warps, thread).run(
+            block, e.let(block * ops.cfg.layout.block_bytes), rows
+        )
 
 
-class _Block:
+class Block:
     """One block of threads."""
 
-    def __init__(self, ops: QuantOperands, caps: Capabilities, tiles: int, warps: int, thread: Any) -> None:
-        self.ops, self.caps, self.tiles, self.warps, self.thread = ops, caps, tiles, warps, thread
-        self.layout = ops.cfg.layout
-        self.codes = ThreadCodes(caps, self.layout, ops.packed, ops.size)
+    def __init__(
+        self, ops: Operands, caps: Capabilities, codes: ThreadCodes, tiles: int, warps: int, thread: Any
+    ) -> None:
+        self.ops, self.caps, self.codes, self.tiles = ops, caps, codes, tiles
+        self.warps, self.thread, self.layout = warps, thread, ops.cfg.layout
         self.x = e.flat(ops.rounded, ops.t * (self.layout.padded_k // 4), "uint32")
         self.lane, self.warp = e.let(thread % g.WARP), e.let(thread // g.WARP)
         self.row, self.part = e.let(self.lane // 4), e.let(self.lane % 4)
 
-    def run(self, block: Any, first: Any) -> None:
-        ops, layout = self.ops, self.layout
-        rows, width = 16 * self.tiles, WARP_ROWS + _PAD
-        sums = g.shared(self.warps * rows * width, name="sums")
+    def run(self, block: Any, base: Any, rows: Rows) -> None:
+        """As qgemm.Block.run."""
+        layout = self.layout
+        shape = (self.warps, 16 * self.tiles, WARP_ROWS + _PAD)
+        sums = g.shared(math.prod(shape), name="sums")
         total = [[self._zeros("float32") for _ in range(_TILES)] for _ in range(self.tiles)]
-        base = e.let(block * layout.block_bytes)
         words = layout.padded_k // 4
         tokens = [
-            [e.let(T.min(first + (16 * i + 8 * h) + self.row, ops.t - 1) * words) for h in range(2)]
-            for i in range(self.tiles)
+            [e.let(rows.at(16 * i + 8 * h + self.row) * words) for h in range(2)] for i in range(self.tiles)
         ]
-        chunk = self.codes.chunk
-        g.strided(
-            self.warp,
-            layout.padded_k // chunk,
-            self.warps,
-            lambda number: self._chunk(total, tokens, base, number),
-        )
+        chunks = layout.padded_k // self.codes.chunk
+        g.strided(self.warp, chunks, self.warps, lambda number: self._chunk(total, tokens, base, number))
         for i in range(self.tiles):
             for j in range(_TILES):
                 for r in range(4):
                     row = 16 * i + r // 2 * 8 + self.row
-                    at = (self.warp * rows + row) * width + 8 * j + 2 * self.part + r % 2
+                    at = (self.warp * shape[1] + row) * shape[2] + 8 * j + 2 * self.part + r % 2
                     e.store(sums, at, total[i][j][r], 1)
         g.barrier()
-        ops.store_sums(self.caps, sums, block, first, rows, width, self.warps, self.thread)
+        self.ops.store_sums(self.caps, sums, block, rows, shape, self.thread)
 
     def _chunk(self, total: list[Any], tokens: list[Any], base: Any, number: Any) -> None:
-        codes, layout = self.codes, self.layout
+        codes = self.codes
         place = codes.chunk_at(base, number)
         column = e.let(number * codes.chunk)
         part = [[self._zeros("int32") for _ in range(_TILES)] for _ in range(self.tiles)]
         with g.loop(codes.chunk // UNIT) as u:
-            at = e.let(place.units + u * layout.unit_bytes)
+            at = codes.unit_at(place, u)
             word = e.let((column + u * UNIT) // 4 + 2 * self.part)
             left = []
             for low, high in tokens:
@@ -131,7 +131,7 @@ class _Block:
         for j in range(_TILES):
             for c in range(2):
                 row = e.let(8 * j + 2 * self.part + c)
-                scale = e.let(codes.codes.scale(place.scales, row, 1, place.tops))
+                scale, _ = codes.scale_of(place, row)
                 for i in range(self.tiles):
                     for r in (c, c + 2):
                         product = tirx.Cast("float32", part[i][j][r]) * scale
