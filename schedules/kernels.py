@@ -28,6 +28,7 @@ from llmc.schedules.gpu import linear as gpu_linear
 from llmc.schedules.gpu import norm as gpu_norm
 from llmc.schedules.gpu import qlinear as gpu_qlinear
 from llmc.schedules.gpu import rope as gpu_rope
+from llmc.schedules.gpu import topk
 
 # (configuration, capabilities) -> PrimFunc
 Builder = Callable[[Any, Capabilities], Any]
@@ -46,6 +47,7 @@ class Builders:
     embedding: Builder
     quant_embedding: Builder
     gather_rows: Builder
+    top_k: Builder | None  # None: the runtime has a routine
     kv_append: Builder
     rope_append: Builder
     attention_prefill: Builder
@@ -67,6 +69,7 @@ _LOOPS = Builders(
     embedding=gather.embedding,
     quant_embedding=qgather.quant_embedding,
     gather_rows=gather.gather_rows,
+    top_k=None,
     kv_append=attention.kv_append,
     rope_append=rope.rope_append,
     attention_prefill=attention.attention_prefill,
@@ -82,6 +85,7 @@ _THREADS = Builders(
     embedding=gpu_gather.embedding,
     quant_embedding=gpu_gather.quant_embedding,
     gather_rows=gpu_gather.gather_rows,
+    top_k=topk.top_k,
     kv_append=gpu_rope.kv_append,
     rope_append=gpu_rope.rope_append,
     attention_prefill=gpu_attention.attention_prefill,

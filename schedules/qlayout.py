@@ -44,8 +44,9 @@ class QuantLayout:
     follow the units they belong to; with super-groups they are signed bytes.
     Schemes with int8 activations (and layouts that are in_quads) have ``quads`` instead, four neighbouring columns of a
     row in a 32-bit lane, as four-way dot products of bytes want them: 8 bits: unit[k/4, r, k%4]; 4 bits: unit[k/8, r, k%4],
-    the low half of a byte for the first four columns, the high half for the next. Codes stay unsigned. Sixteen rows of the 8-bit form (and of the 4-bit
-    form once its halves are separated) are also the rows of a B tile of AMX (tdpbsud), [k/4][16][4] at a stride of 4 n_block.
+    the low half of a byte for the first four columns, the high half for the next. Codes stay unsigned. Sixteen rows of the
+    8-bit form (and of the 4-bit form once its halves are separated) are also the rows of a B tile of AMX (tdpbsud),
+    [k/4][16][4] at a stride of 4 n_block.
     Rows past N and columns past K hold code 0 and scale 0: the kernel pads activations with zeros.
     Schemes with an order of the inputs: after the last block, int32 order[k], which column of x the stored column k is.
 

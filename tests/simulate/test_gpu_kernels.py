@@ -20,6 +20,7 @@ from llmc.schedules.gpu.gather import embedding, gather_rows
 from llmc.schedules.gpu.linear import linear
 from llmc.schedules.gpu.norm import norm
 from llmc.schedules.gpu.rope import kv_append, rope_append
+from llmc.schedules.gpu.topk import TopKConfig, top_k
 from llmc.schedules.layout import linear_layout
 from llmc.schedules.linear import LinearConfig
 from llmc.schedules.rope import HeadSource, RopeConfig
@@ -305,3 +306,19 @@ def test_rope_append_and_decode_with_rope(dtype: str, norm: NormAttrs | None) ->
         outs.append((out.numpy(), k_pool.numpy(), v_pool.numpy()))
     for one, other in zip(*outs, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_top_k(largest: bool) -> None:
+    rows, n, k = 3, 70, 8
+    x = RNG.integers(-9, 9, (rows, n)).astype(np.float32)  # many equal ones
+    x[0, 5], x[1] = -np.inf, 4
+    values, indices = (
+        TOOLS.tensor(np.zeros((rows, k), np.float32)),
+        TOOLS.tensor(np.zeros((rows, k), np.int64)),
+    )
+    func = top_k(TopKConfig((-1, n), k, largest, "float32", "int64"), gpu())
+    TOOLS.build(gpu(), k=func)["k"](TOOLS.tensor(x), values, indices)
+    order = np.argsort(-x if largest else x, axis=-1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(indices.numpy(), order)
+    np.testing.assert_array_equal(values.numpy(), np.take_along_axis(x, order, -1))
