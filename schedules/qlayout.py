@@ -255,8 +255,8 @@ class QuantLayout:
         match = _TEXT.fullmatch(text)
         if match:
             with suppress(KeyError):
-                sizes = (int(match[i]) for i in (2, 3, 4))
-                return QuantLayout(by_name(match[1]).name, *sizes, in_quads=match[5] is not None)
+                n_block, n, k = (int(match[i]) for i in (2, 3, 4))
+                return QuantLayout(by_name(match[1]).name, n_block, n, k, match[5] is not None)
         raise ValueError(f"{text!r} is not a layout of a quantized weight")
 
     @staticmethod
