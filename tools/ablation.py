@@ -113,9 +113,10 @@ def show(rows: list[Row], options: argparse.Namespace) -> None:
     """The table, as Markdown."""
     from llmc.doctor import cpu_name
 
+    layers = options.layers or "all"
     print(
-        f"\n{options.shape}, {options.layers or 'all'} layers, {options.dtype}, quant {options.quant}, {options.threads} threads, context "
-        f"{options.prompt} + {options.tokens}; {cpu_name()}; load average {os.getloadavg()[0]:.1f}\n"
+        f"\n{options.shape}, {layers} layers, {options.dtype}, quant {options.quant}, {options.threads} threads, "
+        f"context {options.prompt} + {options.tokens}; {cpu_name()}; load average {os.getloadavg()[0]:.1f}\n"
     )
     print("| off | decode ms | all on, ms | ratio | kernels per block | in step |")
     print("|---|---|---|---|---|---|")
