@@ -27,6 +27,7 @@ OPTIONAL_PASSES = (
     "FuseNorm",
     "FuseAddNorm",
     "FuseRoPE",
+    "FoldWeights",
     "ViewReshapes",
     "SpecializeDecode",
 )
@@ -82,7 +83,7 @@ class CompileSpec:
             llmc/quant/methods.py (gptq, awq, ...), which needs calib_text.
         quant_rules: pattern -> scheme for single weights; see QuantRules. The last pattern that matches wins.
         quant_head: scheme of the output projection (and of a tied embedding); None = 8 bits if quant has 4 or fewer (q8, or
-            w8a8 with int8 activations), else as quant.
+            w8a8 or w8a8o with int8 activations), else as quant.
         quant_embedding: scheme of an embedding that is not tied to the head; None = not quantized.
         prune: weights that become zero, ``METHOD:N:M`` or ``METHOD:SHARE`` (llmc/quant/shrink.py); None = none.
         svd: rank, or share of the weights, of linear layers that become two of low rank; None = none do.
@@ -165,6 +166,20 @@ class CompileSpec:
                 f"A quantization method must be one of {', '.join(QUANT_METHODS)}; found {self.quant_method!r}.",
                 hint="Use --quant-method gptq, for instance.",
             )
+        if self._has_outliers() and self.calib_text is None and not self.meta_weights:
+            raise LlmcError(
+                "outliers-without-text",
+                "Schemes with outlier columns (w8a8o, w4a8o) keep the inputs with the largest activations in floating point; "
+                "these are found by running a text, and none is given.",
+                hint="Add --calib FILE, or use w8a8 or w4a8.",
+            )
+        if self._has_outliers() and self.quant == AUTO:
+            raise LlmcError(
+                "outliers-with-auto",
+                "quant = auto measures weights that are rounded to the nearest; a rule asks for a scheme with outlier columns "
+                "(w8a8o, w4a8o), which are found by calibration.",
+                hint="Name another scheme in the rule, or a scheme in place of auto.",
+            )
         if self.quant_method == RTN:
             return
         if self.calib_text is None:
@@ -213,7 +228,19 @@ class CompileSpec:
 
     def calibrates(self) -> bool:
         """Whether weights are changed before they are packed."""
-        return self.quant_method != RTN or self.prune is not None or self.svd is not None
+        looks = self.quant_method != RTN or self.prune is not None or self.svd is not None
+        return looks or (self._has_outliers() and not self.meta_weights)
+
+    def _has_outliers(self) -> bool:
+        """Whether a scheme that is named has outlier columns, which only a calibration finds."""
+        rules = self.rules()
+        names = (
+            rules.default,
+            *(scheme for _, scheme in rules.patterns),
+            self.quant_head,
+            self.quant_embedding,
+        )
+        return any(scheme.outlier_share for name in names if name and (scheme := parse(name)))
 
     def _check_gate(self) -> None:
         for name in ("max_kl", "max_ppl_increase"):
@@ -253,7 +280,9 @@ class CompileSpec:
         scheme = parse(self.rules().default)
         if scheme is None or scheme.bits > 4:
             return None
-        return "w8a8" if scheme.activation_bits else "q8"
+        if scheme.activation_bits:
+            return "w8a8o" if scheme.outlier_share else "w8a8"
+        return "q8"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, fit for JSON and TOML."""

@@ -69,6 +69,7 @@ def calibrate_source(
             prune=spec.prune_rule(),
             svd=spec.rank_rule(),
         ),
+        joined=[param.sources for param in step.params if QuantLayout.is_layout(param.layout)],
         progress=lambda done, total: runner.progress.advance(done, total, "layers"),
     )
     for note in found.notes:

@@ -1,22 +1,12 @@
-"""What a scheme with integer activations does to the inputs of a matrix, in torch: rounded per token, on the fly."""
+"""Samples of what the weights of a layer are multiplied with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
-from llmc.products import Product
 from llmc.quant.recorder import Recorder, Usage
-
-
-def round_activations(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """x [..., K] rounded per token to 2**bits - 1 levels; the scale is the largest magnitude over the largest code."""
-    top = (1 << (bits - 1)) - 1
-    scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / top
-    return torch.round(x / scale) * scale
 
 
 class RowSample(Recorder):
@@ -47,25 +37,3 @@ class RowSample(Recorder):
             for name, usage in self.usages.items()
             if usage.group in leaders
         }
-
-
-class RoundedInputs(TorchFunctionMode):
-    """Inside of this context the inputs of some weights are rounded to integers before they are multiplied.
-
-    Args:
-        parameters: name -> the tensor that the modules hold, as of Recorder.
-        bits: name -> bits of its inputs.
-    """
-
-    def __init__(self, parameters: Mapping[str, torch.Tensor], bits: Mapping[str, int]) -> None:
-        super().__init__()
-        self._bits = {parameters[n].untyped_storage().data_ptr(): b for n, b in bits.items()}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        found = Product.of(func, args, kwargs)
-        if found is not None:
-            bits = self._bits.get(found.weight.untyped_storage().data_ptr())
-            if bits is not None:
-                args, kwargs = found.with_input(round_activations(found.x, bits))
-        return func(*args, **kwargs)

@@ -19,6 +19,7 @@ import torch
 
 from llmc.evaluate import Floats, Window, evaluate
 from llmc.frontend.graph import ParamInfo, SourceModel, WeightSource
+from llmc.products import InputRounding
 from llmc.quant.auto import Assignment, Candidate
 from llmc.quant.quantizer import RoundToNearest, WeightQuantizer
 from llmc.quant.schemes import NONE, SCHEMES, Scheme
@@ -172,7 +173,7 @@ class _Dequantized:
     """The source's weights, some of them replaced by what their quantized form stands for.
 
     Attributes:
-        int8_inputs: names of those whose scheme rounds activations too, for llmc.reference.
+        int8_inputs: those whose scheme rounds activations too, for llmc.reference.
     """
 
     def __init__(
@@ -183,7 +184,11 @@ class _Dequantized:
     ) -> None:
         self._weights = weights
         self._chosen = chosen
-        self.int8_inputs = frozenset(n for n, (_, scheme) in chosen.items() if scheme.activation_bits == 8)
+        self.int8_inputs = {
+            name: InputRounding(scheme.activation_bits)
+            for name, (_, scheme) in chosen.items()
+            if scheme.activation_bits
+        }
         self._quantizer = quantizer
         self._kept: dict[str, torch.Tensor] = {}
         self._room = _KEPT

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from llmc.quant.activations import RowSample, round_activations
+from llmc.products import InputRounding
+from llmc.quant.activations import RowSample
 from llmc.quant.awq import apply_scale, oriented, per_channel
 from llmc.quant.calibrate import LayerWork, Nearest, Rounding
 from llmc.quant.fold import Fold, find_folds
@@ -81,9 +82,8 @@ class SmoothQuant:
             total = 0.0
             for weight, scheme, out in zip(weights, schemes, exact, strict=True):
                 x, w = (rows, weight) if scale is None else (rows / scale, weight * scale)
-                x = round_activations(x, scheme.activation_bits) if scheme.activation_bits else x
-                grid = plain_grid(w, scheme)
-                total += float(((x @ decode(encode(w, grid), grid).T - out) ** 2).sum())
+                got = rounded_product(x, w, scheme)
+                total += float(((got - out) ** 2).sum())
             return total
 
         peaks = torch.stack([w.abs().amax(dim=0) for w in weights]).amax(dim=0)
@@ -98,3 +98,18 @@ class SmoothQuant:
                 if loss < least:
                     best, least = scale, loss
         return best
+
+
+def rounded_product(x: torch.Tensor, weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """x [n, K] @ weight [N, K].T with both rounded as the scheme says; outlier columns are those of x."""
+    kept = None
+    if scheme.outlier_share:
+        kept = torch.topk(x.abs().amax(dim=0), scheme.outliers(x.shape[1])).indices
+    if scheme.activation_bits:
+        x = InputRounding(scheme.activation_bits, kept)(x)
+    rest = weight if kept is None else weight.index_fill(1, kept, 0)
+    grid = plain_grid(rest, scheme)
+    values = decode(encode(rest, grid), grid)
+    if kept is not None:
+        values[:, kept] = weight[:, kept]
+    return x @ values.T
