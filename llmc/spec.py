@@ -15,7 +15,8 @@ from llmc.errors import LlmcError
 from llmc.quant.schemes import NONE, QUANT_METHODS, RTN, QuantRules, parse
 from llmc.quant.shrink import PruneRule, RankRule
 
-AUTO = "auto"
+# searched for each weight within a bound on the perplexity: among schemes for floating-point activations, or for int8 ones
+AUTO, AUTO_INT8 = "auto", "auto-a8"
 # graph passes (passes/order.py) without which a result is the same, only slower to compute
 OPTIONAL_PASSES = (
     "CancelTransposes",
@@ -173,7 +174,7 @@ class CompileSpec:
                 "these are found by running a text, and none is given.",
                 hint="Add --calib FILE, or use w8a8 or w4a8.",
             )
-        if self._has_outliers() and self.quant == AUTO:
+        if self._has_outliers() and self.searches:
             raise LlmcError(
                 "outliers-with-auto",
                 "quant = auto measures weights that are rounded to the nearest; a rule asks for a scheme with outlier columns "
@@ -188,7 +189,7 @@ class CompileSpec:
                 f"The method {self.quant_method} looks at activations, and no text to calibrate with is given.",
                 hint="Add --calib FILE.",
             )
-        if self.meta_weights or self.quant == AUTO or self.rules().is_empty:
+        if self.meta_weights or self.searches or self.rules().is_empty:
             raise LlmcError(
                 "method-without-weights",
                 f"The method {self.quant_method} needs weights that a scheme is named for.",
@@ -211,7 +212,7 @@ class CompileSpec:
                 f"{f'prune = {prune}' if prune else 'svd'} looks at activations, and no text to calibrate with is given.",
                 hint="Add --calib FILE.",
             )
-        if self.meta_weights or self.quant == AUTO:
+        if self.meta_weights or self.searches:
             raise LlmcError(
                 "transform-without-weights",
                 f"{'prune' if prune else 'svd'} changes weights; it goes neither with meta_weights nor with quant = auto.",
@@ -225,6 +226,11 @@ class CompileSpec:
     def rank_rule(self) -> RankRule | None:
         """How far linear layers are factored; LlmcError if the text is not understood."""
         return None if self.svd is None else RankRule.parse(str(self.svd))
+
+    @property
+    def searches(self) -> bool:
+        """Whether the schemes are searched for."""
+        return self.quant in (AUTO, AUTO_INT8)
 
     def calibrates(self) -> bool:
         """Whether weights are changed before they are packed."""
@@ -255,7 +261,7 @@ class CompileSpec:
                     f"{name} is a bound on figures that are measured on a text, and none is given.",
                     hint="Add --eval FILE.",
                 )
-        if self.quant == AUTO and (self.max_ppl_increase is None or self.quant_head or self.quant_embedding):
+        if self.searches and (self.max_ppl_increase is None or self.quant_head or self.quant_embedding):
             raise LlmcError(
                 "quant-auto",
                 "quant = auto searches the schemes within a bound: it needs max_ppl_increase, and takes no quant_head or "
@@ -271,7 +277,7 @@ class CompileSpec:
 
     def rules(self) -> QuantRules:
         """Which weight gets which scheme (before the search of ``auto``: the rules); LlmcError if a scheme is unknown."""
-        return QuantRules(NONE if self.quant == AUTO else self.quant, self.quant_rules)
+        return QuantRules(NONE if self.searches else self.quant, self.quant_rules)
 
     def head_scheme(self) -> str | None:
         """Scheme of the output projection: errors of the logits are seen directly, and it is read once per token."""

@@ -3,7 +3,8 @@
 One weight at a time is replaced by what a scheme makes of it, and the KL divergence of the model's predictions from the
 unchanged model's is taken on one window of text: for a text that the model predicts well this is the growth of the
 mean loss, but far less noisy. It is quadratic in the weight's error, so that one run per weight does: the other schemes'
-losses follow from their errors.
+losses follow from their errors. Schemes with int8 activations take one more run, in w8a8: what that loses beyond the
+error of its weights is what rounding the weight's inputs costs.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ Progress = Callable[[float, float, str], None]
 _KEPT = 2 << 30
 # narrower weights gain nothing
 _NARROW = 32
+# the scheme in which the rounding of activations is measured: its weights lose next to nothing
+INT8_PROBE = "w8a8"
 _BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
 
 
@@ -130,13 +133,22 @@ class Sensitivity:
             assert result is not None
             values = self._load(weight)
             unit = result.kl_mean / (self._error(weight, values, SCHEMES[probe]) or 1.0)
+            rounds = any(c != NONE and SCHEMES[c].activation_bits for c in schemes)
+            inputs = self._loss_of_inputs(weight, values, unit, exact) if rounds else 0.0
             out[name] = []
             for choice in schemes:
                 scheme = None if choice == NONE else SCHEMES[choice]
                 error = 0.0 if scheme is None else self._error(weight, values, scheme)
-                size = weight.nbytes(scheme, self._dtype)
-                out[name].append(Candidate(choice, size, unit * error))
+                loss = unit * error + (inputs if scheme is not None and scheme.activation_bits else 0.0)
+                out[name].append(Candidate(choice, weight.nbytes(scheme, self._dtype), loss))
         return out
+
+    def _loss_of_inputs(self, weight: Quantizable, values: np.ndarray, unit: float, exact: Floats) -> float:
+        """What rounding a weight's inputs to int8 costs, nats; `unit` is the loss per squared error of the weight."""
+        logits = self._logits({weight.name: INT8_PROBE})
+        result = evaluate(logits, [self._probe], against=lambda ids: exact).against
+        assert result is not None
+        return max(0.0, result.kl_mean - unit * self._error(weight, values, SCHEMES[INT8_PROBE]))
 
     def loss(self, assignment: Assignment) -> float:
         """Growth of the mean loss (nats per token) over the unchanged model on the whole text."""
