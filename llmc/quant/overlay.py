@@ -46,14 +46,13 @@ class QuantizedStore:
     def put(self, name: str, weight: QuantizedWeight, *, transposed: bool = False) -> None:
         """Keep a weight; `transposed`: the source model holds it [..., in, out]."""
         path = Path(self._folder.name) / f"{len(self._files)}.npy"
+        there = tuple(field for field in _KEPT if getattr(weight, field) is not None)
         with path.open("wb") as f:
-            for name in _KEPT:
-                array = getattr(weight, name)
-                if array is not None:
-                    np.save(f, array, allow_pickle=False)
+            for field in there:
+                np.save(f, getattr(weight, field), allow_pickle=False)
         self._files[name] = path
         self._schemes[name] = (weight.scheme, transposed)
-        self._arrays[name] = tuple(field for field in _KEPT if getattr(weight, field) is not None)
+        self._arrays[name] = there
 
     def get(self, name: str) -> QuantizedWeight | None:
         if name not in self._files:
