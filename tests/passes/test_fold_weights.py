@@ -8,13 +8,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from tvm import relax, tirx
 
 from llmc import ir
+from llmc.errors import LlmcError
 from llmc.packing import pack_sources
+from llmc.passes import order
 from llmc.passes.fold_weights import FoldWeights
-from llmc.passes.rewrite import bindings_of
+from llmc.passes.quantize_weights import QuantizeWeights
+from llmc.passes.rewrite import bindings_of, operands
+from llmc.passes.step_module import LoweredGraph
+from llmc.pipeline.lower import capture_graph
+from llmc.spec import CompileSpec
+from llmc.targets.backend import get
 from tests.passes.graphs import Model, assert_same, linear
+from tools.tiny_configs import decoder_types, tiny_config
 
 K = 8
 
@@ -150,3 +159,68 @@ def test_the_plan_is_kept():
     )
     with pytest.raises(AssertionError, match="planned"):
         pack_sources(replace(found.params[-1], shape=(K + 1,)), lambda name: torch.ones(K))
+
+
+def lowered(architecture: str):
+    """(model, graph after all passes on it) of a tiny random model in bfloat16."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture), attn_implementation="eager").eval()
+    spec = CompileSpec.from_json({"model": "tiny", "dtype": "bf16"})
+    source, graph = capture_graph(model, spec)
+    low = LoweredGraph.from_model(graph)
+    for _, run in order.graph_phase(get("cpu/x86-64-v3")[1], QuantizeWeights.of(spec)):
+        low = run(low)
+    return source.module, low
+
+
+def left_over(low: LoweredGraph) -> list[str]:
+    """Operators of Relax, with known shapes, all of whose operands come from parameters alone; by another way than the pass."""
+    func = low.module["main"]
+    known, found = set(func.params[2:]), []
+    for binding in bindings_of(func):
+        value = binding.value
+        reads = list(operands(value))
+        symbolic = any(isinstance(d, tirx.Var) for d in getattr(binding.var.ty, "shape", None) or ())
+        if reads and not symbolic and all(var in known for var in reads):
+            known.add(binding.var)
+            found += [ir.op_name(value)] if ir.op_name(value) else []
+    return found
+
+
+# afmoe casts the bias of its router, apertus takes softplus of the parameters of its activation, beam gives a bias another shape
+FOLDED = {
+    "afmoe": {"astype"},
+    "apertus": {"softplus", "softplus add"},
+    "beam": {"reshape reshape reshape"},
+    "llama": set(),
+    "gemma2": set(),
+}
+
+
+@pytest.mark.parametrize(
+    "architecture", [a if a == "apertus" else pytest.param(a, marks=pytest.mark.slow) for a in FOLDED]
+)
+def test_what_models_compute_of_weights(architecture: str) -> None:
+    model, low = lowered(architecture)
+    made = [p for p in low.params if p.expression is not None]
+    assert {" ".join(p.expression.steps) for p in made} == FOLDED[architecture]
+    assert left_over(low) == []
+    if architecture == "apertus":
+        weights = dict(model.named_parameters())
+        for param in made:
+            packed = pack_sources(param, weights.__getitem__).view(ml_dtypes.bfloat16).astype(np.float32)
+            raw = weights[param.source].detach().to(torch.bfloat16)
+            want = torch.nn.functional.softplus(raw)
+            want = want + torch.tensor(0.5, dtype=torch.bfloat16) if "add" in param.expression.steps else want
+            np.testing.assert_allclose(packed, want.float().numpy(), rtol=2**-7)
+
+
+@pytest.mark.slow(reason="every architecture that compiles, a second or two each")
+@pytest.mark.parametrize("architecture", decoder_types())
+def test_no_architecture_computes_on_weights_alone(architecture: str) -> None:
+    """The guarantee: with FoldWeights, no step repeats what depends on no token."""
+    try:
+        _, low = lowered(architecture)
+    except LlmcError as error:
+        pytest.skip(f"refused when it is captured: {error.ref}")
+    assert left_over(low) == []
