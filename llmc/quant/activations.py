@@ -1,4 +1,4 @@
-"""Samples of what the weights of a layer are multiplied with."""
+"""What a scheme with integer activations does to the outputs of a matrix, on a sample of its inputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
+from llmc.products import InputRounding
 from llmc.quant.recorder import Recorder, Usage
+from llmc.quant.rounding import decode, encode, plain_grid
+from llmc.quant.schemes import Scheme
 
 
 class RowSample(Recorder):
@@ -37,3 +40,18 @@ class RowSample(Recorder):
             for name, usage in self.usages.items()
             if usage.group in leaders
         }
+
+
+def rounded_product(x: torch.Tensor, weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """x [n, K] @ weight [N, K].T with both rounded as the scheme says; outlier columns are those of x."""
+    kept = None
+    if scheme.outlier_share:
+        kept = torch.topk(x.abs().amax(dim=0), scheme.outliers(x.shape[1])).indices
+    if scheme.activation_bits:
+        x = InputRounding(scheme.activation_bits, kept)(x)
+    rest = weight if kept is None else weight.index_fill(1, kept, 0)
+    grid = plain_grid(rest, scheme)
+    values = decode(encode(rest, grid), grid)
+    if kept is not None:
+        values[:, kept] = weight[:, kept]
+    return x @ values.T

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from llmc.products import InputRounding
-from llmc.quant.activations import RowSample
+from llmc.quant.activations import RowSample, rounded_product
 from llmc.quant.awq import apply_scale, oriented, per_channel
 from llmc.quant.calibrate import LayerWork, Nearest, Rounding
 from llmc.quant.fold import Fold, find_folds
 from llmc.quant.recorder import Moments
-from llmc.quant.rounding import Grid, decode, encode, plain_grid
+from llmc.quant.rounding import Grid
 from llmc.quant.schemes import Scheme
 
 # a migration has to lower the error of the sample by this share: less is chance, and no migration is the safe choice
@@ -98,18 +97,3 @@ class SmoothQuant:
                 if loss < least:
                     best, least = scale, loss
         return best
-
-
-def rounded_product(x: torch.Tensor, weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """x [n, K] @ weight [N, K].T with both rounded as the scheme says; outlier columns are those of x."""
-    kept = None
-    if scheme.outlier_share:
-        kept = torch.topk(x.abs().amax(dim=0), scheme.outliers(x.shape[1])).indices
-    if scheme.activation_bits:
-        x = InputRounding(scheme.activation_bits, kept)(x)
-    rest = weight if kept is None else weight.index_fill(1, kept, 0)
-    grid = plain_grid(rest, scheme)
-    values = decode(encode(rest, grid), grid)
-    if kept is not None:
-        values[:, kept] = weight[:, kept]
-    return x @ values.T

@@ -15,13 +15,14 @@ from llmc.frontend.graph import SourceModel
 from llmc.packing import quantize_sources
 from llmc.passes.step_module import PackedParam
 from llmc.products import InputRounding
+from llmc.quant.activations import rounded_product
 from llmc.quant.awq import AWQ
 from llmc.quant.calibrate import Method, Nearest, calibrate
 from llmc.quant.gptq import GPTQ
 from llmc.quant.quantizer import RoundToNearest
 from llmc.quant.rtn import quantize
 from llmc.quant.schemes import SCHEMES
-from llmc.quant.smooth import SmoothQuant, rounded_product
+from llmc.quant.smooth import SmoothQuant
 from llmc.quant.stored import SourceQuantizer
 from llmc.reference import reference_logits
 from llmc.schedules.qlayout import quant_layout
