@@ -135,6 +135,9 @@ def calibrate(
         if progress is not None:
             progress(i + 1, total)
     run.outside(runner)
+    missing = [name for name in plan if run.store.scheme(name) is None]
+    if missing:  # they would be packed as if they had not been calibrated
+        raise AssertionError(f"not quantized: {', '.join(missing)}")
     if progress is not None:
         progress(total, total)
     return Calibrated(run.weights, StoredQuantizer(run.store), tuple(run.notes), run.errors)
