@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,6 @@ from llmc.spec import CompileSpec
 from tests.e2e.conftest import DEMO
 from tests.frontend.tiny import save, tiny_model
 from tests.shared import made_once
-from tests.texts import random_text, save_tiny
 
 pytestmark = pytest.mark.e2e
 
@@ -225,16 +225,18 @@ PLANTED = [5, 40]
 
 
 def with_outliers(folder: Path) -> Path:
-    """A tiny model and its tokenizer; two channels of every norm are 80 times larger, and the columns behind them smaller."""
-    save_tiny(folder)
-    with tensors_of(folder) as tensors:
-        for name, tensor in tensors.items():
-            if name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight")):
-                tensor[PLANTED] *= 80
-            if name.endswith(
-                ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
-            ):
-                tensor[:, PLANTED] /= 80
+    """A tiny model with the demo's tokenizer; two channels of its norms are 80 times larger, the columns behind them smaller."""
+    model = tiny_model("llama", vocab_size=4096, tie_word_embeddings=True, max_position_embeddings=64)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            layer.input_layernorm.weight[PLANTED] *= 80
+            layer.post_attention_layernorm.weight[PLANTED] *= 80
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+                linear.weight[:, PLANTED] /= 80
+    save(model, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, folder / name)
     return folder
 
 
@@ -251,11 +253,10 @@ def outlier_columns(folder: Path) -> dict[str, set[int]]:
 
 def test_outlier_columns(tmp_path: Path) -> None:
     """Both schemes in one model: columns are found, packed, multiplied and simulated by the check of the compile."""
-    (tmp_path / "text.txt").write_text(random_text(4000))
     fields = dict(
         quant="w8a8o", quant_rules={"o_proj": "w4a8o"}, calib_text=str(tmp_path / "text.txt"), dtype="f32"
     )
-    manifest = compiled(with_outliers(tmp_path / "model"), tmp_path / "a", max_seq_len=256, **fields)
+    manifest = compiled(with_outliers(tmp_path / "model"), tmp_path / "a", **fields)
     layouts = [p.layout for p in manifest.params]
     assert sum(text.startswith("quant(w8a8o,") for text in layouts) == 7  # qkv, gate+up, down; the head
     assert sum(text.startswith("quant(w4a8o,") for text in layouts) == 2
@@ -270,12 +271,11 @@ def test_outlier_columns(tmp_path: Path) -> None:
 
 @pytest.mark.slow(reason="three compiles; the numbers in torch have a test of their own")
 def test_outlier_columns_save_a_model_that_w8a8_breaks(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(random_text(4000))
     folder = with_outliers(tmp_path / "model")
     lost = {}
     for quant in ("q8", "w8a8", "w8a8o"):
-        calib = {"calib_text": str(tmp_path / "text.txt")} if quant == "w8a8o" else {}
-        manifest = compiled(folder, tmp_path / quant, quant=quant, dtype="f32", max_seq_len=256, **calib)
+        calib = {"calib_text": str(DEMO / "calibration.txt")} if quant == "w8a8o" else {}
+        manifest = compiled(folder, tmp_path / quant, quant=quant, dtype="f32", **calib)
         lost[quant] = manifest.quality.quant_kl_mean
     assert lost["w8a8"] > 10 * lost["q8"]
     assert lost["w8a8o"] < 4 * lost["q8"]
