@@ -45,8 +45,8 @@ def quantize_sources(
         parts.append(quantizer.quantize(name, array, layout.of))
         if parts[-1].codes.shape != array.shape or parts[-1].scheme != layout.of:
             raise AssertionError(f"{name}: quantized to {parts[-1].scheme.name} {parts[-1].codes.shape}")
-    columns = parts[0].outlier_columns
-    if columns is not None and not all(np.array_equal(columns, p.outlier_columns) for p in parts):
+    columns = {None if p.outlier_columns is None else p.outlier_columns.tobytes() for p in parts}
+    if len(columns) > 1:
         raise AssertionError(f"{param.name}: its parts differ in their outlier columns")
     whole = parts[0] if len(parts) == 1 else QuantizedWeight.join(parts, partial(np.concatenate, axis=-2))
     packed = layout.pack(in_turns(whole, layout.n_block) if param.gated else whole)
