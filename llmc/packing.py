@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
 from llmc.frontend.graph import WeightSource
-from llmc.passes.fold_weights import WeightExpression
 from llmc.passes.step_module import PackedParam
 from llmc.quant.quantizer import RoundToNearest, WeightQuantizer
 from llmc.quant.weight import QuantizedWeight
 from llmc.schedules.layout import BlockedLayout
 from llmc.schedules.qlayout import QuantLayout, in_turns
+
+if TYPE_CHECKING:
+    from llmc.passes.fold_weights import WeightExpression
 
 
 def packed_tensors(

@@ -95,7 +95,6 @@ def test_outlier_columns_stand_beside_the_rounding(name, plain):
     np.testing.assert_array_equal(made.codes, other.codes)
     np.testing.assert_array_equal(made.scales, other.scales)
     np.testing.assert_allclose(made.dequantize()[:, columns], weight[:, columns], rtol=2**-8)
-    assert np.abs(made.dequantize() - weight)[:, :40].max() < 1
 
 
 @pytest.mark.parametrize("name", ["q8", "q4g32", "q4g64a", "nf4", "fp8", "mxfp4"])
