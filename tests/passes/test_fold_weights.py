@@ -190,7 +190,7 @@ def left_over(low: LoweredGraph) -> list[str]:
 # architecture -> an operator among those that it applies to weights alone
 FOLDED = {
     "afmoe": "astype",  # the bias of its router
-    "apertus": "softplus",  # parameters of its activation
+    "apertus": "nn.softplus",  # parameters of its activation
     "beam": "reshape",
     "diffllama": "exp",  # the weight of its second softmax, from four vectors
     "ernie4_5_moe": "reshape",
@@ -213,7 +213,7 @@ def test_what_models_compute_of_weights(architecture: str) -> None:
     weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for param in made:
         packed = pack_sources(param, weights.__getitem__)
-        if param.expression.steps == ("softplus",):
+        if param.expression.steps == ("nn.softplus",):
             got = packed.view(ml_dtypes.bfloat16).astype(np.float32)
             want = torch.nn.functional.softplus(weights[param.source].detach().to(torch.bfloat16))
             np.testing.assert_allclose(got, want.float().numpy(), rtol=2**-7)
