@@ -225,15 +225,15 @@ PLANTED = [5, 40]
 
 
 def with_outliers(folder: Path) -> Path:
-    """A tiny model with the demo's tokenizer; two channels of its norms are 80 times larger, the columns behind them smaller."""
+    """A tiny model with the demo's tokenizer; two channels of its norms are 30 times larger, the columns behind them smaller."""
     model = tiny_model("llama", vocab_size=4096, tie_word_embeddings=True, max_position_embeddings=64)
     with torch.no_grad():
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            layer.input_layernorm.weight[PLANTED] *= 80
-            layer.post_attention_layernorm.weight[PLANTED] *= 80
+            layer.input_layernorm.weight[PLANTED] *= 30
+            layer.post_attention_layernorm.weight[PLANTED] *= 30
             for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
-                linear.weight[:, PLANTED] /= 80
+                linear.weight[:, PLANTED] /= 30
     save(model, folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, folder / name)
@@ -262,7 +262,6 @@ def test_outlier_columns(tmp_path: Path) -> None:
     assert sum(text.startswith("quant(w4a8o,") for text in layouts) == 2
     quality = manifest.quality
     assert 0 < quality.relative_error < quality.tolerance < 0.2
-    assert quality.quant_kl_mean < 1e-3
     columns = outlier_columns(tmp_path / "a")
     assert all(len(c) == 8 for c in columns.values())
     behind_norms = [c for name, c in columns.items() if "qkv" in name or "q_proj" in name or "gate" in name]
@@ -277,8 +276,8 @@ def test_outlier_columns_save_a_model_that_w8a8_breaks(tmp_path: Path) -> None:
         calib = {"calib_text": str(DEMO / "calibration.txt")} if quant == "w8a8o" else {}
         manifest = compiled(folder, tmp_path / quant, quant=quant, dtype="f32", **calib)
         lost[quant] = manifest.quality.quant_kl_mean
-    assert lost["w8a8"] > 10 * lost["q8"]
-    assert lost["w8a8o"] < 4 * lost["q8"]
+    assert lost["w8a8"] > 4 * lost["q8"]  # the divergence goes with the square of the error
+    assert lost["w8a8o"] < lost["q8"]
 
 
 @pytest.mark.slow(reason="a compile; rounding and layouts have tests of their own")

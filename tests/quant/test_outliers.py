@@ -37,12 +37,12 @@ IDS = [3, 17, 99, 4, 21, 8, 150, 77, 31, 2, 64, 12]
 
 @pytest.fixture
 def source(tmp_path: Path) -> SourceModel:
-    """Two channels of both norms are made 80 times larger and the columns behind them smaller: the same model."""
+    """Two channels of both norms are made 30 times larger and the columns behind them smaller: the same model."""
     model = tiny_model("llama")
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.input_layernorm.weight[PLANTED] *= 80
-            layer.post_attention_layernorm.weight[PLANTED] *= 80
+            layer.input_layernorm.weight[PLANTED] *= 30
+            layer.post_attention_layernorm.weight[PLANTED] *= 30
             for name in (
                 "self_attn.q_proj",
                 "self_attn.k_proj",
@@ -50,7 +50,7 @@ def source(tmp_path: Path) -> SourceModel:
                 "mlp.gate_proj",
                 "mlp.up_proj",
             ):
-                layer.get_submodule(name).weight[:, PLANTED] /= 80
+                layer.get_submodule(name).weight[:, PLANTED] /= 30
     return open_model(str(save(model, tmp_path)), dtype=None)
 
 
@@ -87,10 +87,10 @@ def _columns(weight) -> torch.Tensor | None:
 
 
 def test_activations_with_outliers_need_them(source: SourceModel) -> None:
-    """Plain w8a8 is clearly worse than weights alone in 8 bits; with outlier columns it is about as good."""
+    """Plain w8a8 is clearly worse than weights alone in 8 bits; with outlier columns it is no worse than those."""
     plain, kept, weights = (logits_error(source, s, Nearest(search=False)) for s in ("w8a8", "w8a8o", "q8"))
-    assert plain > 4 * weights
-    assert kept < 2 * weights
+    assert plain > 2 * weights
+    assert kept < weights and kept < plain / 4
 
 
 @pytest.mark.parametrize(

@@ -358,6 +358,25 @@ def test_bitsandbytes_nf4(nested: bool, tmp_path: Path) -> None:
     refused(tmp_path / "b", "bnb_4bit_quant_type", "fp4")
 
 
+@pytest.mark.parametrize("nested", (False, True))
+def test_bitsandbytes_nf4_of_the_library(nested: bool, tmp_path: Path) -> None:
+    """Weights that bitsandbytes itself quantized, and its own dequantization of them."""
+    functional = library("bitsandbytes.functional")
+    tensors, expected = demo_tensors(), {}
+    for name in linear_names(tensors):
+        dense = tensors[name].float()
+        codes, state = functional.quantize_4bit(
+            dense, blocksize=64, quant_type="nf4", compress_statistics=nested
+        )
+        expected[name] = functional.dequantize_4bit(codes, state)
+        tensors[name] = codes
+        tensors.update({f"{name}.{field}": value for field, value in state.as_dict(packed=True).items()})
+    source = open_model(str(write(tmp_path, tensors, NF4_CONFIG)), dtype=None)
+    assert source.weights is not None
+    for name, want in expected.items():
+        np.testing.assert_array_equal(source.weights.load(name).numpy(), want.numpy(), name)
+
+
 def test_bitsandbytes_int8(tmp_path: Path) -> None:
     tensors, expected = demo_tensors(), {}
     for name in linear_names(tensors):
