@@ -96,7 +96,7 @@ def test_activations_with_outliers_need_them(source: SourceModel) -> None:
 @pytest.mark.parametrize(
     "method", [Nearest(search=False), GPTQ(), AWQ(), SmoothQuant()], ids=lambda m: type(m).__name__
 )
-@pytest.mark.parametrize("scheme", ["w8a8o", "w4a8o"])
+@pytest.mark.parametrize("scheme", ["w8a8o", pytest.param("w4a8o", marks=pytest.mark.slow)])
 def test_columns_are_found_and_shared(source: SourceModel, method: Method, scheme: str) -> None:
     plan = matrices(source, scheme)
     found = calibrate(source, plan, SEQUENCES, method, joined=groups(source))
