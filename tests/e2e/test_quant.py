@@ -254,7 +254,7 @@ def outlier_columns(folder: Path) -> dict[str, set[int]]:
 def test_outlier_columns(tmp_path: Path) -> None:
     """Both schemes in one model: columns are found, packed, multiplied and simulated by the check of the compile."""
     fields = dict(
-        quant="w8a8o", quant_rules={"o_proj": "w4a8o"}, calib_text=str(tmp_path / "text.txt"), dtype="f32"
+        quant="w8a8o", quant_rules={"o_proj": "w4a8o"}, calib_text=str(DEMO / "calibration.txt"), dtype="f32"
     )
     manifest = compiled(with_outliers(tmp_path / "model"), tmp_path / "a", **fields)
     layouts = [p.layout for p in manifest.params]
