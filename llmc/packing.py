@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 from llmc.frontend.graph import WeightSource
@@ -14,6 +15,9 @@ from llmc.quant.quantizer import RoundToNearest, WeightQuantizer
 from llmc.quant.weight import QuantizedWeight
 from llmc.schedules.layout import BlockedLayout
 from llmc.schedules.qlayout import QuantLayout, in_turns
+
+if TYPE_CHECKING:
+    from llmc.passes.fold_weights import WeightExpression
 
 
 def packed_tensors(
@@ -43,6 +47,9 @@ def quantize_sources(
         parts.append(quantizer.quantize(name, array, layout.of))
         if parts[-1].codes.shape != array.shape or parts[-1].scheme != layout.of:
             raise AssertionError(f"{name}: quantized to {parts[-1].scheme.name} {parts[-1].codes.shape}")
+    columns = {None if p.outlier_columns is None else p.outlier_columns.tobytes() for p in parts}
+    if len(columns) > 1:
+        raise AssertionError(f"{param.name}: its parts differ in their outlier columns")
     whole = parts[0] if len(parts) == 1 else QuantizedWeight.join(parts, partial(np.concatenate, axis=-2))
     packed = layout.pack(in_turns(whole, layout.n_block) if param.gated else whole)
     if packed.shape != param.shape:
@@ -55,6 +62,8 @@ def pack_sources(param: PackedParam, load: Callable[[str], Any]) -> np.ndarray:
 
     Sources are loaded one after another, each into its place.
     """
+    if param.expression is not None:
+        return _computed(param, param.expression, load)
     if not param.more and not param.gated:
         return pack_tensor(param, load(param.source))
     first_dtype = np.dtype("uint16" if param.dtype == "bfloat16" else param.dtype)
@@ -68,6 +77,20 @@ def pack_sources(param: PackedParam, load: Callable[[str], Any]) -> np.ndarray:
             _place(param, out, row, half)
             row += half.shape[0]
     return out
+
+
+def _computed(param: PackedParam, expression: WeightExpression, load: Callable[[str], Any]) -> np.ndarray:
+    """A parameter that is computed from its sources."""
+    arrays = []
+    for name, dtype in zip(param.sources, expression.dtypes, strict=True):
+        array = to_numpy(load(name), dtype)
+        arrays.append(array.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else array)
+    made = expression.evaluate(arrays)
+    if made.shape != param.shape or str(made.dtype) != param.dtype:
+        raise AssertionError(
+            f"{param.name}: computed {made.dtype} {made.shape}, planned {param.dtype} {param.shape}"
+        )
+    return made.view(np.uint16) if param.dtype == "bfloat16" else made
 
 
 def _place(param: PackedParam, out: np.ndarray, row: int, rows: np.ndarray) -> None:

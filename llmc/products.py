@@ -1,8 +1,9 @@
-"""Products with a weight as torch's functions make them: watched from outside, and with their inputs rounded to int8."""
+"""Products with a weight as torch's functions make them: watched from outside, and with their inputs rounded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,35 +59,62 @@ class Product:
         return self._args, {**self._kwargs, "input": x}
 
 
-def to_int8(x: torch.Tensor) -> torch.Tensor:
-    """x [..., K] rounded to int8 with one scale per row (largest magnitude / 127), as the integer kernels do it."""
-    wide = x.float()
-    most = wide.abs().amax(dim=-1, keepdim=True)
-    inverse = torch.where(most > 1e-30, 127 / most, 0)
-    return (torch.round(wide * inverse) * (most / 127)).to(x.dtype)
+@dataclass(frozen=True, eq=False)
+class InputRounding:
+    """What happens to the inputs of a weight whose scheme has integer activations.
+
+    Attributes:
+        bits: of the integers.
+        kept: int64 [M], the inputs that stay as they are and count for nothing else (outlier columns); None = none.
+    """
+
+    bits: int = 8
+    kept: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] rounded with one scale per row, its largest magnitude / the largest integer, as the kernels do it."""
+        wide = x.float()
+        if self.kept is not None:
+            wide = wide.index_fill(-1, self.kept, 0)
+        top = (1 << (self.bits - 1)) - 1
+        most = wide.abs().amax(dim=-1, keepdim=True)
+        inverse = torch.where(most > 1e-30, top / most, 0)
+        rounded = (torch.round(wide * inverse) * (most / top)).to(x.dtype)
+        if self.kept is not None:
+            rounded[..., self.kept] = x[..., self.kept]
+        return rounded
 
 
 class RoundedInputs(TorchFunctionMode):
-    """A context in which what is multiplied with some weights is rounded to int8 per row first.
+    """A context in which what is multiplied with some weights is rounded to integers per row first.
 
     Args:
-        is_rounded: tells from a weight (perhaps a view of a parameter) whether its inputs are.
+        rounding_of: tells from a weight (perhaps a view of a parameter) how its inputs are rounded; None = not at all.
         jitter: inputs are changed by up to this share of themselves before, at random but always the same.
     """
 
-    def __init__(self, is_rounded: Callable[[torch.Tensor], bool], jitter: float = 0.0) -> None:
+    def __init__(
+        self, rounding_of: Callable[[torch.Tensor], InputRounding | None], jitter: float = 0.0
+    ) -> None:
         super().__init__()
-        self._is_rounded, self._jitter = is_rounded, jitter
+        self._rounding_of, self._jitter = rounding_of, jitter
         self._random = torch.Generator().manual_seed(0)
+
+    @staticmethod
+    def of(parameters: Mapping[str, torch.Tensor], roundings: Mapping[str, InputRounding]) -> RoundedInputs:
+        """For weights by name; `parameters` are the tensors that the modules hold, each in a storage of its own."""
+        known = {parameters[name].untyped_storage().data_ptr(): r for name, r in roundings.items()}
+        return RoundedInputs(lambda weight: known.get(weight.untyped_storage().data_ptr()))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         product = Product.of(func, args, kwargs)
-        if product is None or not self._is_rounded(product.weight):
+        rounding = None if product is None else self._rounding_of(product.weight)
+        if product is None or rounding is None:
             return func(*args, **kwargs)
         x: torch.Tensor = product.x
         if self._jitter:
             noise = torch.rand(x.shape, generator=self._random) * 2 - 1
             x = x * (1 + self._jitter * noise).to(x.dtype)
-        args, kwargs = product.with_input(to_int8(x))
+        args, kwargs = product.with_input(rounding(x))
         return func(*args, **kwargs)

@@ -19,6 +19,8 @@ from llmc.schedules.qlayout import QuantLayout, turns
 if TYPE_CHECKING:
     import torch
 
+    from llmc.products import InputRounding
+
 
 def quantized_source(
     source: SourceModel, params: Sequence[PackedParam], entries: Sequence[ParamEntry], folder: Path
@@ -39,7 +41,7 @@ class ArtifactWeights:
     Weights are read back, not quantized again: that is quick whatever method made them.
 
     Attributes:
-        int8_inputs: names of the weights that the artifact multiplies with int8 activations.
+        int8_inputs: weights that the artifact multiplies with int8 activations -> how these are rounded.
     """
 
     def __init__(
@@ -60,7 +62,11 @@ class ArtifactWeights:
                 self._where[name] = (param, by_name[param.name], row)
                 shape = base.info(name).shape
                 row += shape[-1] if param.transposed else shape[-2]
-        self.int8_inputs = frozenset(n for n, (p, _, _) in self._where.items() if is_int8(p.scheme))
+        self.int8_inputs = {
+            name: self._rounding(param, entry)
+            for name, (param, entry, _) in self._where.items()
+            if is_int8(param.scheme)
+        }
 
     def names(self) -> tuple[str, ...]:
         return self._base.names()
@@ -78,8 +84,7 @@ class ArtifactWeights:
         shape = self._base.info(name).shape
         rows = shape[-1] if param.transposed else shape[-2]
         layout = QuantLayout.parse(param.layout)
-        stored = np.memmap(self._folder / entry.shard, np.uint8, "r", entry.offset, entry.shape)
-        weight = layout.unpack(np.asarray(stored))
+        weight = layout.unpack(np.asarray(self._stored(entry)))
         if param.gated:
             total = sum(self._base.info(n).shape[-2] for n in param.sources)
             weight = _rows(weight, _inverse(turns(total, layout.n_block), total))
@@ -89,6 +94,19 @@ class ArtifactWeights:
         return torch.from_numpy(
             np.ascontiguousarray(np.swapaxes(values, -1, -2) if param.transposed else values)
         )
+
+    def _stored(self, entry: ParamEntry) -> np.ndarray:
+        return np.memmap(self._folder / entry.shard, np.uint8, "r", entry.offset, entry.shape)
+
+    def _rounding(self, param: PackedParam, entry: ParamEntry) -> InputRounding:
+        import torch
+
+        from llmc.products import InputRounding
+
+        layout = QuantLayout.parse(param.layout)
+        if not layout.outliers:
+            return InputRounding()
+        return InputRounding(kept=torch.from_numpy(layout.columns_of(self._stored(entry)).astype(np.int64)))
 
     def iterate(self, order: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
         for name in order:

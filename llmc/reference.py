@@ -20,7 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 from llmc.errors import LlmcError
 from llmc.frontend.graph import SourceModel, WeightSource
 from llmc.frontend.meta import TORCH_DTYPES, from_config, skeleton
-from llmc.products import RoundedInputs
+from llmc.products import InputRounding, RoundedInputs
 
 # bytes of weights held at once: every weight is read once per run, so that little is gained by more
 BUDGET = 256 << 20
@@ -54,7 +54,7 @@ def reference_logits(
     """Run the unmodified source model on one sequence with eager attention and eager experts.
 
     Weights are read when a module needs them and dropped afterwards; `source.module` itself is not touched. What is
-    multiplied with the weights that ``source.weights.int8_inputs`` names, if it has that, is rounded to int8 per token.
+    multiplied with the weights that ``source.weights.int8_inputs`` names, if it has that, is rounded as it says.
 
     Args:
         source: an opened model with weights.
@@ -149,7 +149,7 @@ def _run(
             stack.callback(module.register_forward_pre_hook(unit.fill).remove)
             stack.callback(module.register_forward_hook(unit.drop, always_call=True).remove)
         if loader.int8_inputs:
-            stack.enter_context(RoundedInputs(loader.has_int8_inputs, jitter))
+            stack.enter_context(RoundedInputs(loader.input_rounding, jitter))
         for path in taps:
             stack.callback(model.get_submodule(path).register_forward_hook(_tap(tapped, path)).remove)
         logits = _call(model, torch.tensor([list(token_ids)], dtype=torch.long))
@@ -232,8 +232,8 @@ class _Loader:
 
     def __init__(self, weights: WeightSource, module: torch.nn.Module) -> None:
         self._weights = weights
-        self.int8_inputs: frozenset[str] = getattr(weights, "int8_inputs", frozenset())
-        self._held: set[int] = set()  # storages of those of them that are in use
+        self.int8_inputs: Mapping[str, InputRounding] = getattr(weights, "int8_inputs", {})
+        self._held: dict[int, InputRounding] = {}  # by storage, of those of them that are in use
         first: dict[int, str] = {}
         self._canonical = {
             name: first.setdefault(id(tensor), name)
@@ -253,12 +253,18 @@ class _Loader:
 
     def hold(self, name: str, tensor: torch.Tensor, held: bool) -> None:
         """Note that a weight is in use from now on, or no more."""
-        if self.canonical(name) in self.int8_inputs:
-            (self._held.add if held else self._held.discard)(tensor.untyped_storage().data_ptr())
+        rounding = self.int8_inputs.get(self.canonical(name))
+        if rounding is None:
+            return
+        storage = tensor.untyped_storage().data_ptr()
+        if held:
+            self._held[storage] = rounding
+        else:
+            self._held.pop(storage, None)
 
-    def has_int8_inputs(self, weight: torch.Tensor) -> bool:
-        """Whether inputs of this weight, or view of one, are rounded."""
-        return weight.untyped_storage().data_ptr() in self._held
+    def input_rounding(self, weight: torch.Tensor) -> InputRounding | None:
+        """How inputs of this weight, or view of one, are rounded."""
+        return self._held.get(weight.untyped_storage().data_ptr())
 
     def load(self, name: str, dtype: torch.dtype, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """The weight in `dtype`, in `buffer` if that fits and a conversion is needed."""

@@ -15,7 +15,8 @@ from llmc.errors import LlmcError
 from llmc.quant.schemes import NONE, QUANT_METHODS, RTN, QuantRules, parse
 from llmc.quant.shrink import PruneRule, RankRule
 
-AUTO = "auto"
+# searched for each weight within a bound on the perplexity: among schemes for floating-point activations, or for int8 ones
+AUTO, AUTO_INT8 = "auto", "auto-a8"
 # graph passes (passes/order.py) without which a result is the same, only slower to compute
 OPTIONAL_PASSES = (
     "CancelTransposes",
@@ -27,6 +28,7 @@ OPTIONAL_PASSES = (
     "FuseNorm",
     "FuseAddNorm",
     "FuseRoPE",
+    "FoldWeights",
     "ViewReshapes",
     "SpecializeDecode",
 )
@@ -82,7 +84,7 @@ class CompileSpec:
             llmc/quant/methods.py (gptq, awq, ...), which needs calib_text.
         quant_rules: pattern -> scheme for single weights; see QuantRules. The last pattern that matches wins.
         quant_head: scheme of the output projection (and of a tied embedding); None = 8 bits if quant has 4 or fewer (q8, or
-            w8a8 with int8 activations), else as quant.
+            w8a8 or w8a8o with int8 activations), else as quant.
         quant_embedding: scheme of an embedding that is not tied to the head; None = not quantized.
         prune: weights that become zero, ``METHOD:N:M`` or ``METHOD:SHARE`` (llmc/quant/shrink.py); None = none.
         svd: rank, or share of the weights, of linear layers that become two of low rank; None = none do.
@@ -165,6 +167,20 @@ class CompileSpec:
                 f"A quantization method must be one of {', '.join(QUANT_METHODS)}; found {self.quant_method!r}.",
                 hint="Use --quant-method gptq, for instance.",
             )
+        if self._has_outliers() and self.calib_text is None and not self.meta_weights:
+            raise LlmcError(
+                "outliers-without-text",
+                "Schemes with outlier columns (w8a8o, w4a8o) keep the inputs with the largest activations in floating point; "
+                "these are found by running a text, and none is given.",
+                hint="Add --calib FILE, or use w8a8 or w4a8.",
+            )
+        if self._has_outliers() and self.searches:
+            raise LlmcError(
+                "outliers-with-auto",
+                "quant = auto measures weights that are rounded to the nearest; a rule asks for a scheme with outlier columns "
+                "(w8a8o, w4a8o), which are found by calibration.",
+                hint="Name another scheme in the rule, or a scheme in place of auto.",
+            )
         if self.quant_method == RTN:
             return
         if self.calib_text is None:
@@ -173,7 +189,7 @@ class CompileSpec:
                 f"The method {self.quant_method} looks at activations, and no text to calibrate with is given.",
                 hint="Add --calib FILE.",
             )
-        if self.meta_weights or self.quant == AUTO or self.rules().is_empty:
+        if self.meta_weights or self.searches or self.rules().is_empty:
             raise LlmcError(
                 "method-without-weights",
                 f"The method {self.quant_method} needs weights that a scheme is named for.",
@@ -196,7 +212,7 @@ class CompileSpec:
                 f"{f'prune = {prune}' if prune else 'svd'} looks at activations, and no text to calibrate with is given.",
                 hint="Add --calib FILE.",
             )
-        if self.meta_weights or self.quant == AUTO:
+        if self.meta_weights or self.searches:
             raise LlmcError(
                 "transform-without-weights",
                 f"{'prune' if prune else 'svd'} changes weights; it goes neither with meta_weights nor with quant = auto.",
@@ -211,9 +227,26 @@ class CompileSpec:
         """How far linear layers are factored; LlmcError if the text is not understood."""
         return None if self.svd is None else RankRule.parse(str(self.svd))
 
+    @property
+    def searches(self) -> bool:
+        """Whether the schemes are searched for."""
+        return self.quant in (AUTO, AUTO_INT8)
+
     def calibrates(self) -> bool:
         """Whether weights are changed before they are packed."""
-        return self.quant_method != RTN or self.prune is not None or self.svd is not None
+        looks = self.quant_method != RTN or self.prune is not None or self.svd is not None
+        return looks or (self._has_outliers() and not self.meta_weights)
+
+    def _has_outliers(self) -> bool:
+        """Whether a scheme that is named has outlier columns, which only a calibration finds."""
+        rules = self.rules()
+        names = (
+            rules.default,
+            *(scheme for _, scheme in rules.patterns),
+            self.quant_head,
+            self.quant_embedding,
+        )
+        return any(scheme.outlier_share for name in names if name and (scheme := parse(name)))
 
     def _check_gate(self) -> None:
         for name in ("max_kl", "max_ppl_increase"):
@@ -228,7 +261,7 @@ class CompileSpec:
                     f"{name} is a bound on figures that are measured on a text, and none is given.",
                     hint="Add --eval FILE.",
                 )
-        if self.quant == AUTO and (self.max_ppl_increase is None or self.quant_head or self.quant_embedding):
+        if self.searches and (self.max_ppl_increase is None or self.quant_head or self.quant_embedding):
             raise LlmcError(
                 "quant-auto",
                 "quant = auto searches the schemes within a bound: it needs max_ppl_increase, and takes no quant_head or "
@@ -244,7 +277,7 @@ class CompileSpec:
 
     def rules(self) -> QuantRules:
         """Which weight gets which scheme (before the search of ``auto``: the rules); LlmcError if a scheme is unknown."""
-        return QuantRules(NONE if self.quant == AUTO else self.quant, self.quant_rules)
+        return QuantRules(NONE if self.searches else self.quant, self.quant_rules)
 
     def head_scheme(self) -> str | None:
         """Scheme of the output projection: errors of the logits are seen directly, and it is read once per token."""
@@ -253,7 +286,9 @@ class CompileSpec:
         scheme = parse(self.rules().default)
         if scheme is None or scheme.bits > 4:
             return None
-        return "w8a8" if scheme.activation_bits else "q8"
+        if scheme.activation_bits:
+            return "w8a8o" if scheme.outlier_share else "w8a8"
+        return "q8"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, fit for JSON and TOML."""

@@ -42,7 +42,7 @@ class LowerEmbedding:
             plain = info.layout != "rows" and not info.transposed and not info.more and not info.gated
             if plain and len(info.shape) == 4:
                 packed[info.source, info.dtype] = (var, info)
-            elif plain and info.scheme and len(info.shape) == 2:
+            elif plain and info.scheme and QuantLayout.is_layout(info.layout):
                 packed[info.source, info.scheme] = (var, info)
         module = ir.shallow_copy(lowered.module)
         kernels, build = Kernels(module), Builder()

@@ -13,6 +13,7 @@ from llmc.caps import Capabilities
 from llmc.kv_plan import KVPlan
 from llmc.passes.cancel_transposes import CancelTransposes
 from llmc.passes.estimate_costs import EstimateCosts
+from llmc.passes.fold_weights import FoldWeights
 from llmc.passes.fuse_add_norm import FuseAddNorm
 from llmc.passes.fuse_gate_up import FuseGateUp
 from llmc.passes.fuse_linear_epilogue import FuseLinearEpilogue
@@ -73,6 +74,8 @@ def graph_phase(
         ("LowerTopK", LowerTopK(caps)),
         # after LowerLinear: a tied embedding reads the head's packed weight
         ("LowerEmbedding", LowerEmbedding(caps)),
+        # last: what the passes above take of a weight is no arithmetic any more
+        ("FoldWeights", FoldWeights()),
     ]
     return [named for named in passes if named[0] not in disabled]
 

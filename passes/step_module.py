@@ -11,6 +11,7 @@ from llmc.ir import IRModule
 from llmc.kv_plan import KVPlan
 
 if TYPE_CHECKING:
+    from llmc.passes.fold_weights import WeightExpression
     from llmc.schedules.attention import AttentionConfig
     from llmc.schedules.rope import RopeConfig
 
@@ -29,6 +30,7 @@ class PackedParam:
         more: further sources, whose rows follow those of `source`.
         scheme: how the weight is quantized; "" = not at all. QuantizeWeights decides, the lowering passes lay out.
         gated: the rows are two halves (gate and up) that are packed in turns, half a block of each.
+        expression: what is computed from the sources when they are packed (FoldWeights); None: they are taken as they are.
     """
 
     name: str
@@ -40,6 +42,7 @@ class PackedParam:
     more: tuple[str, ...] = ()
     gated: bool = False
     scheme: str = ""
+    expression: WeightExpression | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -49,6 +52,8 @@ class PackedParam:
     @property
     def layout_text(self) -> str:
         """What the manifest says of the layout."""
+        if self.expression is not None:
+            return f"{self.layout}, of {' '.join(self.expression.steps)}"
         return f"{self.layout}, gate and up in turns" if self.gated else self.layout
 
 

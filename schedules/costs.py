@@ -22,7 +22,6 @@ from llmc.schedules.linear import LinearConfig
 from llmc.schedules.norm import NormConfig
 from llmc.schedules.qexperts import QuantExpertConfig
 from llmc.schedules.qgather import QuantEmbeddingConfig
-from llmc.schedules.qlayout import QuantLayout
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.rope import RopeConfig
 from llmc.schedules.rules import visit
@@ -67,7 +66,7 @@ def _(config: ExpertConfig) -> KernelCost:
 @kernel_cost.register
 def _(config: QuantExpertConfig) -> KernelCost:
     layout = config.layout
-    return _experts(f"experts {layout.scheme}", config.experts, layout.n, layout.k, _size(layout))
+    return _experts(f"experts {layout.scheme}", config.experts, layout.n, layout.k, layout.size)
 
 
 @kernel_cost.register
@@ -95,7 +94,7 @@ def _(config: EmbeddingConfig) -> KernelCost:
 @kernel_cost.register
 def _(config: QuantEmbeddingConfig) -> KernelCost:
     layout = config.layout
-    row = Formula.of(_size(layout) / layout.n, "N")
+    row = Formula.of(layout.size / layout.n, "N")
     return KernelCost(f"embedding {layout.scheme}", Formula.of(2 * layout.k, "N"), read=((1, row),))
 
 
@@ -195,12 +194,6 @@ def _float_operations(body: Any) -> int:
 
     visit(body, count)
     return found
-
-
-def _size(layout: QuantLayout) -> int:
-    """Packed bytes."""
-    rows, columns = layout.packed_shape
-    return rows * columns
 
 
 def _norm_name(attrs: NormAttrs) -> str:

@@ -10,7 +10,7 @@ from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
-from llmc.schedules.qlayout import QuantLayout
+from llmc.schedules.qlayout import OUTLIER_BYTES, QuantLayout
 
 _SERIAL_ROWS = 2  # a parallel launch costs more than preparing this many rows
 # a float32 this large has no fraction: adding it rounds to the nearest integer, ties to even, into the lowest bits
@@ -29,22 +29,55 @@ class IntActivations:
         stride: elements of it per row.
         scales: float32 [rows]; NaN or infinite where the row has such values.
         starts: int32 [rows, groups]: -offset times the sum of a group's int8 values.
+        kept: float32 [rows, outliers]: the columns that are not rounded, which are 0 in data; None without outliers.
     """
 
     data: Any
     stride: int
     scales: Any
     starts: Any
+    kept: Any = None
+
+
+class Outliers:
+    """The columns of a packed weight that are multiplied in floating point.
+
+    Args:
+        w: the packed weight as declared; `copies` of them behind one another (experts), which list the same columns.
+    """
+
+    def __init__(self, layout: QuantLayout, w: Any, copies: int = 1) -> None:
+        self._layout, size = layout, copies * layout.size
+        self._numbers = e.flat(w, size // 4, "int32")
+        self._weights = e.flat(w, size // OUTLIER_BYTES, "bfloat16")
+
+    def column(self, j: Any) -> Any:
+        """Which column of x outlier j is."""
+        return e.i64(self._numbers[self._layout.list_at // 4 + j])
+
+    def weights(self, base: Any, j: Any, row: Any, lanes: int) -> Any:
+        """float32 weights of outlier j, `lanes` rows from `row` on of the block at byte `base`."""
+        first = (base + self._layout.outliers_at) // OUTLIER_BYTES
+        at = first + j * self._layout.n_block + row
+        data = self._weights[at] if lanes == 1 else e.load(self._weights, at, lanes)
+        return e.widen(data, "bfloat16", lanes)
 
 
 def quantize_rows(
-    caps: Capabilities, layout: QuantLayout, in_dtype: str, x: Any, rows: Any, offset: int
+    caps: Capabilities,
+    layout: QuantLayout,
+    in_dtype: str,
+    x: Any,
+    rows: Any,
+    offset: int,
+    outliers: Outliers | None = None,
 ) -> IntActivations:
     """Round rows of x to int8, symmetric: scale = largest magnitude / 127, value = round(x * (127 / magnitude)).
 
     Args:
         x: flat view in in_dtype, [rows, k]; columns up to padded_k become zeros.
         offset: of the weights' codes; see IntDot.
+        outliers: columns that are kept as they are, and count as zeros otherwise.
 
     A row of zeros (or of magnitudes below 1e-30) becomes zeros. A few rows are done serially, more over the threads.
     """
@@ -52,16 +85,22 @@ def quantize_rows(
     data = e.workspace(rows * padded, "int8")
     scales = e.workspace(rows)
     starts = e.workspace(rows * groups, "int32")
+    kept = None if outliers is None else e.workspace(rows * layout.outliers)
 
     def row(r: Any) -> None:
         source, begin = x, e.let(r * k)
-        if k != padded:
+        if k != padded or outliers is not None:
             source = e.workspace(padded, str(x.dtype))
             with e.loop(k) as j:
                 e.store(source, j, x[begin + j], 1)
             with e.loop(k, padded) as j:
                 e.store(source, j, tirx.const(0, str(x.dtype)), 1)
             begin = e.i64(0)
+        if outliers is not None:
+            with e.loop(layout.outliers) as j:
+                column = e.let(outliers.column(j))
+                e.store(kept, r * layout.outliers + j, e.widen(source[column], in_dtype, 1), 1)
+                e.store(source, column, tirx.const(0, str(x.dtype)), 1)
         inverse = _scale(caps, in_dtype, source, begin, padded, scales, r)
         with e.loop(groups) as g:
             at = e.let(g * layout.group)
@@ -75,7 +114,7 @@ def quantize_rows(
             row(r)
         with T.Else(), e.parallel(rows, caps) as r:
             row(r)
-    return IntActivations(e.flat(data, rows * (padded // 4), "int32"), padded // 4, scales, starts)
+    return IntActivations(e.flat(data, rows * (padded // 4), "int32"), padded // 4, scales, starts, kept)
 
 
 def _scale(caps: Capabilities, in_dtype: str, source: Any, begin: Any, size: int, scales: Any, r: Any) -> Any:

@@ -42,7 +42,7 @@ def int_expert_linear(cfg: QuantExpertConfig, caps: Capabilities) -> Any:
                 block = e.let(task // count)
                 expert = e.let(active[task % count])
                 first, end = e.let(begin[expert]), e.let(begin[expert + 1])
-                base = e.let((expert * blocks + block) * work.block_bytes)
+                base = e.let(expert * work.copy_bytes + block * work.block_bytes)
 
                 def write(acc: Vectors, at: list[Any]) -> None:
                     work.store(acc, epilogue, at, block, yf, bf, None, expert * n)

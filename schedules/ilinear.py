@@ -15,7 +15,7 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.epilogue import Epilogue
-from llmc.schedules.iactivations import IntActivations, quantize_rows
+from llmc.schedules.iactivations import IntActivations, Outliers, quantize_rows
 from llmc.schedules.idot import IntDot
 from llmc.schedules.linear import for_tiles
 from llmc.schedules.qcodes import QuantCodes
@@ -43,8 +43,9 @@ class IntBlocks:
         self, caps: Capabilities, layout: QuantLayout, w: Any, copies: int = 1, prefetch: int = 0
     ) -> None:
         self.caps, self.layout, self.prefetch = caps, layout, prefetch
-        blocks, self.block_bytes = layout.packed_shape
-        size = copies * blocks * self.block_bytes
+        self.block_bytes, self.copy_bytes = layout.block_bytes, layout.size
+        size = copies * self.copy_bytes
+        self.outliers = Outliers(layout, w, copies) if layout.outliers else None
         self.codes = QuantCodes(caps, layout, w, size)
         self.words = e.flat(w, size // 4, "int32")
         self.dot = IntDot(caps, layout.of.bits)
@@ -59,7 +60,7 @@ class IntBlocks:
 
     def prepare(self, in_dtype: str, x: Any, rows: Any) -> IntActivations:
         """Rows of x, [rows, k] in in_dtype, rounded."""
-        return quantize_rows(self.caps, self.layout, in_dtype, x, rows, self.dot.offset)
+        return quantize_rows(self.caps, self.layout, in_dtype, x, rows, self.dot.offset, self.outliers)
 
     @property
     def max_rows(self) -> int:
@@ -186,7 +187,7 @@ class IntBlocks:
     def _finish(
         self, x: IntActivations, partial: Any, count: Any, base: Any, row_of: RowOf, write: Write
     ) -> None:
-        """Scale the sums of each row and write them."""
+        """Scale the sums of each row, add its outliers and write them."""
         with e.loop(count) as r:
             acc = self._scratch(1, "float32")
             tail = e.let(base + self.layout.padded_k // UNIT * self.layout.unit_bytes)
@@ -198,7 +199,21 @@ class IntBlocks:
                     value = tirx.Cast(e.vec("float32", self.lanes), value)
                     value = value * self.codes.scale(tail, v * self.lanes, self.lanes)
                 e.store(vector, 0, value * factor, self.lanes)
+            self._add_outliers(x, acc[0], row, base)
             write(acc, [row])
+
+    def _add_outliers(self, x: IntActivations, acc: list[Any], row: Any, base: Any) -> None:
+        """acc += the columns of a row of x that were kept times their weights in the block at byte `base`."""
+        if self.outliers is None:
+            return
+        fma = T.llvm_lookup_intrinsic_id("llvm.fma")
+        dtype, each = e.vec("float32", self.lanes), self.layout.outliers
+        with e.loop(each) as j:
+            value = e.let(e.splat(x.kept[row * each + j], self.lanes))
+            for v, vector in enumerate(acc):
+                weights = self.outliers.weights(base, j, v * self.lanes, self.lanes)
+                total = T.call_llvm_pure_intrin(dtype, fma, value, weights, e.load(vector, 0, self.lanes))
+                e.store(vector, 0, total, self.lanes)
 
     def _starts(self, x: IntActivations, at: list[Any]) -> Vectors:
         """Integer sums of a group before its first product."""

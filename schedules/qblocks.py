@@ -76,9 +76,7 @@ class QuantBlocks:
         self.caps, self.layout, self.in_dtype = caps, layout, in_dtype
         self.x, self.rows, self.prefetch, self.copy_of = x, rows, prefetch, copy_of
         self.block_bytes = layout.block_bytes
-        self.copy_bytes = 1
-        for size in layout.packed_shape:
-            self.copy_bytes *= size
+        self.copy_bytes = layout.size
         self.codes = QuantCodes(caps, layout, w, copies * self.copy_bytes)
         self.lanes, self.vectors = self.codes.lanes, self.codes.vectors
         self.pieces = layout.padded_k // layout.piece
@@ -104,7 +102,7 @@ class QuantBlocks:
 
     def _order_of(self, r: Any) -> Any:
         """Where the order of the inputs that row r of x is multiplied with begins, in elements."""
-        first = self.layout.order_at // 4
+        first = self.layout.list_at // 4
         if self.copy_of is None:
             return e.i64(first)
         return e.let(self.copy_of(r) * (self.copy_bytes // 4) + first)

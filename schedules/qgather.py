@@ -9,6 +9,7 @@ from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
+from llmc.schedules.iactivations import Outliers
 from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import QuantLayout
 
@@ -51,15 +52,18 @@ def quant_embedding(cfg: QuantEmbeddingConfig, caps: Capabilities) -> Any:
         out = e.tensor("out", [*ones, t, layout.k], cfg.dtype)
         with e.root():
             idf, to = e.flat(ids, t), e.flat(out, t * layout.k)
-            size = 1
-            for dimension in layout.packed_shape:
-                size *= dimension
-            codes = QuantCodes(caps, layout, table, size)
+            codes = QuantCodes(caps, layout, table, layout.size)
+            outliers = Outliers(layout, table) if layout.outliers else None
 
             def row(r: Any) -> None:
                 index = e.let(e.i64(idf[r]))
                 lane = e.let(index % layout.n_block)
-                _row(codes, e.let(index // layout.n_block * layout.block_bytes), lane, to, r, cfg.dtype, caps)
+                base = e.let(index // layout.n_block * layout.block_bytes)
+                _row(codes, base, lane, to, r, cfg.dtype, caps)
+                if outliers is not None:
+                    with e.loop(layout.outliers) as j:
+                        value = e.narrow(outliers.weights(base, j, lane, 1), cfg.dtype, 1, caps)
+                        e.store(to, r * layout.k + outliers.column(j), value, 1)
 
             with T.If(t <= _SERIAL_ROWS):
                 with T.Then(), e.loop(t) as r:
@@ -84,5 +88,5 @@ def _row(codes: QuantCodes, base: Any, lane: Any, out: Any, r: Any, dtype: str, 
                 value = (value if of.symmetric else value - codes.zero(place, lane, 1)) * scale
             column = first + j
             if codes.order is not None:
-                column = e.i64(codes.order[layout.order_at // 4 + column])
+                column = e.i64(codes.order[layout.list_at // 4 + column])
             e.store(out, r * layout.k + column, e.narrow(value, dtype, 1, caps), 1)

@@ -13,7 +13,7 @@ import numpy as np
 
 from llmc.caps import Capabilities
 from llmc.errors import LlmcError
-from llmc.quant.schemes import SCALE_BYTES, Code, Scheme, by_name
+from llmc.quant.schemes import OUTLIER_BITS, SCALE_BYTES, Code, Scheme, by_name
 from llmc.quant.weight import QuantizedWeight
 
 Array = np.ndarray[Any, Any]
@@ -26,13 +26,14 @@ _LONGEST_PIECE = 256
 _TEXT = re.compile(r"quant\(([a-z0-9]+),n=(\d+),of=(\d+)x(\d+)(,quads)?\)")
 _PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
 _ORDER_BYTES = 4  # of the number of a column
+OUTLIER_BYTES = OUTLIER_BITS // 8
 
 
 @dataclass(frozen=True)
 class QuantLayout:
     """A QuantizedWeight [N, K] cut into blocks of `n_block` rows; a block is one stream of bytes.
 
-        block = super*                             rows without super-groups are one
+        block = super* [outliers]                  rows without super-groups are one
         super = span* [super_scales [super_offsets]]
         span  = unit* scales [zeros or offsets]    a group, or the groups of 32 columns if they are smaller
         unit  = 32 columns of all rows of the block, as bit planes
@@ -49,6 +50,8 @@ class QuantLayout:
     [k/4][16][4] at a stride of 4 n_block.
     Rows past N and columns past K hold code 0 and scale 0: the kernel pads activations with zeros.
     Schemes with an order of the inputs: after the last block, int32 order[k], which column of x the stored column k is.
+    Schemes with outliers: bfloat16 outliers[j, r] at the end of a block, the weights of column columns[j]; int32 columns[j]
+    after the last block.
 
     Attributes:
         scheme: name of the scheme.
@@ -146,20 +149,40 @@ class QuantLayout:
         return spans + SCALE_BYTES[self.of.scale_dtype] * self.n_block * (2 if self.of.offsets else 1)
 
     @property
-    def block_bytes(self) -> int:
+    def outliers(self) -> int:
+        """Columns that are multiplied in floating point."""
+        return self.of.outliers(self.k)
+
+    @property
+    def outliers_at(self) -> int:
+        """The byte of a block where their weights begin."""
         return self.padded_k // self.super_group * self.super_bytes
 
     @property
-    def order_at(self) -> int:
-        """The byte where the order of the inputs begins."""
+    def block_bytes(self) -> int:
+        return self.outliers_at + OUTLIER_BYTES * self.outliers * self.n_block
+
+    @property
+    def listed(self) -> int:
+        """Numbers of columns after the last block: the order of the inputs, or which are outliers."""
+        return self.k if self.of.order else self.outliers
+
+    @property
+    def list_at(self) -> int:
+        """The byte where they begin."""
         return -(-self.blocks * self.block_bytes // _ORDER_BYTES) * _ORDER_BYTES
 
     @property
     def packed_shape(self) -> tuple[int, ...]:
         """Shape of the packed bytes (after a leading dimension of experts)."""
-        if self.of.order:
-            return (self.order_at + _ORDER_BYTES * self.k,)
+        if self.listed:
+            return (self.list_at + _ORDER_BYTES * self.listed,)
         return (self.blocks, self.block_bytes)
+
+    @property
+    def size(self) -> int:
+        """Packed bytes (of one expert)."""
+        return math.prod(self.packed_shape)
 
     def pack(self, weight: QuantizedWeight) -> Array:
         """uint8 [..., *packed_shape] of a QuantizedWeight [..., n, k]."""
@@ -175,11 +198,15 @@ class QuantLayout:
             count = min(step, self.blocks - at)
             rows = slice(at * nb, min((at + step) * nb, self.n))
             out[at : at + count] = self._pack_rows(weight.map(lambda a, rows=rows: a[rows]), count)
-        if weight.order is None:
+        listed = weight.order if weight.outlier_columns is None else weight.outlier_columns
+        if listed is None:
             return out
-        order = _bytes(weight.order.astype("<i4"))
-        gap = np.zeros(self.order_at - out.size, np.uint8)
-        return np.concatenate([out.reshape(-1), gap, order])
+        gap = np.zeros(self.list_at - out.size, np.uint8)
+        return np.concatenate([out.reshape(-1), gap, _bytes(listed.astype("<i4"))])
+
+    def columns_of(self, packed: Array) -> Array:
+        """int32 [outliers]: which columns of a packed weight, uint8 [..., size], are outliers; read without the rest."""
+        return np.ascontiguousarray(packed.reshape(-1)[self.list_at : self.size]).view("<i4")
 
     def unpack(self, packed: Array) -> QuantizedWeight:
         """Inverse of pack."""
@@ -189,11 +216,11 @@ class QuantLayout:
             return replace(QuantizedWeight.join(parts, np.stack), order=order)
         order = None
         if self.of.order:
-            order = np.ascontiguousarray(packed[self.order_at :]).view("<i4")
-            packed = packed[: self.blocks * self.block_bytes]
+            order = np.ascontiguousarray(packed[self.list_at :]).view("<i4")
         b, nb, groups = self.blocks, self.n_block, self.span // self.group
         stored = -(-self.k // self.group)
-        supers = packed.reshape(b, -1, self.super_bytes)
+        whole = packed.reshape(-1)[: b * self.block_bytes].reshape(b, self.block_bytes)
+        supers = whole[:, : self.outliers_at].reshape(b, -1, self.super_bytes)
         spans = self.super_group // self.span
         body, tops = np.split(supers, [spans * self.group_bytes], axis=-1)
         body = body.reshape(b, -1, self.group_bytes)
@@ -227,6 +254,10 @@ class QuantLayout:
             values = self._loaded(shifts) if self.of.offsets else shifts
             shift: dict[str, Any] = {name: rows(values, groups, stored)}
             made = replace(made, **shift)
+        if self.outliers:
+            kept = np.ascontiguousarray(whole[:, self.outliers_at :]).reshape(b, -1)
+            weights = rows(_from_dtype(kept, "bfloat16")[:, None], self.outliers, self.outliers)
+            made = replace(made, outlier_weights=weights, outlier_columns=self.columns_of(packed))
         if not self.of.super_group:
             return made
         # super-scales and super-offsets, in turns
@@ -340,7 +371,11 @@ class QuantLayout:
         for tops in (weight.super_scales, weight.super_offsets):
             if tops is not None:
                 supers.append(_bytes(_as_dtype(by_block(tops, supers[0].shape[1], 1), self.of.scale_dtype)))
-        return np.concatenate(supers, axis=-1).reshape(count, self.block_bytes)
+        out = np.concatenate(supers, axis=-1).reshape(count, self.outliers_at)
+        if weight.outlier_weights is None:
+            return out
+        kept = by_block(weight.outlier_weights, self.outliers, self.outliers)
+        return np.concatenate([out, _bytes(_as_dtype(kept.reshape(count, -1), "bfloat16"))], axis=-1)
 
     def _stored(self, values: Array) -> Array:
         return values.astype(np.int8) if self.of.super_group else _as_dtype(values, self.of.scale_dtype)

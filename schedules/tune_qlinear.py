@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from llmc.caps import Capabilities
@@ -136,6 +137,10 @@ class TunableQuantLinear(Tunable):
             case["x"] = (x / 2 ** (7 + math.ceil(math.log2(layout.k) / 2))).astype(case["x"].dtype)
         else:
             case["x"] = (case["x"].astype(np.float32) / math.sqrt(layout.k)).astype(case["x"].dtype)
+        if layout.outliers:  # the last columns, so that the first one still sets the scale
+            weights = rng.standard_normal((held, layout.outliers)).astype(ml_dtypes.bfloat16)
+            case["outlier_weights"] = weights.astype(np.float32)
+            case["outlier_columns"] = np.arange(layout.k - layout.outliers, layout.k, dtype=np.int32)
         if not scheme.symmetric:
             case["zeros"] = rng.integers(0, 1 << scheme.bits, (held, groups), np.uint8)
         if task.has_bias:
@@ -145,7 +150,9 @@ class TunableQuantLinear(Tunable):
         return case
 
     def _weight(self, task: QuantLinearConfig, case: Mapping[str, Array]) -> QuantizedWeight:
-        return QuantizedWeight(task.layout.of, case["codes"], case["scales"], case.get("zeros"))
+        names = ("outlier_weights", "outlier_columns")
+        outliers: dict[str, Any] = {name: case[name] for name in names if name in case}
+        return QuantizedWeight(task.layout.of, case["codes"], case["scales"], case.get("zeros"), **outliers)
 
     def arguments(
         self, task: QuantLinearConfig, schedule: Any, case: dict[str, Array], caps: Capabilities
@@ -162,16 +169,12 @@ class TunableQuantLinear(Tunable):
         out = np.empty((case["x"].shape[0], weight.codes.shape[0]), np.float32)
         step = max(1, (8 << 20) // task.layout.k)
         for i in range(0, out.shape[1], step):
-            zeros = None if weight.zeros is None else weight.zeros[i : i + step]
-            part = QuantizedWeight(
-                weight.scheme, weight.codes[i : i + step], weight.scales[i : i + step], zeros
-            )
+            part = weight.map(lambda a, i=i: a[i : i + step])
             out[:, i : i + step] = multiply(case["x"], part.dequantize())
         return finish(task, out, case)
 
     def work(self, task: QuantLinearConfig, rows: int) -> Work:
-        blocks, size = task.layout.packed_shape
-        moved = blocks * size + rows * task.layout.k * ITEM_BYTES[task.in_dtype]
+        moved = task.layout.size + rows * task.layout.k * ITEM_BYTES[task.in_dtype]
         moved += rows * task.n * (ITEM_BYTES[task.out_dtype] + ITEM_BYTES[task.in_dtype] * task.has_residual)
         held = 2 * task.n if task.gated else task.n
         return Work(float(moved), 2.0 * rows * held * task.layout.k, task.in_dtype)

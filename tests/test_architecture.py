@@ -104,6 +104,7 @@ ALLOWED: dict[str, set[str]] = {
     "packing": {
         *BASE,
         "frontend.graph",
+        "passes.fold_weights",
         "passes.step_module",
         "schedules.layout",
         "schedules.qlayout",
@@ -117,6 +118,7 @@ ALLOWED: dict[str, set[str]] = {
         *BASE,
         "frontend.graph",
         "passes.step_module",
+        "products",
         "quant.weight",
         "quant.schemes",
         "schedules.qlayout",

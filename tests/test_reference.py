@@ -219,13 +219,13 @@ def test_without_weights(tmp_path: Path) -> None:
 
 def test_inputs_of_named_weights_are_rounded_to_int8(tmp_path: Path) -> None:
     """What an integer kernel does to its activations, whatever torch function multiplies."""
-    from llmc.products import Product, RoundedInputs, to_int8
+    from llmc.products import InputRounding, Product, RoundedInputs
 
     x = torch.tensor([[1.0, -2.0, 127.4], [0.0, 0.0, 0.0]])
     expected = torch.round(x * (127 / 127.4)) * (torch.tensor(127.4) / 127)
-    torch.testing.assert_close(to_int8(x), expected * (x != 0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(InputRounding()(x), expected * (x != 0), rtol=1e-6, atol=0)
     weight = torch.randn(4, 3)
-    with RoundedInputs(lambda w: w.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()):
+    with RoundedInputs.of({"w": weight}, {"w": InputRounding()}):
         for got in (
             torch.nn.functional.linear(x, weight),
             x @ weight.T,
@@ -239,9 +239,13 @@ def test_inputs_of_named_weights_are_rounded_to_int8(tmp_path: Path) -> None:
     folder = save(tiny_model("llama"), tmp_path / "model")
     source = open_model(str(folder), dtype=None)
     plain = reference_logits(source, IDS, "float32").logits
-    source.weights.int8_inputs = frozenset({"model.layers.0.mlp.up_proj.weight"})
+    source.weights.int8_inputs = {"model.layers.0.mlp.up_proj.weight": InputRounding()}
     for budget in (1, 1 << 30):
         changed = reference_logits(source, IDS, "float32", budget=budget).logits
         assert 1e-5 < np.abs(changed - plain).max() / np.abs(plain).max() < 0.05
+    # the mlp's inputs have 64 columns: with all of them kept nothing is rounded
+    source.weights.int8_inputs = {"model.layers.0.mlp.up_proj.weight": InputRounding(kept=torch.arange(64))}
+    np.testing.assert_array_equal(reference_logits(source, IDS, "float32").logits, plain)
+    source.weights.int8_inputs = {"model.layers.0.mlp.up_proj.weight": InputRounding()}
     jittered = reference_logits(source, IDS, "float32", jitter=0.01).logits
     assert 0 < np.abs(jittered - changed).max() < np.abs(plain).max()

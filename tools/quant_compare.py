@@ -21,13 +21,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 
 from llmc.frontend.capture import decoder_layers
 from llmc.frontend.checkpoint import open_model
 from llmc.frontend.graph import SourceModel
 from llmc.frontend.untie import untied
-from llmc.quant.activations import RoundedInputs
+from llmc.products import InputRounding, RoundedInputs
 from llmc.quant.corpus import text_tokens
 from llmc.quant.methods import METHODS, Calibration, calibrated
 from llmc.quant.overlay import OverlayWeights
@@ -56,15 +57,27 @@ def perplexity(source: SourceModel, tokens: torch.Tensor, plan: Mapping[str, Sch
         if name not in held:
             held[name] = loader.load(slot.name, slot.empty.dtype).clone()
         slot.put(held[name])
-    bits = {name: scheme.activation_bits for name, scheme in plan.items() if scheme.activation_bits}
+    roundings = {
+        name: InputRounding(scheme.activation_bits, _outliers(source, name, scheme))
+        for name, scheme in plan.items()
+        if scheme.activation_bits
+    }
     loss, count = 0.0, 0
-    with torch.no_grad(), RoundedInputs(held, bits):
+    with torch.no_grad(), RoundedInputs.of(held, roundings):
         for piece in tokens.split(4):
             logits = model(piece).logits[:, :-1].flatten(0, 1)
             targets = piece[:, 1:].flatten()
             loss += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
             count += len(targets)
     return math.exp(loss / count)
+
+
+def _outliers(source: SourceModel, name: str, scheme: Scheme) -> torch.Tensor | None:
+    """Inputs of a weight that are not rounded."""
+    if not scheme.outlier_share:
+        return None
+    made = source.weights.quantized(name)  # type: ignore[union-attr]
+    return torch.from_numpy(made.outlier_columns.astype(np.int64))
 
 
 def nearest(source: SourceModel, plan: Mapping[str, Scheme]) -> SourceModel:
@@ -130,11 +143,11 @@ def main() -> None:
         for name in options.methods:
             for seed in [None] if name == "rtn" else options.seeds:
                 began = time.perf_counter()
-                if seed is None:
+                if seed is None and not any(scheme.outlier_share for scheme in plan.values()):
                     made = nearest(source, plan)
                 else:
                     text = options.calib or options.model / "calibration.txt"
-                    settings = Calibration(name, text, options.sequences, options.length, seed)
+                    settings = Calibration(name, text, options.sequences, options.length, seed or 0)
                     made, _ = calibrated(untied(source) if rotates(name) else source, plan, settings)
                 seconds = time.perf_counter() - began
                 got = perplexity(made, tokens, plan)

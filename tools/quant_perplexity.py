@@ -19,7 +19,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llmc.evaluate import cut, evaluate
-from llmc.products import to_int8
+from llmc.products import InputRounding
 from llmc.quant.rtn import quantize
 from llmc.quant.schemes import parse
 from llmc.spec import CompileSpec
@@ -40,8 +40,9 @@ def with_scheme(model: str, name: str, search: bool) -> tuple[torch.nn.Module, f
         if scheme is None:
             continue
         weight = module.weight.detach()
-        if scheme.activation_bits == 8:
-            module.register_forward_pre_hook(lambda _, args: to_int8(args[0]))
+        if scheme.activation_bits:
+            rounding = InputRounding(scheme.activation_bits)
+            module.register_forward_pre_hook(lambda _, args, rounding=rounding: rounding(args[0]))
         weight.copy_(torch.from_numpy(quantize(weight.numpy(), scheme, search=search).dequantize()))
         bits += scheme.bits_per_weight(weight.shape[1]) * weight.numel()
         count += weight.numel()

@@ -15,7 +15,7 @@ from llmc.artifact import MANIFEST, Manifest, QualityReport, TextQuality
 from llmc.cli.format import grid, human_bytes, human_count
 from llmc.cli.progress import reporter
 from llmc.errors import LlmcError
-from llmc.spec import AUTO, CompileSpec
+from llmc.spec import CompileSpec
 from llmc.stages import STAGES, Timing
 from llmc.writer import check_output
 
@@ -47,7 +47,7 @@ def run_compile(
             f"There is no stage {stop_after!r}; the stages are {', '.join(STAGES)}.",
             hint="Give --stop-after one of them.",
         )
-    if plot is not None and spec.quant != AUTO:
+    if plot is not None and not spec.searches:
         raise LlmcError(
             "plot-without-search", "--plot draws the search of --quant auto, which was not asked for."
         )

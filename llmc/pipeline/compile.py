@@ -16,7 +16,7 @@ from llmc.pipeline.source import spec_of
 from llmc.pipeline.tuning import known_records, tune_graph, tuned_choice
 from llmc.pipeline.weights import calibrate_source, pack_weights, search_schemes
 from llmc.quant.schemes import NONE
-from llmc.spec import AUTO, CompileSpec, Verify
+from llmc.spec import CompileSpec, Verify
 from llmc.stages import STAGES, ProgressReporter, StageRunner
 from llmc.targets.backend import Built, get
 from llmc.writer import ArtifactWriter, check_output
@@ -81,7 +81,7 @@ def compile_model(
     known = known_records(spec, backend, caps)
     left_out = {
         "tune": spec.tune is None,
-        "search": spec.quant != AUTO,
+        "search": not spec.searches,
         "calibrate": not spec.calibrates(),
         "evaluate": not spec.eval_text,
     }
@@ -98,7 +98,7 @@ def compile_model(
     search: QuantSearch | None = None
     with runner, ArtifactWriter(output) as writer:
         target = backend.tvm_target(caps)
-        if spec.quant == AUTO:
+        if spec.searches:
             search = runner.run("search", search_schemes, model, spec, runner)
             spec = spec.with_(quant=NONE, quant_rules=search.rules())
         source, graph = runner.run("capture", capture_graph, model, spec)

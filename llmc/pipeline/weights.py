@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def search_schemes(model: Any, spec: CompileSpec, runner: StageRunner) -> QuantSearch:
     """Choose a scheme for each weight by measuring with torch."""
     from llmc.evaluate_text import FolderTokenizer, cut_text
-    from llmc.quant.choose import choose
+    from llmc.quant.choose import SEARCHED, choose
 
     assert spec.eval_text is not None and spec.max_ppl_increase is not None
     source = open_source(model, spec)
@@ -35,6 +35,7 @@ def search_schemes(model: Any, spec: CompileSpec, runner: StageRunner) -> QuantS
         source,
         windows,
         max_increase_percent=spec.max_ppl_increase,
+        schemes=SEARCHED[spec.quant],
         fixed=spec.rules(),
         probe=probe,
         dtype=spec.dtype.value if spec.dtype else None,
@@ -69,6 +70,7 @@ def calibrate_source(
             prune=spec.prune_rule(),
             svd=spec.rank_rule(),
         ),
+        joined=[param.sources for param in step.params if QuantLayout.is_layout(param.layout)],
         progress=lambda done, total: runner.progress.advance(done, total, "layers"),
     )
     for note in found.notes:

@@ -1,22 +1,15 @@
-"""What a scheme with integer activations does to the inputs of a matrix, in torch: rounded per token, on the fly."""
+"""What a scheme with integer activations does to the outputs of a matrix, on a sample of its inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
-from llmc.products import Product
+from llmc.products import InputRounding
 from llmc.quant.recorder import Recorder, Usage
-
-
-def round_activations(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """x [..., K] rounded per token to 2**bits - 1 levels; the scale is the largest magnitude over the largest code."""
-    top = (1 << (bits - 1)) - 1
-    scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / top
-    return torch.round(x / scale) * scale
+from llmc.quant.rounding import decode, encode, plain_grid
+from llmc.quant.schemes import Scheme
 
 
 class RowSample(Recorder):
@@ -49,23 +42,16 @@ class RowSample(Recorder):
         }
 
 
-class RoundedInputs(TorchFunctionMode):
-    """Inside of this context the inputs of some weights are rounded to integers before they are multiplied.
-
-    Args:
-        parameters: name -> the tensor that the modules hold, as of Recorder.
-        bits: name -> bits of its inputs.
-    """
-
-    def __init__(self, parameters: Mapping[str, torch.Tensor], bits: Mapping[str, int]) -> None:
-        super().__init__()
-        self._bits = {parameters[n].untyped_storage().data_ptr(): b for n, b in bits.items()}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        found = Product.of(func, args, kwargs)
-        if found is not None:
-            bits = self._bits.get(found.weight.untyped_storage().data_ptr())
-            if bits is not None:
-                args, kwargs = found.with_input(round_activations(found.x, bits))
-        return func(*args, **kwargs)
+def rounded_product(x: torch.Tensor, weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """x [n, K] @ weight [N, K].T with both rounded as the scheme says; outlier columns are those of x."""
+    kept = None
+    if scheme.outlier_share:
+        kept = torch.topk(x.abs().amax(dim=0), scheme.outliers(x.shape[1])).indices
+    if scheme.activation_bits:
+        x = InputRounding(scheme.activation_bits, kept)(x)
+    rest = weight if kept is None else weight.index_fill(1, kept, 0)
+    grid = plain_grid(rest, scheme)
+    values = decode(encode(rest, grid), grid)
+    if kept is not None:
+        values[:, kept] = weight[:, kept]
+    return x @ values.T

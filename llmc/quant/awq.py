@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from llmc.quant.activations import RowSample, rounded_product
 from llmc.quant.calibrate import LayerWork, Rounding
 from llmc.quant.fold import Fold, find_folds
 from llmc.quant.recorder import Moments
@@ -23,14 +24,20 @@ class AWQOptions:
     Attributes:
         steps: exponents between 0 and 1 that are tried.
         clip: search the range of every group for the least error of its outputs.
+        rows: inputs of every group that the error is measured on where the scheme rounds activations too.
     """
 
     steps: int = 20
     clip: bool = True
+    rows: int = 512
 
 
 class AWQ:
     """The method for llmc.quant.calibrate.
+
+    The paper's error is that of rounded weights, which second moments of the inputs give. A scheme that rounds activations
+    too is judged by the outputs for a sample of inputs: a scale that evens out the mean magnitudes of channels may make
+    the peaks of some of them the largest values of their tokens.
 
     Args:
         options: see there.
@@ -43,8 +50,14 @@ class AWQ:
 
     def prepare(self, work: LayerWork) -> None:
         """Scale the inputs of every group of matrices that a producer can be found for."""
-        for fold in find_folds(work):
-            scale = self._search(work, fold)
+        folds = find_folds(work)
+        sampled: dict[str, torch.Tensor] = {}
+        if any(work.plan[n].activation_bits for fold in folds for n in fold.consumers if n in work.plan):
+            tap = RowSample(work.layer.parameters, max(1, self._options.rows // work.runner.batches))
+            work.runner.feed(work.layer, tap.watch)
+            sampled = tap.sampled()
+        for fold in folds:
+            scale = self._search(work, fold, sampled.get(fold.consumers[0]))
             if scale is not None:
                 apply_scale(work, fold, scale)
 
@@ -62,8 +75,12 @@ class AWQ:
             grid = best_grid(weight, scheme, moments.second if blocks else moments.second.diagonal())
         return encode(weight, grid), grid
 
-    def _search(self, work: LayerWork, fold: Fold) -> torch.Tensor | None:
-        """The scale [width] with the least output error of the matrices that are quantized; None = no scale is best."""
+    def _search(self, work: LayerWork, fold: Fold, rows: torch.Tensor | None) -> torch.Tensor | None:
+        """The scale [width] with the least output error of the matrices that are quantized; None = no scale is best.
+
+        Args:
+            rows: a sample of the inputs [n, K], if a scheme rounds activations.
+        """
         moments = work.usages[fold.consumers[0]].moments[0]
         planned = [n for n in fold.consumers if n in work.plan]
         if moments is None:
@@ -74,13 +91,13 @@ class AWQ:
         outputs = per_channel(
             fold, torch.stack([_share(w, s) for w, s in zip(weights, schemes, strict=True)]).mean(0)
         )
-        best, least = None, self._loss(weights, schemes, moments, None)
+        best, least = None, self._loss(weights, schemes, moments, None, rows)
         for step in range(1, self._options.steps + 1):
             alpha = step / self._options.steps
             for scale in (inputs**alpha, inputs**alpha / outputs ** (1 - alpha)):
                 scale = scale.clamp(min=1e-4)
                 scale = scale / (scale.max() * scale.min()).sqrt()
-                loss = self._loss(weights, schemes, moments, scale[fold.channel])
+                loss = self._loss(weights, schemes, moments, scale[fold.channel], rows)
                 if loss < least:
                     best, least = scale, loss
         return best
@@ -91,10 +108,16 @@ class AWQ:
         schemes: list[Scheme],
         moments: Moments,
         scale: torch.Tensor | None,
+        rows: torch.Tensor | None,
     ) -> float:
         total = 0.0
         for weight, scheme in zip(weights, schemes, strict=True):
             scaled = weight if scale is None else weight * scale
+            if scheme.activation_bits and rows is not None:
+                got = rounded_product(rows if scale is None else rows / scale, scaled, scheme)
+                share = moments.rows / len(rows)
+                total += share * float(((got - rows @ weight.T) ** 2).sum())
+                continue
             grid = plain_grid(scaled, scheme)
             rounded = decode(encode(scaled, grid), grid)
             error = (rounded if scale is None else rounded / scale) - weight

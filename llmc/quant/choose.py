@@ -11,9 +11,13 @@ from llmc.frontend.graph import SourceModel
 from llmc.quant.auto import Candidate, Choice, plan_descent, search
 from llmc.quant.schemes import NONE, QuantRules
 from llmc.quant.sensitivity import Progress, Sensitivity
+from llmc.spec import AUTO, AUTO_INT8
 
 # what each weight may become; "none" = it stays in the model's dtype
 CANDIDATES = (NONE, "q8", "q6g64", "q4g32", "q4g64", "q3g64")
+# the same with int8 activations; a scheme without would always win by its loss, at the same size
+INT8_CANDIDATES = (NONE, "w8a8", "w4a8", "w4a8g64", "w4a8g128")
+SEARCHED = {AUTO: CANDIDATES, AUTO_INT8: INT8_CANDIDATES}
 # the scheme in which weights are measured: coarse enough to show, fine enough for the error to act as small ones do
 PROBE = "q4g32"
 # of the bound; the rest is left for the rounding of activations and cache, which the search does not see
@@ -64,6 +68,7 @@ def choose(
     windows: Sequence[Window],
     *,
     max_increase_percent: float,
+    schemes: tuple[str, ...] = CANDIDATES,
     fixed: QuantRules | None = None,
     probe: Window | None = None,
     dtype: str | None = None,
@@ -75,6 +80,7 @@ def choose(
 
     Args:
         source: the opened model with its weights; run by torch in float32 with dequantized weights.
+        schemes: what each weight may become.
         fixed: weights that its patterns name keep the scheme given there.
         probe: text for measuring single weights; default: the first window.
         dtype: of weights that stay as they are.
@@ -95,16 +101,15 @@ def choose(
 
     oracle = Sensitivity(source, windows, probe=probe, dtype=dtype, progress=tell)
     named = {name: scheme for name in oracle.weights if fixed and (scheme := fixed.named(name))}
-    schemes = tuple(dict.fromkeys((*CANDIDATES, *named.values())))
-    candidates = oracle.candidates(schemes, PROBE)
+    candidates = oracle.candidates(tuple(dict.fromkeys((*schemes, *named.values()))), PROBE)
     allowed = {
-        name: [c for c in row if c.scheme in ((named[name],) if name in named else CANDIDATES)]
+        name: [c for c in row if c.scheme in ((named[name],) if name in named else schemes)]
         for name, row in candidates.items()
     }
     budget = SHARE * math.log1p(max_increase_percent / 100)
     choice = search(plan_descent(allowed), budget, lambda a: loss(dict(a)), most=most)
     points = []
-    for scheme in CANDIDATES[1:] if uniform else ():
+    for scheme in schemes[1:] if uniform else ():
         size = sum(c.nbytes for row in candidates.values() for c in row if c.scheme == scheme)
         points.append((scheme, size, loss(dict.fromkeys(candidates, scheme))))
     full = sum(c.nbytes for row in candidates.values() for c in row if c.scheme == NONE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,7 +40,8 @@ class Calibration:
     """What to calibrate with.
 
     Attributes:
-        method: a name of METHODS, or rtn: what is pruned or factored is then rounded when it is packed.
+        method: a name of METHODS, or rtn: what is pruned or factored is then rounded when it is packed, and weights with
+            outlier columns are rounded to the nearest beside those.
         text: text file; None: only for transforms that look at no activations.
         sequences, length: pieces of the text, and tokens of each (at most what the model takes).
         seed: of the choice of pieces, and of rotations.
@@ -77,12 +78,14 @@ def calibrated(
     plan: Mapping[str, Scheme],
     calibration: Calibration,
     *,
+    joined: Iterable[tuple[str, ...]] = (),
     progress: Callable[[int, int], None] | None = None,
     folder: Path | None = None,
 ) -> tuple[SourceModel, Calibrated]:
     """`source` with the weights of `plan` quantized: its weights are a QuantizedSource (llmc/quant/overlay.py).
 
-    A method that rotates needs a source whose embedding and output projection are two tensors (llmc.frontend.untie).
+    `joined`: weights that are packed as one, see calibrate(). A method that rotates needs a source whose embedding and
+    output projection are two tensors (llmc.frontend.untie).
 
     Raises:
         LlmcError: unknown method, no weights, text too short, a model that cannot be rotated.
@@ -100,12 +103,12 @@ def calibrated(
     prepared = _transformed(source, calibration, progress, folder)
     source, sequences = prepared.source, prepared.sequences
     assert source.weights is not None
-    if calibration.method == RTN:
+    if calibration.method == RTN and not any(scheme.outlier_share for scheme in plan.values()):
         weights, store = OverlayWeights(source.weights, {}), QuantizedStore(folder)
         found = Calibrated(weights, StoredQuantizer(store), (), {})
     else:
-        method = METHODS[calibration.method]()
-        found = calibrate(source, plan, sequences, method, progress=progress, folder=folder)
+        method = Nearest(search=False) if calibration.method == RTN else METHODS[calibration.method]()
+        found = calibrate(source, plan, sequences, method, joined=joined, progress=progress, folder=folder)
     found = replace(
         found,
         notes=(*prepared.notes, *found.notes),

@@ -26,6 +26,10 @@ class QuantizedSource(WeightSource, Protocol):
         """Its scheme, without reading it."""
 
 
+# arrays of a QuantizedWeight that methods make
+_KEPT = ("codes", "scales", "zeros", "outlier_weights", "outlier_columns")
+
+
 class QuantizedStore:
     """Quantized weights in files of a temporary folder, so that a large model's need not fit into memory.
 
@@ -37,24 +41,25 @@ class QuantizedStore:
         self._folder = tempfile.TemporaryDirectory(prefix="llmc-quant-", dir=folder)
         self._schemes: dict[str, tuple[Scheme, bool]] = {}
         self._files: dict[str, Path] = {}
+        self._arrays: dict[str, tuple[str, ...]] = {}  # which arrays a file has, in order
 
     def put(self, name: str, weight: QuantizedWeight, *, transposed: bool = False) -> None:
         """Keep a weight; `transposed`: the source model holds it [..., in, out]."""
         path = Path(self._folder.name) / f"{len(self._files)}.npy"
+        there = tuple(field for field in _KEPT if getattr(weight, field) is not None)
         with path.open("wb") as f:
-            for array in (weight.codes, weight.scales, weight.zeros):
-                if array is not None:
-                    np.save(f, array, allow_pickle=False)
+            for field in there:
+                np.save(f, getattr(weight, field), allow_pickle=False)
         self._files[name] = path
         self._schemes[name] = (weight.scheme, transposed)
+        self._arrays[name] = there
 
     def get(self, name: str) -> QuantizedWeight | None:
         if name not in self._files:
             return None
-        scheme = self._schemes[name][0]
         with self._files[name].open("rb") as f:
-            codes, scales = np.load(f), np.load(f)
-            return QuantizedWeight(scheme, codes, scales, None if scheme.symmetric else np.load(f))
+            arrays = {field: np.load(f) for field in self._arrays[name]}
+        return QuantizedWeight(self._schemes[name][0], **arrays)
 
     def scheme(self, name: str) -> Scheme | None:
         return self._schemes[name][0] if name in self._schemes else None

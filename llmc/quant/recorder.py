@@ -44,7 +44,7 @@ class Moments:
         self.peak = torch.maximum(self.peak, magnitude.amax(dim=0))
 
     def scaled(self, factor: torch.Tensor) -> Moments:
-        """Of inputs that are multiplied by `factor` [K], which is positive."""
+        """Of inputs that are multiplied by `factor` [K], which is not negative."""
         second = self.second * factor[:, None] * factor[None]
         return Moments(self.rows, second, self.magnitude * factor, self.peak * factor)
 

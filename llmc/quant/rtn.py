@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -25,7 +26,12 @@ _E4M3_MAX, _E2M1_MAX = 448.0, 6.0
 
 
 def quantize(
-    weight: Array, scheme: Scheme, *, search: bool = False, name: str = "the weight"
+    weight: Array,
+    scheme: Scheme,
+    *,
+    search: bool = False,
+    name: str = "the weight",
+    outliers: Array | None = None,
 ) -> QuantizedWeight:
     """Quantize float32 [..., N, K]; groups run along K, and the last one may be shorter.
 
@@ -36,10 +42,19 @@ def quantize(
     Args:
         search: try several scales per group and keep the one with the smallest mean square error.
         name: what to call the weight in errors.
+        outliers: int32 [M], the outlier columns of a scheme that has them.
 
     Raises:
-        LlmcError: NaN or infinite values; values too large for the scheme's scales.
+        LlmcError: NaN or infinite values; values too large for the scheme's scales; outlier columns that are not known.
     """
+    if outliers is not None:
+        return _beside_outliers(weight, scheme, search, name, outliers)
+    if scheme.outlier_share:
+        raise LlmcError(
+            "outliers-without-text",
+            f"{name} is to be quantized to {scheme.name}, whose outlier columns are found by calibration; it was not calibrated.",
+            hint="Add --calib FILE.",
+        )
     *lead, n, k = weight.shape
     size = scheme.group_size or k
     groups = -(-k // size)
@@ -69,6 +84,22 @@ def quantize(
         codes.reshape(weight.shape),
         scales.reshape(shape),
         None if zeros is None else zeros.reshape(shape),
+    )
+
+
+def _beside_outliers(
+    weight: Array, scheme: Scheme, search: bool, name: str, columns: Array
+) -> QuantizedWeight:
+    kept = weight[..., columns]
+    rest = np.array(weight, np.float32)
+    rest[..., columns] = 0
+    made = quantize(rest, replace(scheme, outlier_share=0), search=search, name=name)
+    _check(kept, kept, name)
+    return replace(
+        made,
+        scheme=scheme,
+        outlier_weights=kept.astype(ml_dtypes.bfloat16).astype(np.float32),
+        outlier_columns=columns.astype(np.int32),
     )
 
 

@@ -38,10 +38,13 @@ class Scheme:
         offsets: asymmetric with a floating-point offset per group (of scale_dtype) in place of a zero point.
         super_group: inputs of a super-group, a multiple of group_size; scales (and offsets) are then 8-bit multiples of
             its scale (and offset), which are what has the scale_dtype. 0 = no such second level.
+        outlier_share: one of so many inputs, those with the largest activations, is left out of the rounding to int8 and
+            multiplied in floating point (LLM.int8, Dettmers et al. 2022, arXiv 2208.07339); 0 = none. Which ones they are
+            is found by calibration, the same for all weights that are packed as one.
         order: inputs are reordered so that those of a group are neighbours, and the order is stored with the weight;
             a digest of the order, or "p" for any. Only weights of the same order can be joined.
 
-    Readers make weights with the last three; nothing is quantized to such a scheme.
+    Readers make weights with offsets, super-groups and orders; nothing is quantized to such a scheme.
     """
 
     name: str
@@ -54,15 +57,23 @@ class Scheme:
     offsets: bool = False
     super_group: int = 0
     order: str = ""
+    outlier_share: int = 0
+
+    def outliers(self, inputs: int) -> int:
+        """How many of `inputs` inputs are multiplied in floating point: whole multiples of 8."""
+        if not self.outlier_share:
+            return 0
+        return min(inputs, -(-inputs // (8 * self.outlier_share)) * 8)
 
     def bits_per_weight(self, inputs: int) -> float:
-        """Stored bits per weight of a row of `inputs`, scales and zero points included (not an order of the inputs)."""
+        """Stored bits per weight of a row of `inputs`: with scales, zero points and outliers, without lists of inputs."""
         scale = 8 * SCALE_BYTES[self.scale_dtype]
         if self.super_group:
             levels = 2 if self.offsets else 1
             return self.bits + levels * (8 / self.group_size + scale / self.super_group)
         zero = scale if self.offsets else 0 if self.symmetric else 8
-        return self.bits + (scale + zero) / (self.group_size or inputs)
+        kept = OUTLIER_BITS * self.outliers(inputs) / inputs
+        return self.bits + kept + (scale + zero) / (self.group_size or inputs)
 
     @property
     def any_order(self) -> Scheme:
@@ -72,6 +83,7 @@ class Scheme:
 
 # bytes of a stored scale
 SCALE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "e8m0": 1}
+OUTLIER_BITS = 16  # of a weight that is kept in floating point: bfloat16
 _ORDER = re.compile(r"p[0-9a-f]{8}$")
 
 
@@ -89,11 +101,13 @@ def _table() -> dict[str, Scheme]:
         Scheme("w4a8", 4, group_size=32, activation_bits=8),
         Scheme("w4a8g64", 4, group_size=64, activation_bits=8),
         Scheme("w4a8g128", 4, group_size=128, activation_bits=8),
+        Scheme("w8a8o", 8, activation_bits=8, scale_dtype="float32", outlier_share=128),
+        Scheme("w4a8o", 4, group_size=32, activation_bits=8, outlier_share=128),
     ]
     return {s.name: s for s in schemes}
 
 
-# a suffix "a" means asymmetric: zero points
+# a suffix "a" means asymmetric: zero points; "o" after a8: outlier columns
 SCHEMES = _table()
 
 

@@ -3,7 +3,8 @@
 One weight at a time is replaced by what a scheme makes of it, and the KL divergence of the model's predictions from the
 unchanged model's is taken on one window of text: for a text that the model predicts well this is the growth of the
 mean loss, but far less noisy. It is quadratic in the weight's error, so that one run per weight does: the other schemes'
-losses follow from their errors.
+losses follow from their errors. Schemes with int8 activations take one more run, in w8a8: what that loses beyond the
+error of its weights is what rounding the weight's inputs costs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from llmc.evaluate import Floats, Window, evaluate
 from llmc.frontend.graph import ParamInfo, SourceModel, WeightSource
+from llmc.products import InputRounding
 from llmc.quant.auto import Assignment, Candidate
 from llmc.quant.quantizer import RoundToNearest, WeightQuantizer
 from llmc.quant.schemes import NONE, SCHEMES, Scheme
@@ -30,6 +32,8 @@ Progress = Callable[[float, float, str], None]
 _KEPT = 2 << 30
 # narrower weights gain nothing
 _NARROW = 32
+# the scheme in which the rounding of activations is measured: its weights lose next to nothing
+INT8_PROBE = "w8a8"
 _BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
 
 
@@ -129,13 +133,22 @@ class Sensitivity:
             assert result is not None
             values = self._load(weight)
             unit = result.kl_mean / (self._error(weight, values, SCHEMES[probe]) or 1.0)
+            rounds = any(c != NONE and SCHEMES[c].activation_bits for c in schemes)
+            inputs = self._loss_of_inputs(weight, values, unit, exact) if rounds else 0.0
             out[name] = []
             for choice in schemes:
                 scheme = None if choice == NONE else SCHEMES[choice]
                 error = 0.0 if scheme is None else self._error(weight, values, scheme)
-                size = weight.nbytes(scheme, self._dtype)
-                out[name].append(Candidate(choice, size, unit * error))
+                loss = unit * error + (inputs if scheme is not None and scheme.activation_bits else 0.0)
+                out[name].append(Candidate(choice, weight.nbytes(scheme, self._dtype), loss))
         return out
+
+    def _loss_of_inputs(self, weight: Quantizable, values: np.ndarray, unit: float, exact: Floats) -> float:
+        """What rounding a weight's inputs to int8 costs, nats; `unit` is the loss per squared error of the weight."""
+        logits = self._logits({weight.name: INT8_PROBE})
+        result = evaluate(logits, [self._probe], against=lambda ids: exact).against
+        assert result is not None
+        return max(0.0, result.kl_mean - unit * self._error(weight, values, SCHEMES[INT8_PROBE]))
 
     def loss(self, assignment: Assignment) -> float:
         """Growth of the mean loss (nats per token) over the unchanged model on the whole text."""
@@ -172,7 +185,7 @@ class _Dequantized:
     """The source's weights, some of them replaced by what their quantized form stands for.
 
     Attributes:
-        int8_inputs: names of those whose scheme rounds activations too, for llmc.reference.
+        int8_inputs: those whose scheme rounds activations too, for llmc.reference.
     """
 
     def __init__(
@@ -183,7 +196,11 @@ class _Dequantized:
     ) -> None:
         self._weights = weights
         self._chosen = chosen
-        self.int8_inputs = frozenset(n for n, (_, scheme) in chosen.items() if scheme.activation_bits == 8)
+        self.int8_inputs = {
+            name: InputRounding(scheme.activation_bits)
+            for name, (_, scheme) in chosen.items()
+            if scheme.activation_bits
+        }
         self._quantizer = quantizer
         self._kept: dict[str, torch.Tensor] = {}
         self._room = _KEPT

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from llmc.quant.activations import RowSample, round_activations
+from llmc.quant.activations import RowSample, rounded_product
 from llmc.quant.awq import apply_scale, oriented, per_channel
 from llmc.quant.calibrate import LayerWork, Nearest, Rounding
 from llmc.quant.fold import Fold, find_folds
 from llmc.quant.recorder import Moments
-from llmc.quant.rounding import Grid, decode, encode, plain_grid
+from llmc.quant.rounding import Grid
 from llmc.quant.schemes import Scheme
 
 # a migration has to lower the error of the sample by this share: less is chance, and no migration is the safe choice
@@ -81,9 +81,8 @@ class SmoothQuant:
             total = 0.0
             for weight, scheme, out in zip(weights, schemes, exact, strict=True):
                 x, w = (rows, weight) if scale is None else (rows / scale, weight * scale)
-                x = round_activations(x, scheme.activation_bits) if scheme.activation_bits else x
-                grid = plain_grid(w, scheme)
-                total += float(((x @ decode(encode(w, grid), grid).T - out) ** 2).sum())
+                got = rounded_product(x, w, scheme)
+                total += float(((got - out) ** 2).sum())
             return total
 
         peaks = torch.stack([w.abs().amax(dim=0) for w in weights]).amax(dim=0)

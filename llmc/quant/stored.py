@@ -37,7 +37,7 @@ def packed_as(scheme: Scheme) -> Scheme | None:
     Weights made for 8-bit activations (w8a8) are used with floating-point ones, the same weights and more exact, unless
     the rules name their own scheme.
     """
-    if scheme.activation_bits:
+    if scheme.activation_bits and not scheme.outlier_share:
         scheme = stored_scheme(
             scheme.code,
             scheme.bits,

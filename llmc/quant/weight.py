@@ -33,7 +33,7 @@ TABLES = {
     Code.E2M1: E2M1_TABLE,
 }
 # arrays of a QuantizedWeight with a row per output
-FIELDS = ("codes", "scales", "zeros", "offsets", "super_scales", "super_offsets")
+FIELDS = ("codes", "scales", "zeros", "offsets", "super_scales", "super_offsets", "outlier_weights")
 
 Array = npt.NDArray[Any]
 
@@ -51,6 +51,9 @@ class QuantizedWeight:
         offsets: float32 [..., N, G] for schemes with ``offsets``, instead of zeros: value = code * scale + offset.
         super_scales, super_offsets: float32 [..., N, S] with S = ceil(K / super_group) for schemes with super-groups:
             scales (offsets) are multiples of these by -128 .. 127.
+        outlier_weights: float32 [..., N, M], which bfloat16 holds exactly, for schemes with outliers: the columns
+            outlier_columns, whose codes stand for 0.
+        outlier_columns: int32 [M], ascending; of all experts.
         order: int32 [..., K] for schemes with an ``order``: stored column j is column order[j] of the weight; codes
             and groups are in the stored order.
     """
@@ -63,6 +66,8 @@ class QuantizedWeight:
     super_scales: npt.NDArray[np.float32] | None = None
     super_offsets: npt.NDArray[np.float32] | None = None
     order: npt.NDArray[np.int32] | None = None
+    outlier_weights: npt.NDArray[np.float32] | None = None
+    outlier_columns: npt.NDArray[np.int32] | None = None
 
     def map(self, change: Callable[[Array], Array]) -> QuantizedWeight:
         """The weight with every array that has a row per output changed, e.g. by picking rows."""
@@ -78,7 +83,7 @@ class QuantizedWeight:
     def join(parts: Sequence[QuantizedWeight], join: Callable[[Sequence[Array]], Array]) -> QuantizedWeight:
         """One weight of several with equal schemes, each array made by `join`: of their rows, or of experts.
 
-        The order of the inputs stays that of the first.
+        The order of the inputs stays that of the first, and so do the columns of outliers.
         """
         first = parts[0]
         made: dict[str, Any] = {
@@ -109,6 +114,8 @@ class QuantizedWeight:
         if self.offsets is not None:
             values = values + spread(self.offsets)
         values = np.asarray(values, np.float32)
+        if self.outlier_columns is not None:
+            values[..., self.outlier_columns] = self.outlier_weights
         if self.order is None:
             return values
         out = np.empty_like(values)

@@ -193,12 +193,13 @@ def test_auto_searches_before_it_compiles(folder: Path, tmp_path: Path) -> None:
 
 # a kernel for every shape in every scheme that was chosen: over a minute of code generation
 @pytest.mark.slow
-def test_auto_finds_schemes_within_the_bound(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quant", ["auto", "auto-a8"])
+def test_auto_finds_schemes_within_the_bound(quant: str, folder: Path, tmp_path: Path) -> None:
     """Some weights fixed by a rule, the rest searched; the manifest holds what was chosen, and the gate agrees."""
     result = compile_model(
         str(folder / "checkpoint"),
         tmp_path / "auto",
-        quant="auto",
+        quant=quant,
         quant_rules={"lm_head": "q8"},
         eval_text=str(folder / "text.txt"),
         max_ppl_increase="1%",
@@ -207,8 +208,15 @@ def test_auto_finds_schemes_within_the_bound(folder: Path, tmp_path: Path) -> No
     assert result.search is not None and result.manifest is not None
     spec = result.manifest.spec
     assert spec["quant"] == "none"
-    assert spec["quant_rules"] == dict(result.search.rules())
-    assert spec["quant_rules"]["lm_head"] == "q8"
+    rules = dict(map(tuple, spec["quant_rules"]))
+    assert rules == dict(result.search.rules())
+    assert rules.pop("lm_head") == "q8"
+    layouts = {
+        p.layout.partition("(")[2].partition(",")[0] for p in result.manifest.params if "quant(" in p.layout
+    }
+    assert layouts == {"q8", *rules.values()} - {"none"}
+    if quant == "auto-a8":  # activations are rounded in the artifact that the gate measures
+        assert any(scheme.startswith("w") for scheme in rules.values())
     text = result.manifest.quality.text
     assert text is not None and text.increase_percent <= 1.0
     assert result.search.choice.nbytes < 0.6 * result.search.full_bytes

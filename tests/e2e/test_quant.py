@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import llmc
 from llmc.artifact import Manifest
+from llmc.cli.app import app
 from llmc.errors import LlmcError
 from llmc.evaluate import cut, evaluate
 from llmc.inspect import inspect
 from llmc.packing import packed_tensors
 from llmc.pipeline import compile_model
 from llmc.quantized_source import ArtifactWeights
+from llmc.schedules.qlayout import QuantLayout
 from llmc.spec import CompileSpec
 from tests.e2e.conftest import DEMO
 from tests.frontend.tiny import save, tiny_model
@@ -186,17 +192,92 @@ def _near(stored: torch.Tensor, weight: torch.Tensor) -> None:
     assert (difference <= weight.float().abs().amax(dim=1) / 250).all()
 
 
-def test_bad_weights_leave_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["inf", pytest.param("nan", marks=pytest.mark.slow(reason="a compile"))])
+def test_bad_weights_are_one_sentence_and_leave_nothing_behind(tmp_path: Path, value: str) -> None:
+    """`llmc compile --quant q4g32` of a damaged checkpoint: exit code 2, the weight's name, no artifact, no staging folder."""
     folder = save(tiny_model("llama"), tmp_path / "model")
+    with tensors_of(folder) as tensors:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float(value)
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = ["compile", str(folder), "-o", str(out / "a"), "--quant", "q4g32", "--verify", "off"]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "500", "NO_COLOR": "1"})
+    assert done.exit_code == 2, done.output
+    said = [line for line in done.stderr.splitlines() if "NaN or infinite" in line]
+    assert (
+        len(said) == 1 and "model.layers.1.mlp.up_proj.weight" in said[0] and "weight-not-finite" in said[0]
+    )
+    assert "Traceback" not in done.output
+    assert list(out.iterdir()) == []
+
+
+@contextmanager
+def tensors_of(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of a checkpoint, written back."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("inf")
+    yield tensors
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LlmcError, match=r"layers\.1\.mlp\.up_proj") as caught:
-        compile_model(folder, tmp_path / "a", quant="q4g32", verify="off")
-    assert caught.value.ref == "weight-not-finite"
-    assert not (tmp_path / "a").exists()
+
+
+PLANTED = [5, 40]
+
+
+def with_outliers(folder: Path) -> Path:
+    """A tiny model with the demo's tokenizer; two channels of its norms are 30 times larger, the columns behind them smaller."""
+    model = tiny_model("llama", vocab_size=4096, tie_word_embeddings=True, max_position_embeddings=64)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            layer.input_layernorm.weight[PLANTED] *= 30
+            layer.post_attention_layernorm.weight[PLANTED] *= 30
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+                linear.weight[:, PLANTED] /= 30
+    save(model, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, folder / name)
+    return folder
+
+
+def outlier_columns(folder: Path) -> dict[str, set[int]]:
+    """Of every packed weight that has some."""
+    found = {}
+    for entry in inspect(folder).manifest.params:
+        layout = QuantLayout.parse(entry.layout.partition(", ")[0]) if "quant(" in entry.layout else None
+        if layout is not None and layout.outliers:
+            data = np.memmap(folder / entry.shard, np.uint8, "r", entry.offset, entry.shape)
+            found[entry.name] = set(layout.columns_of(data).tolist())
+    return found
+
+
+def test_outlier_columns(tmp_path: Path) -> None:
+    """Both schemes in one model: columns are found, packed, multiplied and simulated by the check of the compile."""
+    fields = dict(
+        quant="w8a8o", quant_rules={"o_proj": "w4a8o"}, calib_text=str(DEMO / "calibration.txt"), dtype="f32"
+    )
+    manifest = compiled(with_outliers(tmp_path / "model"), tmp_path / "a", **fields)
+    layouts = [p.layout for p in manifest.params]
+    assert sum(text.startswith("quant(w8a8o,") for text in layouts) == 7  # qkv, gate+up, down; the head
+    assert sum(text.startswith("quant(w4a8o,") for text in layouts) == 2
+    quality = manifest.quality
+    assert 0 < quality.relative_error < quality.tolerance < 0.2
+    columns = outlier_columns(tmp_path / "a")
+    assert all(len(c) == 8 for c in columns.values())
+    behind_norms = [c for name, c in columns.items() if "qkv" in name or "q_proj" in name or "gate" in name]
+    assert len(behind_norms) == 4 and all(set(PLANTED) <= c for c in behind_norms)
+
+
+@pytest.mark.slow(reason="three compiles; the numbers in torch have a test of their own")
+def test_outlier_columns_save_a_model_that_w8a8_breaks(tmp_path: Path) -> None:
+    folder = with_outliers(tmp_path / "model")
+    lost = {}
+    for quant in ("q8", "w8a8", "w8a8o"):
+        calib = {"calib_text": str(DEMO / "calibration.txt")} if quant == "w8a8o" else {}
+        manifest = compiled(folder, tmp_path / quant, quant=quant, dtype="f32", **calib)
+        lost[quant] = manifest.quality.quant_kl_mean
+    assert lost["w8a8"] > 4 * lost["q8"]  # the divergence goes with the square of the error
+    assert lost["w8a8o"] < lost["q8"]
 
 
 @pytest.mark.slow(reason="a compile; rounding and layouts have tests of their own")
@@ -222,7 +303,6 @@ def test_a_quantizer_is_asked_once_per_source(tmp_path: Path) -> None:
     """The hook that calibrated methods and readers use."""
     from llmc.passes.step_module import PackedParam
     from llmc.quant.quantizer import RoundToNearest
-    from llmc.schedules.qlayout import QuantLayout
 
     class Recorder(RoundToNearest):
         asked: list[tuple[str, tuple[int, ...]]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -67,3 +68,15 @@ def library(name: str) -> Any:
     if folder and folder not in sys.path:
         sys.path.append(folder)
     return pytest.importorskip(name, reason=f"{name} is not installed")
+
+
+def library_file(path: str) -> Any:
+    """One module of a library by its file, in LLMC_TEST_LIBS, for packages that do not import on a machine without a GPU."""
+    file = Path(os.environ.get("LLMC_TEST_LIBS", "")) / path
+    if not file.is_file():
+        pytest.skip(f"{path} is not installed")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -6,8 +6,14 @@ import ml_dtypes
 import numpy as np
 
 from llmc.quant.rtn import quantize
-from llmc.quant.schemes import SCHEMES, Code, by_name
+from llmc.quant.schemes import SCHEMES, Code, Scheme, by_name
 from llmc.quant.weight import E4M3_TABLE, QuantizedWeight
+
+
+def random_columns(rng: np.random.Generator, scheme: Scheme, k: int) -> np.ndarray | None:
+    """Outlier columns, if the scheme has some."""
+    count = scheme.outliers(k)
+    return np.sort(rng.permutation(k)[:count]).astype(np.int32) if count else None
 
 
 def random_weight(name: str, *shape: int, seed: int = 0) -> QuantizedWeight:
@@ -17,7 +23,7 @@ def random_weight(name: str, *shape: int, seed: int = 0) -> QuantizedWeight:
     if name in SCHEMES:
         weight = rng.standard_normal(shape).astype(np.float32)
         weight[..., 1, :] = 0
-        return quantize(weight, scheme)
+        return quantize(weight, scheme, outliers=random_columns(rng, scheme, shape[-1]))
     *lead, n, k = shape
     groups = -(-k // (scheme.group_size or k))
     codes = rng.integers(0, 1 << scheme.bits, shape, dtype=np.uint8)

@@ -263,7 +263,7 @@ def test_gptq_without_correlation_is_nearest() -> None:
     assert torch.equal(gptq(weight, dead, SCHEMES["q4g32"])[0], codes)
 
 
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("scheme", sorted(name for name in SCHEMES if not SCHEMES[name].outlier_share))
 def test_plain_grid_is_round_to_nearest(scheme: str) -> None:
     """The same scales and values as llmc.quant.rtn; only values half-way between two codes may go either way."""
     weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(4))

@@ -20,7 +20,15 @@ from llmc.quant.schemes import SCHEMES, Scheme, by_name
 from llmc.quant.weight import NF4_TABLE, QuantizedWeight
 from llmc.reference import reference_logits
 from tests.frontend.tiny import save, tiny_model
-from tests.quant.prequantized import demo_tensors, library, linear_names, pack_fields, rounded, write
+from tests.quant.prequantized import (
+    demo_tensors,
+    library,
+    library_file,
+    linear_names,
+    pack_fields,
+    rounded,
+    write,
+)
 
 Expected = dict[str, QuantizedWeight]
 
@@ -204,6 +212,29 @@ def test_awq(tmp_path: Path) -> None:
     refused(write(tmp_path / "c", tensors, {**config, "bits": 3}), "bits", "3")
 
 
+def test_awq_of_the_library(tmp_path: Path) -> None:
+    """Random words, as AutoAWQ's own dequantization reads them (in float16)."""
+    packing = library_file("awq/utils/packing_utils.py")
+    tensors, expected = demo_tensors(), {}
+    rng = torch.Generator().manual_seed(0)
+    for name in linear_names(tensors):
+        outputs, inputs = tensors.pop(name).shape
+        words, groups = outputs // 8, inputs // 64
+
+        def random_words(rows: int, words: int = words) -> torch.Tensor:
+            return torch.randint(-(2**31), 2**31, (rows, words), generator=rng).to(torch.int32)
+
+        parts = random_words(inputs), random_words(groups), torch.rand(groups, outputs, generator=rng).half()
+        for field, value in zip(("qweight", "qzeros", "scales"), parts, strict=True):
+            tensors[f"{name.removesuffix('.weight')}.{field}"] = value
+        expected[name] = packing.dequantize_gemm(*parts, 4, 64).T
+    config = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}
+    source = open_model(str(write(tmp_path, tensors, config)), dtype=None)
+    assert source.weights is not None
+    for name, want in expected.items():
+        np.testing.assert_array_equal(source.weights.load(name).half().numpy(), want.numpy(), name)
+
+
 def ct_config(format_: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
     base = {
         "num_bits": 4,
@@ -356,6 +387,25 @@ def test_bitsandbytes_nf4(nested: bool, tmp_path: Path) -> None:
     check(tmp_path / "a", write_nf4(tmp_path / "a", nested))
     write_nf4(tmp_path / "b", nested, bnb_4bit_quant_type="fp4")
     refused(tmp_path / "b", "bnb_4bit_quant_type", "fp4")
+
+
+@pytest.mark.parametrize("nested", (False, True))
+def test_bitsandbytes_nf4_of_the_library(nested: bool, tmp_path: Path) -> None:
+    """Weights that bitsandbytes itself quantized, and its own dequantization of them."""
+    functional = library("bitsandbytes.functional")
+    tensors, expected = demo_tensors(), {}
+    for name in linear_names(tensors):
+        dense = tensors[name].float()
+        codes, state = functional.quantize_4bit(
+            dense, blocksize=64, quant_type="nf4", compress_statistics=nested
+        )
+        expected[name] = functional.dequantize_4bit(codes, state)
+        tensors[name] = codes
+        tensors.update({f"{name}.{field}": value for field, value in state.as_dict(packed=True).items()})
+    source = open_model(str(write(tmp_path, tensors, NF4_CONFIG)), dtype=None)
+    assert source.weights is not None
+    for name, want in expected.items():
+        np.testing.assert_array_equal(source.weights.load(name).numpy(), want.numpy(), name)
 
 
 def test_bitsandbytes_int8(tmp_path: Path) -> None:

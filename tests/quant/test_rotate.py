@@ -12,7 +12,7 @@ from llmc.errors import LlmcError
 from llmc.frontend.checkpoint import open_model
 from llmc.frontend.graph import SourceModel
 from llmc.frontend.untie import untied
-from llmc.quant.activations import RoundedInputs
+from llmc.products import InputRounding, RoundedInputs
 from llmc.quant.orthogonal import hadamard_factors, random_rotation
 from llmc.quant.rotate import _Finder, rotated
 from llmc.quant.runner import LayerRunner
@@ -138,7 +138,8 @@ def _error_when_rounded(source: SourceModel, bits: int) -> float:
     with runner.held(runner.layers[0]) as layer:
         exact = runner.probe(layer)
         names = [n for n in matrices(source) if n in layer.parameters]
-        got = runner.probe(layer, lambda: RoundedInputs(layer.parameters, dict.fromkeys(names, bits)))
+        inputs = dict.fromkeys(names, InputRounding(bits))
+        got = runner.probe(layer, lambda: RoundedInputs.of(layer.parameters, inputs))
         entering = runner.probe_hidden()
     return float((got - exact).norm() / (exact - entering).norm())
 

@@ -11,7 +11,8 @@ from llmc.quant.rtn import quantize
 from llmc.quant.schemes import SCHEMES, Code, QuantRules
 from llmc.quant.weight import E4M3_TABLE, TABLES
 
-ALL = list(SCHEMES)
+# those with outlier columns round the rest as their plain counterparts do
+ALL = [name for name, scheme in SCHEMES.items() if not scheme.outlier_share]
 
 
 def random(*shape, seed=0):
@@ -80,6 +81,20 @@ def test_groups_of_zeros_and_tiny_values(name):
     assert np.isfinite(values).all()
     assert (values[[0, 3]] == 0).all()
     assert (np.abs(values) <= 2e-12).all()
+
+
+@pytest.mark.parametrize(("name", "plain"), [("w8a8o", "w8a8"), ("w4a8o", "w4a8")])
+def test_outlier_columns_stand_beside_the_rounding(name, plain):
+    weight = random(6, 96)
+    columns = np.array([3, 40, 41, 95], np.int32)
+    weight[:, columns] *= 1000
+    made = quantize(weight, SCHEMES[name], outliers=columns)
+    rest = weight.copy()
+    rest[:, columns] = 0
+    other = quantize(rest, SCHEMES[plain])
+    np.testing.assert_array_equal(made.codes, other.codes)
+    np.testing.assert_array_equal(made.scales, other.scales)
+    np.testing.assert_allclose(made.dequantize()[:, columns], weight[:, columns], rtol=2**-8)
 
 
 @pytest.mark.parametrize("name", ["q8", "q4g32", "q4g64a", "nf4", "fp8", "mxfp4"])

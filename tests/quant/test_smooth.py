@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from llmc.frontend.checkpoint import open_model
-from llmc.quant.activations import RoundedInputs, RowSample, round_activations
+from llmc.products import InputRounding, RoundedInputs
+from llmc.quant.activations import RowSample
 from llmc.quant.calibrate import LayerWork, Nearest, calibrate
 from llmc.quant.fold import Fold
 from llmc.quant.recorder import Recorder
@@ -24,9 +25,12 @@ from tests.quant.test_calibrate import SEQUENCES, matrices, opened, runner_of
 
 def test_rounding_of_activations() -> None:
     x = torch.tensor([[0.0, 1.0, -7.0], [0.5, 0.2, 0.1], [0.0, 0.0, 0.0]])
-    np.testing.assert_allclose(round_activations(x, 4)[0], [0, 1, -7])
-    np.testing.assert_allclose(round_activations(x, 4)[1] * 14, [7, 3, 1], rtol=1e-6)
-    assert (round_activations(x, 8)[2] == 0).all()
+    np.testing.assert_allclose(InputRounding(4)(x)[0], [0, 1, -7])
+    np.testing.assert_allclose(InputRounding(4)(x)[1] * 14, [7, 3, 1], rtol=1e-6)
+    assert (InputRounding()(x)[2] == 0).all()
+    kept = InputRounding(4, torch.tensor([2]))(x)
+    np.testing.assert_allclose(kept, [[0, 1, -7], [0.5, 3 / 14, 0.1], [0, 0, 0]], rtol=1e-6)
+    assert InputRounding(4, torch.tensor([2]))(x.to(torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_inputs_are_rounded_while_a_model_runs(tmp_path: Path) -> None:
@@ -40,12 +44,13 @@ def test_inputs_are_rounded_while_a_model_runs(tmp_path: Path) -> None:
         runner.feed(layer, tap.watch)
         x = tap.sampled()[matrix]
         assert x.shape == (SEQUENCES.numel(), 64)
-        plain = runner.probe(layer, lambda: RoundedInputs(layer.parameters, {}))
-        rounded = runner.probe(layer, lambda: RoundedInputs(layer.parameters, {matrix: 8}))
+        plain = runner.probe(layer, lambda: RoundedInputs.of(layer.parameters, {}))
+        int8 = InputRounding()
+        rounded = runner.probe(layer, lambda: RoundedInputs.of(layer.parameters, {matrix: int8}))
         all_rounded = runner.probe(
-            layer, lambda: RoundedInputs(layer.parameters, dict.fromkeys(tap.usages, 8))
+            layer, lambda: RoundedInputs.of(layer.parameters, dict.fromkeys(tap.usages, int8))
         )
-        change = (round_activations(x, 8) - x)[: plain.shape[1]] @ layer.parameters[matrix].T
+        change = (int8(x) - x)[: plain.shape[1]] @ layer.parameters[matrix].T
         difference = float((rounded - plain).abs().max())
         assert 0 < difference < 3 * float(change.abs().max())
         assert float((all_rounded - plain).norm()) > float((rounded - plain).norm())
@@ -69,8 +74,8 @@ class _Watched(SmoothQuant):
 def _error(work: LayerWork, exact: torch.Tensor) -> float:
     """Of the layer's output with weights and activations rounded."""
     with _rounded(work):
-        bits = {n: s.activation_bits for n, s in work.plan.items()}
-        out = work.runner.probe(work.layer, lambda: RoundedInputs(work.layer.parameters, bits))
+        inputs = {n: InputRounding(s.activation_bits) for n, s in work.plan.items()}
+        out = work.runner.probe(work.layer, lambda: RoundedInputs.of(work.layer.parameters, inputs))
     return float((out - exact).norm() / exact.norm())
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from llmc.caps import ByteDot
 from llmc.errors import LlmcError
-from llmc.quant.rtn import quantize
 from llmc.quant.schemes import SCHEMES
 from llmc.quant.weight import QuantizedWeight
 from llmc.schedules.iexperts import int_expert_linear
@@ -19,30 +18,45 @@ from llmc.schedules.qgather import QuantEmbeddingConfig, quant_embedding
 from llmc.schedules.qlayout import INT_COLUMNS, in_turns, quant_layout
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.targets.cpu.backend import capabilities, missing
+from tests.quant.random_weight import random_weight
 
 # (scheme, n, k, dtype, bias): outputs that fill no block, columns that fill no group, several passes over columns
 CASES = [
     ("w8a8", 130, 667, "bfloat16", True),
     ("w4a8", 70, 300, "float32", False),
+    ("w8a8o", 70, 150, "bfloat16", True),
 ]
-MORE_CASES = [("w4a8g64", 33, 20, "float16", True), ("w4a8g128", 64, 512, "bfloat16", False)]
+MORE_CASES = [
+    ("w4a8g64", 33, 20, "float16", True),
+    ("w4a8g128", 64, 512, "bfloat16", False),
+    ("w8a8o", 130, 1100, "float16", False),
+    ("w4a8o", 40, 96, "float32", False),
+]
 ROWS = (1, 2, 3, 7, 17, 40)
 
 
 def weight_of(scheme, *shape, seed=0):
-    weight = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-    weight[..., 1, :] = 0  # a row of zeros
-    return quantize(weight, SCHEMES[scheme])
+    return random_weight(scheme, *shape, seed=seed)
 
 
-def rounded(x):
-    """int8 rows and their scales, as the kernels are to make them."""
+def rounded(x, weight=None):
+    """int8 rows and their scales, as the kernels are to make them; without the outlier columns of `weight`."""
     wide = x.astype(np.float32)
+    if weight is not None and weight.outlier_columns is not None:
+        wide[..., weight.outlier_columns] = 0
     most = np.abs(wide).max(axis=-1, keepdims=True)
     with np.errstate(divide="ignore"):
         inverse = np.where(most > 1e-30, np.float32(127) / most, np.float32(0))
     # the product of two float32 is exact in float64: a tie is a tie
     return np.rint(wide.astype(np.float64) * inverse.astype(np.float64)), most / np.float32(127)
+
+
+def outlier_part(x, weight):
+    """float64 [rows, n]: what the outlier columns add."""
+    if weight.outlier_columns is None:
+        return 0
+    kept = x[..., weight.outlier_columns].astype(np.float64)
+    return kept @ np.swapaxes(weight.outlier_weights.astype(np.float64), -1, -2)
 
 
 def check(y, expected):
@@ -88,8 +102,20 @@ def test_linear(machine, tools, cases):
         for rows in ROWS:
             x = tools.random(rng, (rows, k), dtype)
             x[rows // 2] *= 100  # each row has a scale of its own
-            q, scale = rounded(x)
-            check(run(weight, x, b), q @ values.T * scale + (b.astype(np.float64) if bias else 0))
+            if weight.outlier_columns is not None:  # which has nothing to do with the outliers
+                x[:, weight.outlier_columns[::2]] *= 1000
+            q, scale = rounded(x, weight)
+            whole = q @ values.T * scale + outlier_part(x, weight)
+            check(run(weight, x, b), whole + (b.astype(np.float64) if bias else 0))
+        if (
+            weight.outlier_columns is not None
+        ):  # infinity in an outlier column leaves the rest of the row as it is
+            x = np.zeros((1, k), tools.dtypes[dtype])
+            x[0, weight.outlier_columns[0]] = np.inf
+            got = run(weight, x, np.zeros_like(b))[0]
+            kept = weight.outlier_weights[:, 0]
+            assert (got[kept > 0] == np.inf).all() and np.isnan(got[kept == 0]).all()
+            continue
         # scales of 1 and the largest values that there are: the result is the integer sum itself
         top = 1 << SCHEMES[scheme].bits
         codes = rng.integers(0, top, (n, k)).astype(np.uint8)
@@ -127,7 +153,7 @@ def test_gate_and_residual(best, tools):
         check(y.numpy(), np.maximum(both[:, :n], 0) * both[:, n:] + residual)
 
 
-@pytest.mark.parametrize("scheme", ["w4a8", pytest.param("w8a8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scheme", ["w4a8", "w8a8o", pytest.param("w8a8", marks=pytest.mark.slow)])
 def test_experts(best, tools, scheme):
     experts, n, k = 5, 40, 70
     layout = quant_layout(SCHEMES[scheme], n, k, best)
@@ -142,12 +168,16 @@ def test_experts(best, tools, scheme):
         ids = rng.integers(0, experts - 1, rows)  # the last one stays without rows
         y = tools.tensor(np.full((rows, n), np.nan, np.float32))
         kernel(tools.tensor(x), tools.tensor(ids), packed, tools.tensor(b), y)
-        q, scale = rounded(x)
-        check(y.numpy(), np.einsum("rnk,rk->rn", values[ids], q) * scale + b[ids].astype(np.float64))
+        q, scale = rounded(x, weight)
+        whole = np.einsum("rnk,rk->rn", values[ids], q) * scale + b[ids].astype(np.float64)
+        if weight.outlier_columns is not None:
+            kept = x[:, weight.outlier_columns].astype(np.float64)
+            whole += np.einsum("rnk,rk->rn", weight.outlier_weights[ids].astype(np.float64), kept)
+        check(y.numpy(), whole)
 
 
 def test_embedding_is_a_row_of_the_same_table(best, tools):
-    cases = [("w8a8", 67), ("w4a8", 70)]
+    cases = [("w8a8", 67), ("w4a8", 70), ("w8a8o", 67)]
     layouts = {s: quant_layout(SCHEMES[s], 130, k, best) for s, k in cases}
     funcs = {s: quant_embedding(QuantEmbeddingConfig(layouts[s], "float32"), best) for s, _ in cases}
     library = tools.build(best, **funcs)
