@@ -11,6 +11,9 @@ from tvm.tirx.script import builder as T
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig
 
+_LINE = 64  # bytes
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
 
 class PageReader:
     """The part of a Tile (attention_tile.py) that knows the pages' layout; Tile sets the attributes."""
@@ -97,6 +100,24 @@ class PageReader:
 
     # -- pages read in place (decode) --------------------------------------------------------------------------------
 
+    def _begins_line(self, vector: int) -> bool:
+        """True unless the vector before it in a register tile lies in the same cache line."""
+        return vector * self.lanes * _ITEM_BYTES[self.cfg.kv_dtype] % _LINE == 0
+
+    def _fetch_keys(self, page: Any) -> None:
+        """Ask for this head's keys of a page, whose scores come next."""
+        self._fetch(self.args.k, page, self.cfg.key_dim * self.cfg.page_size)
+
+    def _fetch_values(self, page: Any) -> None:
+        """Ask for this head's values of a page, which are weighed next."""
+        self._fetch(self.args.v, page, self.cfg.page_size * self.cfg.value_dim)
+
+    def _fetch(self, buffer: Any, page: Any, size: int) -> None:
+        base = self._page_base(page, size)
+        line = _LINE // _ITEM_BYTES[self.cfg.kv_dtype]
+        with e.loop(-(-size // line)) as i:
+            e.prefetch(buffer, base + i * line)
+
     def _score_pages(self, page: Any, keys: Any) -> None:
         cfg, lanes, ps = self.cfg, self.lanes, self.cfg.page_size
         size = cfg.key_dim * ps
@@ -117,7 +138,7 @@ class PageReader:
                     fetch: bool = group == 0,
                 ) -> None:
                     def right(j: Any, v: int) -> Any:
-                        if fetch:
+                        if fetch and self._begins_line(v):
                             for i in range(self.pack):
                                 at = (j * self.pack + i) * ps + (first + v) * lanes
                                 e.prefetch(self.args.k, ahead + at)
@@ -135,10 +156,12 @@ class PageReader:
 
                 in_groups(ps // lanes, self.vectors, body)
 
-    def _weigh_pages(self, page: Any, keys: Any) -> None:
+    def _weigh_pages(self, page: Any, keys: Any, page_behind: Any) -> None:
         lanes, ps, dv = self.lanes, self.cfg.page_size, self.cfg.value_dim
         count = e.let(e.ceildiv(keys, ps))
         with e.loop(count) as p:
+            with T.If(p + 1 == count), T.Then():
+                self._fetch_keys(page_behind)
             base = self._page_base(page + p, ps * dv)
             ahead = self._page_base(page + T.min(p + 1, count - 1), ps * dv)
             tokens = e.let(T.min(e.i64(ps), keys - p * ps))
@@ -161,7 +184,7 @@ class PageReader:
                     at = lambda r, v: (row + r) * self.value_width + (first + v) * lanes  # noqa: E731
 
                     def right(j: Any, v: int) -> Any:
-                        if fetch:
+                        if fetch and self._begins_line(v):
                             for i in range(self.pack):
                                 e.prefetch(
                                     self.args.v, ahead + (j * self.pack + i) * dv + (first + v) * lanes
