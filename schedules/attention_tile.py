@@ -207,14 +207,9 @@ class Tile(PageReader, RunningSoftmax):
         keys = e.let(T.min(e.i64(self.block), end_key - first_key))
         page = e.let(table + first_key // self.cfg.page_size)
         if self.direct:
-            # memory has nothing to do between two passes over pages, unless it is told what comes next
             self._score_pages(page, keys)
-            self._fetch_values(page)
             self._softmax(first_key, first_position, keys)
-            more = T.min(
-                e.i64(self.pages), (end_key - 1) // self.cfg.page_size - first_key // self.cfg.page_size
-            )
-            self._weigh_pages(page, keys, e.let(page + more))
+            self._weigh_pages(page, keys, e.let(table + (end_key - 1) // self.cfg.page_size))
         else:
             self._lay_out_keys(page, keys)
             self._each_tile(

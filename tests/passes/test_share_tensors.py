@@ -19,7 +19,9 @@ class Planned:
     @R.function(pure=False)
     def step(x: R.Tensor(("n", 8), "float32"), params: R.Tuple(R.Tensor((8,), "float32"))):
         n = T.int64()
-        s: R.Any = R.memory.alloc_storage(R.shape([4096]), R.prim_value(0), R.str("global"), R.dtype("float32"))
+        s: R.Any = R.memory.alloc_storage(
+            R.shape([4096]), R.prim_value(0), R.str("global"), R.dtype("float32")
+        )
         a: R.Tensor((n, 8), "float32") = R.memory.alloc_tensor(
             s, R.prim_value(0), R.shape([n, 8]), R.dtype("float32")
         )
