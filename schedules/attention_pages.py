@@ -202,7 +202,9 @@ class PageReader:
 class _Ahead:
     """Page parts that are read soon: while one is gone through step by step, another is asked for.
 
-    Memory is then busy also while scores become weights, and from the last page of keys to the first one of values.
+    A head's part of a page is a few KB, the next one lies elsewhere: too short for the streams that processors find by
+    themselves. Memory is then busy also while scores become weights, and from the last page of keys to the first one of
+    values.
 
     Attributes:
         own, other: (buffer, element at which the part begins, its elements); of the pages that are gone through, and
@@ -238,7 +240,7 @@ class _Ahead:
         buffer, base, size = part
         share = -(-size // self.steps)
         for i in range(-(-share // self.line)):
-            e.prefetch(buffer, base + step * share + i * self.line)
+            e.prefetch(buffer, base + step * share + i * self.line, level=2)
 
 
 def in_groups(count: int, size: int, body: Callable[[Any, int], None]) -> None:

@@ -24,6 +24,7 @@ class RunningSoftmax:
     args: Any  # Operands
     lanes: int
     dot: bool  # weights are rounded to bf16
+    direct: bool  # a block may hold few keys
     block: int  # keys per block
     group: int
     value_width: int
@@ -50,18 +51,21 @@ class RunningSoftmax:
             high = e.let(T.min(own + 1, tirx.Cast("int32", keys)))
             top = e.scratch(lanes)
             e.store(top, 0, e.splat(LOWEST, lanes), lanes)
+            pairs: Any = self.block // (2 * lanes)
+            if self.direct:
+                pairs = e.let(e.ceildiv(keys, 2 * lanes))
             if self._raw:
-                whole = high >= self.block
+                whole = high >= 2 * lanes * tirx.Cast("int32", pairs) if self.direct else high >= self.block
                 if self.cfg.window or self.cfg.chunk:
                     whole = tirx.And(whole, low <= 0)
                 with T.If(whole):
-                    with T.Then(), e.loop(self.block // lanes) as v:
+                    with T.Then(), e.loop(2 * pairs) as v:
                         s = e.load(self.scores, r * self.block + v * lanes, lanes)
                         e.store(top, 0, T.max(e.load(top, 0, lanes), s), lanes)
                     with T.Else():
-                        self._visible(r, low, own, high, top)
+                        self._visible(r, 2 * pairs, low, own, high, top)
             else:
-                self._visible(r, low, own, high, top)
+                self._visible(r, 2 * pairs, low, own, high, top)
             before = e.let(self.largest[r])
             highest = e.fold(e.load(top, 0, lanes), lanes, T.max)
             if self._raw:
@@ -75,15 +79,15 @@ class RunningSoftmax:
                 for v in range(self.value_width // lanes):
                     at = r * self.value_width + v * lanes
                     e.store(self.out, at, e.load(self.out, at, lanes) * shrink, lanes)
-            self._exponentials(r, after)
+            self._exponentials(r, after, pairs)
 
-    def _visible(self, r: Any, low: Any, own: Any, high: Any, top: Any) -> None:
+    def _visible(self, r: Any, vectors: Any, low: Any, own: Any, high: Any, top: Any) -> None:
         """The scores of a row with those outside of [low, high) replaced; `top` gets their maximum."""
         cfg, lanes = self.cfg, self.lanes
         slope = None
         if self.args.alibi is not None:
             slope = e.let(self.args.alibi[self.kv_head * self.group + r % self.group])
-        with e.loop(self.block // lanes) as v:
+        with e.loop(vectors) as v:
             at = e.let(r * self.block + v * lanes)
             column = e.let(T.ramp(tirx.Cast("int32", v * lanes), tirx.IntImm("int32", 1), lanes))
             s = e.load(self.scores, at, lanes)
@@ -103,7 +107,7 @@ class RunningSoftmax:
             e.store(self.scores, at, s, lanes)
             e.store(top, 0, T.max(e.load(top, 0, lanes), s), lanes)
 
-    def _exponentials(self, r: Any, largest: Any) -> None:
+    def _exponentials(self, r: Any, largest: Any, pairs: Any) -> None:
         """Weights e^(score - largest) of a row, and their sum."""
         lanes = self.lanes
         total = e.scratch(lanes)
@@ -121,11 +125,11 @@ class RunningSoftmax:
             return p
 
         if self.dot:
-            with e.loop(self.block // (2 * lanes)) as v:
+            with e.loop(pairs) as v:
                 pairs = e.narrow_pairs(weight(2 * v), weight(2 * v + 1))
                 e.store(self.weights, r * (self.block // 2) + v * lanes, pairs, lanes)
         else:
-            with e.loop(self.block // lanes) as v:
+            with e.loop(2 * pairs) as v:
                 e.store(self.weights, r * self.block + v * lanes, weight(v), lanes)
         e.store(self.total, r * lanes, e.load(total, 0, lanes), lanes)
 
