@@ -201,8 +201,10 @@ class MicroKernel:
         at = w_base + j * nb
         if self.prefetch_ahead:
             line = 64 // (self.step_bytes // nb)
+            # one row waits for memory alone; more rows compute, and the first level cannot hold enough of what comes
+            level = 1 if rows == 1 else 2
             for i in range(0, nb, line):
-                e.prefetch(self.w, fetch[0] + j * fetch[1] + i)
+                e.prefetch(self.w, fetch[0] + j * fetch[1] + i, level=level)
         loads = [e.let(e.load(self.w, at + v * lanes, lanes)) for v in range(self.vectors)]
         if self.dot:
             for r in range(rows):
