@@ -146,16 +146,31 @@ class Tile(PageReader, RunningSoftmax):
                 base = e.let((token * cfg.heads + head) * cfg.key_dim)
             else:
                 base = e.let((head * args.t + token) * cfg.key_dim)
-            with e.loop(self.k_steps) as j:
-                e.store(self.query, r * self.k_steps + j, self._query_operand(source, base, j), 1)
+            self._load_query(source, base, r)
             e.store(self.largest, r, e.f32(LOWEST), 1)
             e.store(self.total, r * lanes, e.splat(0.0, lanes), lanes)
             with e.loop(self.value_width // lanes) as v:
                 e.store(self.out, r * self.value_width + v * lanes, e.splat(0.0, lanes), lanes)
 
+    def _load_query(self, source: Any, base: Any, r: Any) -> None:
+        """Row r of the tile from the head at source[base:]."""
+        lanes, at = self.lanes, e.let(r * self.k_steps)
+        # pairs lie in memory as they are wanted; else vectors of one element per lane
+        wide = 2 * lanes if self.dot else lanes
+        vectors = 0 if self.dot and self.cfg.key_dim % 2 else self.cfg.key_dim // wide
+        with e.loop(vectors) as i:
+            value = e.load(source, base + i * wide, wide)
+            value = T.reinterpret(e.vec("int32", lanes), value) if self.dot else self._wide(value, lanes)
+            e.store(self.query, at + i * lanes, value, lanes)
+        with e.loop(vectors * lanes, self.k_steps) as j:
+            e.store(self.query, at + j, self._query_operand(source, base, j), 1)
+
+    def _wide(self, value: Any, lanes: int) -> Any:
+        return e.widen(value, self.cfg.dtype, lanes)
+
     def _query_operand(self, source: Any, base: Any, j: Any) -> Any:
         if not self.dot:
-            return e.widen(source[base + j], self.cfg.dtype, 1)
+            return self._wide(source[base + j], 1)
         low = tirx.Cast("int32", source[base + 2 * j])
         if self.cfg.key_dim % 2 == 0:
             high = tirx.Cast("int32", source[base + 2 * j + 1])
