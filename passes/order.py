@@ -29,6 +29,7 @@ from llmc.passes.make_step_function import MakeStepFunction
 from llmc.passes.quantize_weights import QuantizeWeights
 from llmc.passes.raise_activations import RaiseActivations
 from llmc.passes.share_coefficients import ShareCoefficients
+from llmc.passes.share_tensors import ShareTensors
 from llmc.passes.specialize_decode import SpecializeDecode
 from llmc.passes.step_module import LoweredGraph, StepModule
 from llmc.passes.view_reshapes import ViewReshapes
@@ -117,9 +118,12 @@ def build_phase() -> list[tuple[str, Any]]:
         ("CallTIRRewrite", transform.CallTIRRewrite()),
         ("StaticPlanBlockMemory", transform.StaticPlanBlockMemory()),
         ("LowerAllocTensor", transform.LowerAllocTensor()),
+        # what the plan put into one place is one tensor; before its last use is looked for
+        ("ShareTensors", ShareTensors()),
         ("KillAfterLastUse", transform.KillAfterLastUse()),
         ("LowerRuntimeBuiltin", transform.LowerRuntimeBuiltin()),
         ("ComputePrimValue", transform.ComputePrimValue()),
+        ("TrustWeights", TrustWeights()),
         ("VMShapeLower", transform.VMShapeLower()),
         ("AttachGlobalSymbol", transform.AttachGlobalSymbol()),
     ]
@@ -167,3 +171,21 @@ class BoundSymbols:
             bounds = {k: v for k, v in bounds.items() if k in names}
             module.update_func(module.get_global_var(name), func.with_attr("tir_var_upper_bound", bounds))
         return replace(step, module=module)
+
+
+class TrustWeights:
+    """Have a step function check its arguments, but not each of its weights at every step.
+
+    before: step(input_ids, ..., pools, params)           after: step(...) {num_input: 8}
+
+    The runtime checks the weights once, when it loads them: their shapes and types are those of the manifest that this
+    very function came with. Two checks per weight and step were a third of all calls of the virtual machine. Runs before
+    VMShapeLower, which writes the checks.
+    """
+
+    def __call__(self, module: Any) -> Any:
+        out = tvm.IRModule(dict(module.functions.items()), attrs=module.attrs)
+        for gvar, func in module.functions.items():
+            if isinstance(func, relax.Function) and func.params and func.params[-1].name == "params":
+                out.update_func(gvar, func.with_attr("num_input", len(func.params) - 1))
+        return out

@@ -36,7 +36,9 @@ def huge_zeros(nbytes: int) -> Bytes:
     The first byte lies on a huge page if nbytes is at least one, else on a page.
     """
     slack = HUGE_PAGE if nbytes >= HUGE_PAGE else 0
-    mapping = mmap.mmap(-1, max(nbytes + slack, 1))
+    # by default Python shares anonymous memory with child processes, and Linux gives shared memory no huge pages
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    mapping = mmap.mmap(-1, max(nbytes + slack, 1), **private)
     if slack:
         advise(mapping, "MADV_HUGEPAGE")
     whole = np.frombuffer(mapping, np.uint8)  # keeps the mapping alive

@@ -16,6 +16,7 @@ from llmc.schedules.vmath import exp_nonpositive
 __all__ = ["AttentionConfig", "attention_decode", "attention_prefill", "kv_append", "partial_shape"]
 
 _EMPTY = -1e30  # running maximum of a piece of context without keys
+_TASKS_PER_THREAD = 4  # of decode: a context is cut into no more pieces than that takes
 _SERIAL_TOKENS = 4  # appending this few tokens costs less than a parallel launch
 
 
@@ -178,11 +179,15 @@ def _decode(
 ) -> None:
     group = cfg.heads // cfg.kv_heads
     pages = _pages(cfg, schedule.keys)
-    with e.parallel(args.b * cfg.kv_heads * cfg.splits, caps) as task:
-        split = e.let(task % cfg.splits)
-        kv_head = e.let(task // cfg.splits % cfg.kv_heads)
-        sequence = e.let(task // (cfg.splits * cfg.kv_heads))
-        low, per_split, high = _pieces(cfg, args, schedule, sequence)
+    pairs = e.let(args.b * cfg.kv_heads)
+    wanted = _TASKS_PER_THREAD * caps.threads
+    most = e.let(T.max(e.i64(1), T.min(e.i64(cfg.splits), T.truncdiv(pairs + (wanted - 1), pairs))))
+    # neighbouring tasks, which one thread takes, are of different sequences: long ones are shared out
+    with e.parallel(pairs * most, caps) as task:
+        sequence = e.let(T.truncmod(task, args.b))
+        rest = e.let(T.truncdiv(task, args.b))
+        split, kv_head = e.let(T.truncmod(rest, most)), e.let(T.truncdiv(rest, most))
+        low, per_split, high = _pieces(cfg, args, schedule, sequence, most)
         begin = e.let(low + split * per_split)
         end = e.let(T.min(high, begin + per_split))
         with T.If(begin < end), T.Then():
@@ -195,22 +200,23 @@ def _decode(
                 with T.Then():
                     tile.finish(sequence)
                 with T.Else():
-                    _store_partial(tile, part, task * group, width)
-    with e.loop(args.b * cfg.kv_heads) as i:
-        low, per_split, high = _pieces(cfg, args, schedule, e.let(i // cfg.kv_heads))
+                    row = ((sequence * cfg.kv_heads + kv_head) * cfg.splits + split) * group
+                    _store_partial(tile, part, e.let(row), width)
+    with e.loop(pairs) as i:
+        low, per_split, high = _pieces(cfg, args, schedule, e.let(i // cfg.kv_heads), most)
         with T.If(per_split < high - low), T.Then():
             tile = Tile(cfg, caps, args, 1, pages, schedule, direct=True)
             _merge(tile, part, i, e.let(e.ceildiv(high - low, per_split)), width)
 
 
 def _pieces(
-    cfg: AttentionConfig, args: Operands, schedule: DecodeSchedule, sequence: Any
+    cfg: AttentionConfig, args: Operands, schedule: DecodeSchedule, sequence: Any, most: Any
 ) -> tuple[Any, Any, Any]:
-    """(first key, keys per piece, end of keys): whole pages, at most `splits` pieces, none very small."""
+    """(first key, keys per piece, end of keys): whole pages, at most `most` pieces, none very small."""
     high = e.let(e.i64(args.context_len[sequence]))
     low = e.let(first_visible(cfg, high - 1) // cfg.page_size * cfg.page_size)
     least = -(-schedule.least_keys // cfg.page_size) * cfg.page_size
-    per = e.ceildiv(e.ceildiv(high - low, cfg.splits), cfg.page_size) * cfg.page_size
+    per = e.ceildiv(e.let(T.truncdiv(high - low + (most - 1), most)), cfg.page_size) * cfg.page_size
     return low, e.let(T.max(e.i64(least), per)), high
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -10,6 +11,10 @@ from tvm.tirx.script import builder as T
 
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig
+
+_LINE = 64  # bytes
+_PAGES_AHEAD = 2  # of this head: what arrives while a block's scores become weights
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class PageReader:
@@ -99,11 +104,20 @@ class PageReader:
 
     def _score_pages(self, page: Any, keys: Any) -> None:
         cfg, lanes, ps = self.cfg, self.lanes, self.cfg.page_size
-        size = cfg.key_dim * ps
+        k_size, v_size = cfg.key_dim * ps, ps * cfg.value_dim
         count = e.let(e.ceildiv(keys, ps))
         with e.loop(count) as p:
-            base = self._page_base(page + p, size)
-            ahead = self._page_base(page + T.min(p + 1, count - 1), size)
+            base = self._page_base(page + p, k_size)
+            far = e.let(p + _PAGES_AHEAD)
+            # behind the last keys come the values of the same pages
+            behind = T.min(T.max(e.i64(0), far - count), count - 1)
+            ahead = _Ahead(
+                (self.args.k, self._page_base(page + T.min(far, count - 1), k_size), k_size),
+                (self.args.v, self._page_base(page + behind, v_size), v_size),
+                e.let(far >= count),
+                self.k_steps,
+                _LINE // _ITEM_BYTES[cfg.kv_dtype],
+            )
             for group in range(self.rows_padded // self.row_tile):
                 row = group * self.row_tile
 
@@ -113,14 +127,11 @@ class PageReader:
                     row: int = row,
                     base: Any = base,
                     p: Any = p,
-                    ahead: Any = ahead,
-                    fetch: bool = group == 0,
+                    ahead: _Ahead | None = ahead if group == 0 else None,
                 ) -> None:
                     def right(j: Any, v: int) -> Any:
-                        if fetch:
-                            for i in range(self.pack):
-                                at = (j * self.pack + i) * ps + (first + v) * lanes
-                                e.prefetch(self.args.k, ahead + at)
+                        if ahead is not None and v == 0:
+                            ahead.fetch(j, first)
                         return self._key(base, j, first + v)
 
                     self._tile(
@@ -135,13 +146,22 @@ class PageReader:
 
                 in_groups(ps // lanes, self.vectors, body)
 
-    def _weigh_pages(self, page: Any, keys: Any) -> None:
-        lanes, ps, dv = self.lanes, self.cfg.page_size, self.cfg.value_dim
+    def _weigh_pages(self, page: Any, keys: Any, last_page: Any) -> None:
+        cfg, lanes, ps, dv = self.cfg, self.lanes, self.cfg.page_size, self.cfg.value_dim
+        k_size, v_size = cfg.key_dim * ps, ps * dv
         count = e.let(e.ceildiv(keys, ps))
         with e.loop(count) as p:
-            base = self._page_base(page + p, ps * dv)
-            ahead = self._page_base(page + T.min(p + 1, count - 1), ps * dv)
+            base = self._page_base(page + p, v_size)
             tokens = e.let(T.min(e.i64(ps), keys - p * ps))
+            far = e.let(p + _PAGES_AHEAD)
+            # behind the last values come the keys of the next block
+            ahead = _Ahead(
+                (self.args.v, self._page_base(page + T.min(far, count - 1), v_size), v_size),
+                (self.args.k, self._page_base(T.min(page + far, last_page), k_size), k_size),
+                e.let(far >= count),
+                ps // self.pack,
+                _LINE // _ITEM_BYTES[cfg.kv_dtype],
+            )
             for group in range(self.rows_padded // self.row_tile):
                 row = group * self.row_tile
 
@@ -152,8 +172,7 @@ class PageReader:
                     base: Any = base,
                     p: Any = p,
                     tokens: Any = tokens,
-                    ahead: Any = ahead,
-                    fetch: bool = group == 0,
+                    ahead: _Ahead | None = ahead if group == 0 else None,
                 ) -> None:
                     steps = e.let(tokens // self.pack)
                     stride = self.block // self.pack
@@ -161,11 +180,8 @@ class PageReader:
                     at = lambda r, v: (row + r) * self.value_width + (first + v) * lanes  # noqa: E731
 
                     def right(j: Any, v: int) -> Any:
-                        if fetch:
-                            for i in range(self.pack):
-                                e.prefetch(
-                                    self.args.v, ahead + (j * self.pack + i) * dv + (first + v) * lanes
-                                )
+                        if ahead is not None and v == 0:
+                            ahead.fetch(j, first)
                         return self._value(base, j, first + v)
 
                     def unpaired(v: int) -> Any:
@@ -180,6 +196,51 @@ class PageReader:
                             )
 
                 in_groups(dv // lanes, self.vectors, body)
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """Page parts that are read soon: while one is gone through step by step, another is asked for.
+
+    A head's part of a page is a few KB, the next one lies elsewhere: too short for the streams that processors find by
+    themselves. Memory is then busy also while scores become weights, and from the last page of keys to the first one of
+    values.
+
+    Attributes:
+        own, other: (buffer, element at which the part begins, its elements); of the pages that are gone through, and
+            of those that come behind them.
+        behind: whether the part to ask for is `other`.
+        steps: in which all of it is to be asked for.
+        line: elements of a cache line.
+    """
+
+    own: tuple[Any, Any, int]
+    other: tuple[Any, Any, int]
+    behind: Any
+    steps: int
+    line: int
+
+    def fetch(self, step: Any, first: Any) -> None:
+        """Ask for a step's share, once for all groups of vectors; `first` = the first vector of the group."""
+        if isinstance(first, int):
+            if first == 0:
+                self._either(step)
+            return
+        with T.If(first == 0), T.Then():
+            self._either(step)
+
+    def _either(self, step: Any) -> None:
+        with T.If(self.behind):
+            with T.Then():
+                self._share(self.other, step)
+            with T.Else():
+                self._share(self.own, step)
+
+    def _share(self, part: tuple[Any, Any, int], step: Any) -> None:
+        buffer, base, size = part
+        share = -(-size // self.steps)
+        for i in range(-(-share // self.line)):
+            e.prefetch(buffer, base + step * share + i * self.line, level=2)
 
 
 def in_groups(count: int, size: int, body: Callable[[Any, int], None]) -> None:

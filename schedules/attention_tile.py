@@ -23,10 +23,11 @@ from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
 from llmc.schedules.attention_pages import PageReader, in_groups
+from llmc.schedules.attention_softmax import LOWEST, RunningSoftmax, first_visible
 from llmc.schedules.rope import RopeOperands, rotate_query
-from llmc.schedules.vmath import exp_nonpositive, tanh
+from llmc.schedules.vmath import exp_nonpositive
 
-_LOWEST = -1e30  # finite, so that the difference of two of them is 0 and not NaN
+__all__ = ["Operands", "Tile", "can_be_direct", "first_visible", "uses_dot"]
 
 
 class Operands:
@@ -73,7 +74,7 @@ class Operands:
         self.out = e.flat(self._out, t * cfg.heads * cfg.value_dim)
 
 
-class Tile(PageReader):
+class Tile(PageReader, RunningSoftmax):
     """Geometry, scratch memory and the steps for one tile; `start` and what follows inside the task's loop.
 
     Args:
@@ -145,16 +146,31 @@ class Tile(PageReader):
                 base = e.let((token * cfg.heads + head) * cfg.key_dim)
             else:
                 base = e.let((head * args.t + token) * cfg.key_dim)
-            with e.loop(self.k_steps) as j:
-                e.store(self.query, r * self.k_steps + j, self._query_operand(source, base, j), 1)
-            e.store(self.largest, r, e.f32(_LOWEST), 1)
+            self._load_query(source, base, r)
+            e.store(self.largest, r, e.f32(LOWEST), 1)
             e.store(self.total, r * lanes, e.splat(0.0, lanes), lanes)
             with e.loop(self.value_width // lanes) as v:
                 e.store(self.out, r * self.value_width + v * lanes, e.splat(0.0, lanes), lanes)
 
+    def _load_query(self, source: Any, base: Any, r: Any) -> None:
+        """Row r of the tile from the head at source[base:]."""
+        lanes, at = self.lanes, e.let(r * self.k_steps)
+        # pairs lie in memory as they are wanted; else vectors of one element per lane
+        wide = 2 * lanes if self.dot else lanes
+        vectors = 0 if self.dot and self.cfg.key_dim % 2 else self.cfg.key_dim // wide
+        with e.loop(vectors) as i:
+            value = e.load(source, base + i * wide, wide)
+            value = T.reinterpret(e.vec("int32", lanes), value) if self.dot else self._wide(value, lanes)
+            e.store(self.query, at + i * lanes, value, lanes)
+        with e.loop(vectors * lanes, self.k_steps) as j:
+            e.store(self.query, at + j, self._query_operand(source, base, j), 1)
+
+    def _wide(self, value: Any, lanes: int) -> Any:
+        return e.widen(value, self.cfg.dtype, lanes)
+
     def _query_operand(self, source: Any, base: Any, j: Any) -> Any:
         if not self.dot:
-            return e.widen(source[base + j], self.cfg.dtype, 1)
+            return self._wide(source[base + j], 1)
         low = tirx.Cast("int32", source[base + 2 * j])
         if self.cfg.key_dim % 2 == 0:
             high = tirx.Cast("int32", source[base + 2 * j + 1])
@@ -208,7 +224,7 @@ class Tile(PageReader):
         if self.direct:
             self._score_pages(page, keys)
             self._softmax(first_key, first_position, keys)
-            self._weigh_pages(page, keys)
+            self._weigh_pages(page, keys, e.let(table + (end_key - 1) // self.cfg.page_size))
         else:
             self._lay_out_keys(page, keys)
             self._each_tile(
@@ -305,70 +321,6 @@ class Tile(PageReader):
             for v in range(vectors):
                 e.store(target, at(r, v), e.load(acc[r][v], 0, lanes), lanes)
 
-    # -- softmax -----------------------------------------------------------------------------------------------------
-
-    def _softmax(self, first_key: Any, first_position: Any, keys: Any) -> None:
-        """Scores of one block to weights; rescales what has been accumulated when a row's maximum grows."""
-        cfg, lanes = self.cfg, self.lanes
-        vectors = self.block // lanes
-        with e.loop(self.used) as r:
-            position = e.let(first_position + r // self.group)
-            low = e.let(tirx.Cast("int32", first_visible(cfg, position) - first_key))
-            own = e.let(tirx.Cast("int32", position - first_key))
-            high = e.let(T.min(own + 1, tirx.Cast("int32", keys)))
-            slope = None
-            if self.args.alibi is not None:
-                slope = e.let(self.args.alibi[self.kv_head * self.group + r % self.group])
-            top = e.scratch(lanes)
-            e.store(top, 0, e.splat(_LOWEST, lanes), lanes)
-            with e.loop(vectors) as v:
-                at = e.let(r * self.block + v * lanes)
-                column = e.let(T.ramp(tirx.Cast("int32", v * lanes), tirx.IntImm("int32", 1), lanes))
-                s = e.load(self.scores, at, lanes) * e.splat(float(cfg.scale), lanes)
-                if cfg.softcap > 0:
-                    s = tanh(e.let(s * e.splat(1.0 / cfg.softcap, lanes)), lanes)
-                    s = s * e.splat(float(cfg.softcap), lanes)
-                if slope is not None:
-                    distance = tirx.Cast(e.vec("float32", lanes), column - e.splat(own, lanes))
-                    s = s + e.splat(slope, lanes) * distance
-                seen = column < e.splat(high, lanes)
-                if cfg.window or cfg.chunk:
-                    seen = tirx.And(seen, column >= e.splat(low, lanes))
-                s = e.let(tirx.Select(seen, s, e.splat(_LOWEST, lanes)))
-                e.store(self.scores, at, s, lanes)
-                e.store(top, 0, T.max(e.load(top, 0, lanes), s), lanes)
-            before = e.let(self.largest[r])
-            after = e.let(T.max(before, e.fold(e.load(top, 0, lanes), lanes, T.max)))
-            with T.If(after > before), T.Then():
-                shrink = e.let(exp_nonpositive(e.splat(before - after, lanes), lanes))
-                e.store(self.largest, r, after, 1)
-                total = e.load(self.total, r * lanes, lanes) * shrink
-                e.store(self.total, r * lanes, total, lanes)
-                for v in range(self.value_width // lanes):
-                    at = r * self.value_width + v * lanes
-                    e.store(self.out, at, e.load(self.out, at, lanes) * shrink, lanes)
-            self._exponentials(r, after)
-
-    def _exponentials(self, r: Any, largest: Any) -> None:
-        lanes = self.lanes
-        total = e.scratch(lanes)
-        e.store(total, 0, e.load(self.total, r * lanes, lanes), lanes)
-
-        def weight(v: Any) -> Any:
-            s = e.load(self.scores, r * self.block + v * lanes, lanes)
-            p = e.let(exp_nonpositive(s - e.splat(largest, lanes), lanes))
-            e.store(total, 0, e.load(total, 0, lanes) + p, lanes)
-            return p
-
-        if self.dot:
-            with e.loop(self.block // (2 * lanes)) as v:
-                pairs = e.narrow_pairs(weight(2 * v), weight(2 * v + 1))
-                e.store(self.weights, r * (self.block // 2) + v * lanes, pairs, lanes)
-        else:
-            with e.loop(self.block // lanes) as v:
-                e.store(self.weights, r * self.block + v * lanes, weight(v), lanes)
-        e.store(self.total, r * lanes, e.load(total, 0, lanes), lanes)
-
 
 def uses_dot(cfg: AttentionConfig, caps: Capabilities) -> bool:
     """True if both products run on bf16 pairs; queries of a wider type are not rounded for that."""
@@ -378,13 +330,3 @@ def uses_dot(cfg: AttentionConfig, caps: Capabilities) -> bool:
 def can_be_direct(cfg: AttentionConfig, caps: Capabilities) -> bool:
     """True if whole vectors cover a page: no tail to pad."""
     return cfg.value_dim % caps.lanes_f32 == 0 and (cfg.key_dim % 2 == 0 or not uses_dot(cfg, caps))
-
-
-def first_visible(cfg: AttentionConfig, position: Any) -> Any:
-    """First key that a query at `position` sees."""
-    low = e.i64(0)
-    if cfg.window:
-        low = T.max(low, position - (cfg.window - 1))
-    if cfg.chunk:
-        low = T.max(low, position // cfg.chunk * cfg.chunk)
-    return low

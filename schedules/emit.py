@@ -305,15 +305,20 @@ def exact_pairs(even: Any, odd: Any, lanes: int) -> Any:
     return T.reinterpret(vec("int32", lanes), T.bitwise_or(low, high))
 
 
-def prefetch(buffer: Any, index: Any) -> None:
-    """Ask for the cache line of an element that will be read; the address may lie past the end."""
+def prefetch(buffer: Any, index: Any, *, level: int = 1) -> None:
+    """Ask for the cache line of an element that will be read; the address may lie past the end.
+
+    Args:
+        level: of the cache that the line is to come to, 1 to 3. Loads of the first level that miss are few at a time
+            (24 on Zen 4): what does not lie in one stream comes faster if it is asked for into the second.
+    """
     T.evaluate(
         T.call_llvm_intrin(
             "void",
             T.llvm_lookup_intrinsic_id("llvm.prefetch.p0"),
             T.address_of(buffer[index]),
             T.int32(0),
-            T.int32(3),
+            T.int32(4 - level),
             T.int32(1),
         )
     )

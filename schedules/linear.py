@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 _ANY = 1 << 30  # more rows than any step has
+_FEW_ROWS = 16  # from 2 to so many rows a product waits for its weights, and takes several tiles of rows
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class LinearSchedule:
         t_block: rows of one task.
         unroll: k steps per turn of the inner loop; 0 = 4 for one row, else 1.
         prefetch: bytes that the weight stream is asked for ahead of its use; 0 = never.
+        few_bytes: for 2 to 16 rows, a weight block is cut into pieces of so many bytes, which stay in the first-level
+            cache for all tiles of rows; while they go through one piece the next comes from memory. 0 = no such cut.
         block_fast: neighbouring tasks take the same rows and the next weight block, instead of the next rows.
     """
 
@@ -52,6 +55,7 @@ class LinearSchedule:
     unroll: int = 0
     prefetch: int = 2304
     block_fast: bool = False
+    few_bytes: int = 16384
 
 
 _DEFAULT = ByRows((LinearSchedule(),))
@@ -156,28 +160,51 @@ class MicroKernel:
         return max(1, min(6, (self.caps.vector_registers - weights - 2) // self.vectors))
 
     def accumulate(
-        self, acc: list[list[Any]], rows: int, row_base: list[Any], w_base: Any, steps: int
+        self,
+        acc: list[list[Any]],
+        rows: int,
+        row_base: list[Any],
+        w_base: Any,
+        steps: int,
+        fetch: tuple[Any, Any] | None = None,
     ) -> None:
         """acc[r][v] += x[row r] . w for k steps [0, steps); bases are in elements of the views.
 
         The caller has laid `row_base` and `w_base` at the first step.
+
+        Args:
+            fetch: where the elements of w that are asked for at the first step begin, and how far on at each further
+                one; None = `prefetch` bytes ahead of their use.
         """
+        nb = self.layout.n_block
+        if fetch is None:
+            fetch = w_base + self.prefetch_ahead * nb, nb
         unroll = self.unroll or (4 if rows == 1 else 1)
         whole = steps // unroll
         with e.loop(whole) as j:
             for u in range(unroll):
-                self._step(acc, rows, row_base, w_base, j * unroll + u)
+                self._step(acc, rows, row_base, w_base, j * unroll + u, fetch)
         if unroll > 1 and not (isinstance(steps, int) and steps % unroll == 0):
             with e.loop(whole * unroll, steps) as j:
-                self._step(acc, rows, row_base, w_base, j)
+                self._step(acc, rows, row_base, w_base, j, fetch)
 
-    def _step(self, acc: list[list[Any]], rows: int, row_base: list[Any], w_base: Any, j: Any) -> None:
+    def _step(
+        self,
+        acc: list[list[Any]],
+        rows: int,
+        row_base: list[Any],
+        w_base: Any,
+        j: Any,
+        fetch: tuple[Any, Any],
+    ) -> None:
         lanes, nb = self.lanes, self.layout.n_block
         at = w_base + j * nb
         if self.prefetch_ahead:
             line = 64 // (self.step_bytes // nb)
+            # one row waits for memory alone; more rows compute, and the first level cannot hold enough of what comes
+            level = 1 if rows == 1 else 2
             for i in range(0, nb, line):
-                e.prefetch(self.w, at + self.prefetch_ahead * nb + i)
+                e.prefetch(self.w, fetch[0] + j * fetch[1] + i, level=level)
         loads = [e.let(e.load(self.w, at + v * lanes, lanes)) for v in range(self.vectors)]
         if self.dot:
             for r in range(rows):
@@ -361,15 +388,33 @@ def _all_rows(
     tile = min(schedule.rows_tile or micro.max_rows(), most or _ANY)
     t_block = -(-min(schedule.t_block, most or _ANY) // tile) * tile
     # columns of an odd k are paired up from the row's beginning: such rows are not cut
-    chunk = steps if kp == 2 and k % 2 else min(steps, max(1, schedule.k_block // kp))
-    chunks = -(-steps // chunk)
+    cut = not (kp == 2 and k % 2)
+    large = min(steps, max(1, schedule.k_block // kp)) if cut else steps
+    small = (
+        min(large, max(1, schedule.few_bytes // micro.step_bytes)) if cut and schedule.few_bytes else large
+    )
+    few = tirx.And(t > 1, t <= _FEW_ROWS) if small < large and most != 1 else None
+    chunk = large if few is None else e.let(tirx.Select(few, e.i64(small), e.i64(large)))
+    chunks = (steps + (chunk - 1)) // chunk
     row_blocks = (t + (t_block - 1)) // t_block
     with e.parallel(blocks * row_blocks, caps) as task:
         block = e.let(task % blocks if schedule.block_fast else task // row_blocks)
         first = e.let((task // blocks if schedule.block_fast else task % row_blocks) * t_block)
         count = e.let(T.min(e.i64(t_block), t - first))
         # with an activation too: its polynomial is then in the code once, not per row of the tiles
-        partial = e.workspace(t_block * nb) if chunks > 1 or cfg.activation else None
+        one_pass = isinstance(chunks, int) and chunks == 1
+        partial = None if one_pass and not cfg.activation else e.workspace(t_block * nb)
+
+        def fetch_of(rows: int, start: Any, at: Any, size: Any) -> tuple[Any, Any] | None:
+            """What `rows` rows from `start` ask for: with few rows, their share of the piece behind this one."""
+            if few is None:
+                return None
+            usual = at + micro.prefetch_ahead * nb
+            share = at + size * nb + start * size * nb // t
+            return (
+                e.let(tirx.Select(few, share, usual)),
+                e.let(tirx.Select(few, (rows * nb + t - 1) // t, e.i64(nb))),
+            )
 
         def tile_of(rows: int, start: Any, begin: Any, size: Any) -> None:
             """`rows` rows from `start` of the task over k steps [begin, begin + size)."""
@@ -381,7 +426,8 @@ def _all_rows(
                         value = e.load(partial, (start + r) * nb + v * lanes, lanes)
                     e.store(acc[r][v], 0, value, lanes)
             bases = [e.let((first + start + r) * args.x_stride + begin) for r in range(rows)]
-            micro.accumulate(acc, rows, bases, e.let((block * steps + begin) * nb), size)
+            at = e.let((block * steps + begin) * nb)
+            micro.accumulate(acc, rows, bases, at, size, fetch_of(rows, start, at, size))
             if partial is None:
                 out = [e.let(first + start + r) for r in range(rows)]
                 store_rows(epilogue, micro, acc, out, block, args.y, args.bias, args.residual)

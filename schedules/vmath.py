@@ -29,6 +29,14 @@ _EXP2 = (
     0.6931472057369913,
     1.0,
 )
+# the same, 3e-6
+_EXP2_COARSE = (
+    0.009582852014712954,
+    0.055906424775598595,
+    0.24024098636140126,
+    0.6931241933950228,
+    1.0,
+)
 # (tanh(x) / x - 1) / x**2 in x**2 for |x| <= 0.625: 4e-9
 _TANH = (
     -0.0057050002431347285,
@@ -65,15 +73,21 @@ _LN2_LOW = math.log(2) - _LN2_HIGH
 
 def exp_nonpositive(x: Any, lanes: int) -> Any:
     """e**x for x <= 0, as softmax needs it: 0 far below; relative error 1e-7 * max(1, |x|)."""
+    return _share(x * e.splat(_LOG2E, lanes), lambda t: exp2_nonpositive(t, lanes))
+
+
+def exp2_nonpositive(x: Any, lanes: int, *, coarse: bool = False) -> Any:
+    """2**x for x <= 0: 0 below -127; relative error 1e-7, or 3e-6 for results that are rounded to bf16 (`coarse`)."""
 
     def reduced(t: Any) -> Any:
         def split(n: Any) -> Any:
-            return _share(t - n, lambda f: _scale(_polynomial(_EXP2, f, lanes), n, lanes))
+            coefficients = _EXP2_COARSE if coarse else _EXP2
+            return _share(t - n, lambda f: _scale(_polynomial(coefficients, f, lanes), n, lanes))
 
         return _share(_round_even(t, lanes), split)
 
     # the constant comes first: a NaN in the second operand survives the comparison
-    return _share(T.max(e.splat(-127.0, lanes), x * e.splat(_LOG2E, lanes)), reduced)
+    return _share(T.max(e.splat(-127.0, lanes), x), reduced)
 
 
 def exp(x: Any, lanes: int) -> Any:

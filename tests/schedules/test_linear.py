@@ -7,7 +7,8 @@ from llmc.schedules.choice import ByRows
 from llmc.schedules.layout import linear_layout
 from llmc.schedules.linear import LinearConfig, LinearSchedule, linear
 
-# (n, k, dtype, out, bias, lead, k_block): sizes that leave tails everywhere, odd k, several k chunks, exact blocks
+# (n, k, dtype, out, bias, lead, k_block): sizes that leave tails everywhere, odd k, several k chunks, exact blocks;
+# with k = 300 a block has several pieces for few rows, and one for many
 CASES = [
     (130, 67, "bfloat16", "bfloat16", True, 1, 2048),
     (192, 256, "bfloat16", "float32", False, 0, 96),
@@ -15,6 +16,7 @@ CASES = [
     (64, 67, "bfloat16", "float32", True, 0, 16),
     (64, 33, "float32", "float32", True, 1, 16),
     (5, 8, "float32", "float32", False, 1, 2048),
+    (70, 300, "bfloat16", "bfloat16", True, 1, 2048),
 ]
 
 
@@ -28,7 +30,7 @@ def test_linear_matches_numpy(case, caps, tools):
     layout = linear_layout(dtype, caps)
     weight, bias = tools.random(rng, (n, k), dtype), tools.random(rng, (n,), dtype)
     packed = tools.tensor(layout.pack(weight))
-    for rows in (1, 2, 3, 5, 7, 12, 13, 29):
+    for rows in (1, 2, 3, 5, 7, 12, 13, 16, 17, 29):
         x = tools.random(rng, (*[1] * lead, rows, k), dtype)
         y = tools.tensor(np.full((*[1] * lead, rows, n), np.nan, tools.dtypes[out_dtype]))
         extra = [tools.tensor(bias)] if has_bias else []

@@ -9,6 +9,7 @@ from llmc.schedules import vmath
 REFERENCE = {
     "exp": (np.exp, -87, 88),
     "exp_nonpositive": (np.exp, -20, 0),
+    "exp2_nonpositive": (np.exp2, -120, 0),
     "tanh": (np.tanh, -12, 12),
     "sigmoid": (lambda x: 1 / (1 + np.exp(-x)), -80, 80),
     "erf": (np.vectorize(math.erf), -6, 6),
@@ -47,6 +48,22 @@ def test_accuracy_and_special_values(best, tools):
     assert np.array_equal(call("tanh", ends)[:8], np.tanh(ends)[:8])
     assert call("sigmoid", ends)[:5].tolist() == [1, 0, 0.5, 1, 0]
     assert call("erf", ends)[:5].tolist() == [1, -1, 0, 1, -1]
+
+
+def test_coarse_powers_are_good_enough_for_bf16(best, tools):
+    lanes, built = best.lanes_f32, []
+    with e.kernel(built):
+        n = e.dim("N")
+        x, y = e.tensor("x", [n], "float32"), e.tensor("y", [n], "float32")
+        with e.root(), e.loop(n // lanes) as i:
+            value = vmath.exp2_nonpositive(e.load(x, i * lanes, lanes), lanes, coarse=True)
+            e.store(y, i * lanes, value, lanes)
+    at = np.linspace(-100, 0, 1 << 16).astype(np.float32)
+    y = tools.tensor(np.zeros_like(at))
+    tools.build(best, k=built[0])["k"](tools.tensor(at), y)
+    expected = np.exp2(at.astype(np.float64))
+    assert np.abs(y.numpy() / expected - 1).max() < 4e-6
+    assert y.numpy()[-1] == 1
 
 
 @pytest.mark.parametrize("preset", ["x86-64-v3", "aarch64"])
