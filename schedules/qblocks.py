@@ -22,9 +22,9 @@ from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
 
 FEW = 48  # up to so many rows unpack in registers
-_CHUNK = 256  # columns of bf16 that many rows share unpacked
-_PASS = 128  # columns that the first-level cache holds for few rows
-_LINES = 256  # bytes of the next chunk that a tile of many rows asks for
+_CHUNK = 512  # columns of bf16 that many rows share unpacked: of a vector, half of a first-level cache
+_PASS = 256  # columns that the first-level cache holds for few rows
+_LINES = 128  # bytes of the next chunk that a tile of many rows asks for
 
 RowOf = Callable[[Any], Any]
 Write = Callable[[MicroKernel, list[list[Any]], list[Any]], None]
@@ -35,7 +35,8 @@ class Unpacked:
     """Pieces of a block as floats.
 
     Attributes:
-        data: [pieces, steps, n_block]; bf16 pairs as int32, or float32.
+        data: [vectors, at most `part` / lanes steps, lanes]; bf16 pairs as int32, or float32.
+        part: elements from a vector to the next.
         scales, shifts: float32 [pieces, n_block].
         steps: of a piece.
         first: the number of the first piece.
@@ -43,6 +44,7 @@ class Unpacked:
     """
 
     data: Any
+    part: int
     scales: Any
     shifts: Any | None
     steps: int
@@ -203,7 +205,7 @@ class QuantBlocks:
                             a = e.let(e.splat(x.data[start + at + column], lanes))
                             for v in range(width):
                                 old = sums[r, v]
-                                new = e.dot_bf16(old, a, values[v]) if x.dot else old + a * values[v]
+                                new = e.dot_bf16(old, values[v], a) if x.dot else old + a * values[v]
                                 sums[r, v] = e.let(new)
                 for rv in all_:
                     e.store(part[rv], 0, sums[rv], lanes)
@@ -240,18 +242,20 @@ class QuantBlocks:
             e.prefetch(self.codes.bytes, at + line)
 
     def many(self, x: Activations, count: Any, most: int, base: Any, row_of: RowOf, write: Write) -> None:
-        """As `few`, but columns are unpacked into the first-level cache once for all rows."""
+        """As `few`, but columns are unpacked into the second-level cache once for all rows.
+
+        Rows are multiplied with one vector of outputs at a time, whose columns the first-level cache holds.
+        """
         layout, lanes, nb, codes = self.layout, self.lanes, self.layout.n_block, self.codes
         steps = layout.piece // 2 if x.dot else layout.piece
-        # half of a block's outputs at a time, so that twice as many columns fit into the cache
-        width = -(-self.vectors // 2)
         per_chunk = min(self.pieces, max(1, (_CHUNK if x.dot else _CHUNK // 2) // layout.piece))
-        unpacked = e.workspace(per_chunk * steps * nb, "int32" if x.dot else "float32")
+        part = per_chunk * steps * lanes
+        unpacked = e.workspace(self.vectors * part, "int32" if x.dot else "float32")
         scales = e.workspace(per_chunk * nb)
         shifts = e.workspace(per_chunk * nb) if x.sums is not None else None
         micro = self.micro(x, unpacked)
-        # sums, totals, weights, a row's value; 6 rows with 32 registers
-        tile = (self.caps.vector_registers - width - 2) // (2 * width) // 2 * 2
+        # sums, totals, weights, a row's value; 14 rows with 32 registers
+        tile = (self.caps.vector_registers - 3) // 2 // 2 * 2
         totals = e.workspace(-(-most // tile) * tile * nb)
         tiles = e.let((count + (tile - 1)) // tile)
         with e.loop(tiles * (tile * self.vectors)) as i:
@@ -264,7 +268,7 @@ class QuantBlocks:
             with e.loop(inside) as q:
                 place = codes.place(base, e.let(first + q))
                 with e.loop(self.steps) as s:
-                    self._unpack(x, unpacked, place, s, e.let(q * steps * nb))
+                    self._unpack(x, unpacked, place, s, e.let(q * steps * lanes), part)
                 for v in range(self.vectors):
                     scale = e.let(codes.scale(place.scales, v * lanes, lanes, place.tops))
                     e.store(scales, q * nb + v * lanes, scale, lanes)
@@ -272,68 +276,60 @@ class QuantBlocks:
                         e.store(
                             shifts, q * nb + v * lanes, codes.shift(place, v * lanes, lanes, scale), lanes
                         )
-            kept = Unpacked(unpacked, scales, shifts, steps, first, inside)
-            for v in range(0, self.vectors, width):
-                with e.loop(tiles) as i:
-                    # the last tile is filled up with its last row, whose further totals are not used
-                    rows = [e.let(row_of(T.min(i * tile + r, count - 1))) for r in range(tile)]
-                    at = e.let(i * (tile * nb) + v * lanes)
-                    after = base + (first + per_chunk) * self._bytes_of(1) + i * _LINES
-                    for line in range(0, _LINES if v == 0 else 0, 64):
-                        e.prefetch(codes.bytes, after + line)
-                    self._tile(x, kept, rows, v, min(width, self.vectors - v), totals, at)
+            kept = Unpacked(unpacked, part, scales, shifts, steps, first, inside)
+            with e.loop_or_once(self.vectors) as v, e.loop(tiles) as i:
+                # the last tile is filled up with its last row, whose further totals are not used
+                rows = [e.let(row_of(T.min(i * tile + r, count - 1))) for r in range(tile)]
+                after = base + (first + per_chunk) * self._bytes_of(1) + (v * tiles + i) * _LINES
+                for line in range(0, _LINES, 64):
+                    e.prefetch(codes.bytes, after + line)
+                self._tile(x, kept, rows, v, totals, e.let(i * (tile * nb) + v * lanes))
         self._write_rows(micro, totals, count, row_of, write)
 
-    def _tile(
-        self, x: Activations, kept: Unpacked, rows: list[Any], first: int, width: int, totals: Any, at: Any
-    ) -> None:
-        """Some rows times `width` vectors of unpacked columns, from vector `first` on, added to the totals at `at`.
+    def _tile(self, x: Activations, kept: Unpacked, rows: list[Any], v: Any, totals: Any, at: Any) -> None:
+        """Some rows times vector v of unpacked columns, added to the totals at `at`.
 
         Totals stay in registers too: stores take more time than the products of a short piece.
         """
         lanes, nb = self.lanes, self.layout.n_block
-        all_ = [(r, v) for r in range(len(rows)) for v in range(width)]
-        total = {rv: e.scratch(lanes) for rv in all_}
-        part = {rv: e.scratch(lanes) for rv in all_}
-        for r, v in total:
-            e.store(total[r, v], 0, e.load(totals, at + r * nb + v * lanes, lanes), lanes)
+        total = [e.scratch(lanes) for _ in rows]
+        part = [e.scratch(lanes) for _ in rows]
+        for r, vector in enumerate(total):
+            e.store(vector, 0, e.load(totals, at + r * nb, lanes), lanes)
         bases = [e.let(row * x.stride + kept.first * kept.steps) for row in rows]
         with e.loop(kept.pieces) as q:
-            for rv in all_:
-                e.store(part[rv], 0, e.splat(0.0, lanes), lanes)
+            for vector in part:
+                e.store(vector, 0, e.splat(0.0, lanes), lanes)
             starts = [e.let(start + q * kept.steps) for start in bases]
-            base = e.let((q * kept.steps) * nb + first * lanes)
+            base = e.let(v * kept.part + q * (kept.steps * lanes))
             with e.loop(kept.steps) as s:
-                weights = [e.let(e.load(kept.data, base + s * nb + v * lanes, lanes)) for v in range(width)]
-                for r, start in enumerate(starts):
+                weights = e.let(e.load(kept.data, base + s * lanes, lanes))
+                for vector, start in zip(part, starts, strict=True):
                     a = e.let(e.splat(x.data[start + s], lanes))
-                    for v in range(width):
-                        old = e.load(part[r, v], 0, lanes)
-                        new = e.dot_bf16(old, a, weights[v]) if x.dot else old + a * weights[v]
-                        e.store(part[r, v], 0, new, lanes)
-            for v in range(width):
-                to = e.let(q * nb + (first + v) * lanes)
-                scale = e.let(e.load(kept.scales, to, lanes))
-                shift = None if kept.shifts is None else e.let(e.load(kept.shifts, to, lanes))
-                for r, row in enumerate(rows):
-                    value = e.load(total[r, v], 0, lanes) + e.load(part[r, v], 0, lanes) * scale
-                    if shift is not None:
-                        number = row * self.pieces + kept.first + q
-                        value = value + shift * e.splat(x.sums[number], lanes)
-                    e.store(total[r, v], 0, value, lanes)
-        for r, v in total:
-            e.store(totals, at + r * nb + v * lanes, e.load(total[r, v], 0, lanes), lanes)
+                    old = e.load(vector, 0, lanes)
+                    new = e.dot_bf16(old, weights, a) if x.dot else old + a * weights
+                    e.store(vector, 0, new, lanes)
+            to = e.let(q * nb + v * lanes)
+            scale = e.let(e.load(kept.scales, to, lanes))
+            shift = None if kept.shifts is None else e.let(e.load(kept.shifts, to, lanes))
+            for r, row in enumerate(rows):
+                value = e.load(total[r], 0, lanes) + e.load(part[r], 0, lanes) * scale
+                if shift is not None:
+                    number = row * self.pieces + kept.first + q
+                    value = value + shift * e.splat(x.sums[number], lanes)
+                e.store(total[r], 0, value, lanes)
+        for r, vector in enumerate(total):
+            e.store(totals, at + r * nb, e.load(vector, 0, lanes), lanes)
 
-    def _unpack(self, x: Activations, to: Any, place: Any, s: Any, at: Any) -> None:
-        """A step of a piece, as the micro-kernel reads it; the piece begins at `at`."""
-        lanes, nb, codes = self.lanes, self.layout.n_block, self.codes
+    def _unpack(self, x: Activations, to: Any, place: Any, s: Any, at: Any, part: int) -> None:
+        """A step of a piece, as _tile reads it; the piece begins at `at`, vectors are `part` elements apart."""
+        lanes, codes = self.lanes, self.codes
         step = codes.step(place, s, 0, self.vectors)
         for i in range(codes.each):
-            for v in range(self.vectors):
-                values = [step.pairs(i, v)] if x.dot else step.floats(i, v)
-                for h, value in enumerate(values):
-                    line = (s * codes.each + i) * len(values) + h
-                    e.store(to, at + line * nb + v * lanes, value, lanes)
+            for h, values in enumerate(self._values(x, step, i)):
+                line = (s * codes.each + i) * (1 if x.dot else 2) + h
+                for v, value in enumerate(values):
+                    e.store(to, v * part + at + line * lanes, value, lanes)
 
     def _write_rows(self, micro: MicroKernel, totals: Any, count: Any, row_of: RowOf, write: Write) -> None:
         nb, lanes = self.layout.n_block, self.lanes
