@@ -21,6 +21,7 @@ from llmc.schedules.qactivations import Activations, prepare
 from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
 
+ROWS = 8  # of a tile of many rows, at most
 FEW = 48  # up to so many rows unpack in registers
 _CHUNK = 512  # columns of bf16 that many rows share unpacked: of a vector, half of a first-level cache
 _PASS = 256  # columns that the first-level cache holds for few rows
@@ -127,9 +128,7 @@ class QuantBlocks:
         Columns are taken in passes that the first-level cache holds for the further tiles of rows.
         """
         lanes, nb = self.lanes, self.layout.n_block
-        totals = e.workspace(most * nb)
-        with e.loop(count * self.vectors) as i:
-            e.store(totals, i * lanes, e.splat(0.0, lanes), lanes)
+        totals = self._new_totals(count, most)
         per_pass = max(1, _PASS // self.layout.piece)
         with e.loop(-(-self.pieces // per_pass)) as c:
             first = e.let(c * per_pass)
@@ -148,6 +147,13 @@ class QuantBlocks:
 
             for_tiles(self._few_rows, count, tile_of)
         self._write_rows(self.micro(x, self.codes.bytes), totals, count, row_of, write)
+
+    def _new_totals(self, count: Any, most: int) -> Any:
+        """Zeros, float32 [count, n_block]."""
+        totals = e.workspace(most * self.layout.n_block)
+        with e.loop(count * self.vectors) as i:
+            e.store(totals, i * self.lanes, e.splat(0.0, self.lanes), self.lanes)
+        return totals
 
     @property
     def _few_rows(self) -> int:
@@ -254,12 +260,9 @@ class QuantBlocks:
         scales = e.workspace(per_chunk * nb)
         shifts = e.workspace(per_chunk * nb) if x.sums is not None else None
         micro = self.micro(x, unpacked)
-        # sums, totals, weights, a row's value; 14 rows with 32 registers
-        tile = (self.caps.vector_registers - 3) // 2 // 2 * 2
-        totals = e.workspace(-(-most // tile) * tile * nb)
-        tiles = e.let((count + (tile - 1)) // tile)
-        with e.loop(tiles * (tile * self.vectors)) as i:
-            e.store(totals, i * lanes, e.splat(0.0, lanes), lanes)
+        # sums and totals, beside the weights and a row's value
+        tile = min(ROWS, (self.caps.vector_registers - 3) // 2)
+        totals = self._new_totals(count, most)
         with e.loop(-(-self.pieces // per_chunk)) as c:
             first = e.let(c * per_chunk)
             inside = (
@@ -277,13 +280,16 @@ class QuantBlocks:
                             shifts, q * nb + v * lanes, codes.shift(place, v * lanes, lanes, scale), lanes
                         )
             kept = Unpacked(unpacked, part, scales, shifts, steps, first, inside)
-            with e.loop_or_once(self.vectors) as v, e.loop(tiles) as i:
-                # the last tile is filled up with its last row, whose further totals are not used
-                rows = [e.let(row_of(T.min(i * tile + r, count - 1))) for r in range(tile)]
-                after = base + (first + per_chunk) * self._bytes_of(1) + (v * tiles + i) * _LINES
-                for line in range(0, _LINES, 64):
-                    e.prefetch(codes.bytes, after + line)
-                self._tile(x, kept, rows, v, totals, e.let(i * (tile * nb) + v * lanes))
+            with e.loop_or_once(self.vectors) as v:
+                ahead = e.let(base + (first + per_chunk) * self._bytes_of(1) + v * (count // tile * _LINES))
+
+                def tile_of(rows: int, start: Any, v: Any = v, ahead: Any = ahead, kept: Any = kept) -> None:
+                    index = [e.let(row_of(start + r)) for r in range(rows)]
+                    for line in range(0, _LINES, 64):
+                        e.prefetch(codes.bytes, ahead + start // tile * _LINES + line)
+                    self._tile(x, kept, index, v, totals, e.let(start * nb + v * lanes))
+
+                for_tiles(tile, count, tile_of)
         self._write_rows(micro, totals, count, row_of, write)
 
     def _tile(self, x: Activations, kept: Unpacked, rows: list[Any], v: Any, totals: Any, at: Any) -> None:

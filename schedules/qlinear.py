@@ -12,7 +12,7 @@ from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.linear import MicroKernel, store_rows
-from llmc.schedules.qblocks import QuantBlocks
+from llmc.schedules.qblocks import ROWS, QuantBlocks
 from llmc.schedules.qlayout import QuantLayout
 
 
@@ -80,13 +80,14 @@ def quant_linear(cfg: QuantLinearConfig, caps: Capabilities) -> Any:
                 store_rows(epilogue, micro, acc, rows, block, yf, bf, rf)
 
             values = work.prepare()
-            row_blocks = e.let((t + (cfg.t_block - 1)) // cfg.t_block)
-            # tasks of equal numbers of rows
-            each = e.let((t + row_blocks - 1) // row_blocks)
+            # tasks of about equal numbers of rows, in whole tiles
+            most = -(-cfg.t_block // ROWS) * ROWS
+            row_blocks = e.let((t + (most - 1)) // most)
+            each = e.let(((t + row_blocks - 1) // row_blocks + (ROWS - 1)) // ROWS * ROWS)
             with work.parallel(layout.blocks * row_blocks) as task:
                 block = e.let(task // row_blocks)
                 first = e.let(task % row_blocks * each)
                 count = e.let(T.max(e.i64(0), T.min(each, t - first)))
                 base = e.let(block * work.block_bytes)
-                work.multiply(values, count, cfg.t_block, base, lambda r: first + r, partial(store, block))
+                work.multiply(values, count, most, base, lambda r: first + r, partial(store, block))
     return built[0]
