@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,10 +89,6 @@ class ArtifactWeights:
         return torch.from_numpy(
             np.ascontiguousarray(np.swapaxes(values, -1, -2) if param.transposed else values)
         )
-
-    def iterate(self, order: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in order:
-            yield name, self.load(name)
 
 
 def is_int8(scheme: str) -> bool:
