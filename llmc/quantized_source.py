@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,10 +107,6 @@ class ArtifactWeights:
         if not layout.outliers:
             return InputRounding()
         return InputRounding(kept=torch.from_numpy(layout.columns_of(self._stored(entry)).astype(np.int64)))
-
-    def iterate(self, order: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in order:
-            yield name, self.load(name)
 
 
 def is_int8(scheme: str) -> bool:

@@ -35,14 +35,6 @@ STAGES = ("search", "capture", "tune", "lower", "build", "calibrate", "pack", "w
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A row of a stage table: a name for the user and the function that does it."""
-
-    name: str
-    fn: Callable[..., Any]
-
-
-@dataclass(frozen=True)
 class Timing:
     """What one stage (``part == ""``) or one pass of a stage took.
 

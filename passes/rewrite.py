@@ -160,11 +160,6 @@ class Builder:
         return func.with_attr("global_symbol", symbol) if symbol else func
 
 
-def result_var(func: Function, graph: Graph) -> Any:
-    """The variable behind the function's (single) result, before output renaming."""
-    return graph.source(func.body.body)
-
-
 def update_function(module: IRModule, name: str, func: Function) -> IRModule:
     """A shallow copy of the module with one function replaced."""
     out = shallow_copy(module)

@@ -237,11 +237,6 @@ class Model:
         return self._tokenizer is not None
 
     @property
-    def has_chat_template(self) -> bool:
-        """Whether generate() takes chat messages."""
-        return self._chat is not None
-
-    @property
     def end_token_ids(self) -> frozenset[int]:
         """Tokens that end a text."""
         return self._defaults.end_ids

@@ -1,4 +1,4 @@
-"""Folders that are made once per test run, whichever of its processes asks first."""
+"""Folders that are made once per test run, whichever of its processes asks first, and how tiny models are compiled."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# how tests compile tiny models that they compare with transformers themselves
+TINY = {"dtype": "f32", "verify": "off", "max_seq_len": 128}
+# what a compile must know to give the same bytes again
+REPEATABLE = {"SOURCE_DATE_EPOCH": "1"}
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:

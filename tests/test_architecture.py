@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import subprocess
 import sys
@@ -162,6 +163,7 @@ ALLOWED: dict[str, set[str]] = {
 NOT_IN_RUNTIME = {"torch", "transformers", "huggingface_hub", "onnx"}
 
 
+@functools.cache
 def sources() -> dict[str, Path]:
     """Dotted name below llmc (``passes.rewrite``) -> file, of every module that installs."""
     found = {}
@@ -177,6 +179,9 @@ def sources() -> dict[str, Path]:
 def _dotted(path: Path) -> str:
     parts = path.with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+TOP = {module.split(".")[0] for module in sources()}
 
 
 def imports(path: Path) -> set[str]:
@@ -214,7 +219,7 @@ def test_imports_point_downward(module: str) -> None:
         if rule == "runtime":
             assert head not in NOT_IN_RUNTIME, f"{path}: the runtime must work without {head}"
         # attributes of the package itself (llmc.__version__) are free
-        if head == "llmc" and rest and rest.split(".")[0] in {m.split(".")[0] for m in sources()}:
+        if head == "llmc" and rest and rest.split(".")[0] in TOP:
             assert any(rest == a or rest.startswith(a + ".") for a in allowed), (
                 f"{path} must not import {name}"
             )

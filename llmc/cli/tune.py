@@ -158,7 +158,7 @@ class TuneView(TuneProgress):
         )
         self._reporter: ConsoleReporter | None = None
         self._jobs: Sequence[Job] = ()
-        self._phase, self._left, self._shown_at = "", 0.0, 0.0
+        self._phase, self._left = "", 0.0
         self._counts = {status: 0 for status in Status}
 
     def beside(self, other: ConsoleReporter) -> None:

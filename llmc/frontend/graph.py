@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -57,9 +57,6 @@ class WeightSource(Protocol):
 
     def load(self, name: str) -> torch.Tensor:
         """The tensor on the CPU in the checkpoint's dtype. Raises LlmcError if missing, truncated or misshapen."""
-
-    def iterate(self, order: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors in the given order, each read once."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -137,7 +137,3 @@ class FactoredWeights:
         if name in self._shapes:
             return self._factors[name]
         return self._base.load(self._bias.get(name, name))
-
-    def iterate(self, order: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in order:
-            yield name, self.load(name)

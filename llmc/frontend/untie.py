@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -61,10 +61,6 @@ class _UntiedWeights:
 
     def load(self, name: str) -> torch.Tensor:
         return self._base.load(self._alias.get(name, name))
-
-    def iterate(self, order: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in order:
-            yield name, self.load(name)
 
     def __getattr__(self, attribute: str) -> Any:
         """What quantized checkpoints have beside: quantized(name), scheme_of(name)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -93,10 +93,6 @@ class CheckpointWeights:
         tensor = self._read(stored)
         _check_finite(name, tensor, self._where(stored))
         return tensor
-
-    def iterate(self, order: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in order:
-            yield name, self.load(name)
 
     def _stored(self, name: str) -> str:
         stored = self._alias.get(name, name)
@@ -221,10 +217,6 @@ class ModuleWeights:
         tensor = tensor.detach().cpu()
         _check_finite(name, tensor, self._where)
         return tensor
-
-    def iterate(self, order: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in order:
-            yield name, self.load(name)
 
 
 def _match(

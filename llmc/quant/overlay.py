@@ -135,10 +135,6 @@ class OverlayWeights:
             return self._floats[name]
         return self._base.load(name)
 
-    def iterate(self, order: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in order:
-            yield name, self.load(name)
-
     def quantized(self, name: str) -> QuantizedWeight | None:
         return self._store.get(name) if self._store is not None else None
 

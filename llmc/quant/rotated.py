@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +68,3 @@ class RotatedWeights:
     def load(self, name: str) -> torch.Tensor:
         tensor = self._base.load(name)
         return self._changes[name].apply(tensor) if name in self._changes else tensor
-
-    def iterate(self, order: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in order:
-            yield name, self.load(name)

@@ -244,10 +244,6 @@ class QuantRules:
         for name in (self.default, *(scheme for _, scheme in self.patterns)):
             parse(name)
 
-    def scheme_for(self, parameter: str) -> Scheme | None:
-        """Scheme of the parameter ``model.layers.0.mlp.down_proj.weight``; None = not quantized."""
-        return parse(self.named(parameter) or self.default)
-
     def named(self, parameter: str) -> str | None:
         """Name of the scheme that a pattern gives to the parameter; None if no pattern matches."""
         module = parameter.removesuffix(".weight")

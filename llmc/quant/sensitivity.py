@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,10 +226,6 @@ class _Dequantized:
             self._room -= made.nbytes
             self._kept[name] = made
         return made
-
-    def iterate(self, order: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in order:
-            yield name, self.load(name)
 
 
 def _as_matrix(tensor: Any, weight: Quantizable) -> np.ndarray:

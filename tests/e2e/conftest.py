@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.shared import made_once
+from tests.shared import REPEATABLE, made_once
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "models" / "stdlib-llama"
@@ -20,7 +20,7 @@ def llmc_command(
     *arguments: str | Path, code: int = 0, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `llmc ARGUMENTS` in a process of its own, which has to end with `code`."""
-    fixed = {"COLUMNS": "200", "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "SOURCE_DATE_EPOCH": "1"}
+    fixed = {"COLUMNS": "200", "NO_COLOR": "1", "OMP_NUM_THREADS": "1", **REPEATABLE}
     done = subprocess.run(
         [sys.executable, "-m", "llmc", *map(str, arguments)],
         cwd=ROOT,

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from llmc.artifact import MANIFEST, Manifest
-from tests.e2e.conftest import DEMO, ROOT, CompiledDemo, llmc_command
+from tests.e2e.conftest import ROOT, CompiledDemo, llmc_command
+from tests.shared import TINY
 
 pytestmark = pytest.mark.e2e
 
@@ -58,15 +59,17 @@ def test_inspect_shows_both_functions(artifact: Path) -> None:
     assert {**inside, "files": {}} == {**beside, "files": {}}
 
 
-def test_the_same_spec_gives_the_same_bytes(artifact: Path, tmp_path: Path) -> None:
-    llmc_command("compile", DEMO, "--target", "cpu", "-o", tmp_path / "demo", "-q")
-    assert digests(tmp_path / "demo") == digests(artifact)
+def test_the_same_spec_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+    """In another process, to another place, by the command line instead of Python."""
+    options = ["--dtype", TINY["dtype"], "--max-seq-len", str(TINY["max_seq_len"])]
+    llmc_command("compile", tiny_llama.parent / "checkpoint", *options, "-o", tmp_path / "again", "-q")
+    assert digests(tmp_path / "again") == digests(tiny_llama)
 
 
-def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     output = tmp_path / "dist" / "demo"
     process = subprocess.Popen(
-        [sys.executable, "-m", "llmc", "compile", str(DEMO), "-o", str(output)],
+        [sys.executable, "-m", "llmc", "compile", str(tiny_llama.parent / "checkpoint"), "-o", str(output)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,

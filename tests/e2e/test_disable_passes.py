@@ -11,8 +11,9 @@ import llmc
 from llmc.errors import LlmcError
 from llmc.passes import order
 from llmc.pipeline import compile_model
-from llmc.spec import OPTIONAL_PASSES, CompileSpec, Verify
+from llmc.spec import OPTIONAL_PASSES, CompileSpec
 from llmc.targets.backend import get
+from tests.shared import TINY
 from tools.tiny_configs import VOCAB, tiny_model
 
 TOLERANCE = 1e-5  # of the logits' range
@@ -40,11 +41,10 @@ def kernels_per_block(model: llmc.Model, function: str = "decode") -> float:
 def compare(architecture: str, folder: Path) -> tuple[float, float]:
     """Compile with and without fusions, compare logits; (kernels per block without, with)."""
     model = tiny_model(architecture)
-    both = []
-    for name, off in (("plain", OPTIONAL_PASSES), ("fused", ())):
-        options = {"dtype": "f32", "verify": Verify.OFF.value, "max_seq_len": 128}
-        compile_model(model, folder / name, disable_passes=off, **options)
-        both.append(llmc.load(folder / name))
+    compile_model(model, folder / "plain", disable_passes=OPTIONAL_PASSES, **TINY)
+    if not (folder / "fused").exists():
+        compile_model(model, folder / "fused", **TINY)
+    both = [llmc.load(folder / name) for name in ("plain", "fused")]
     rng = np.random.default_rng(0)
     ids, other = (rng.integers(0, VOCAB, n).tolist() for n in (45, 20))
     # a prompt, then one token at a time; then two sequences in one batch
@@ -56,7 +56,8 @@ def compare(architecture: str, folder: Path) -> tuple[float, float]:
 
 
 @pytest.mark.e2e
-def test_fused_and_unfused_agree(tmp_path: Path) -> None:
+def test_fused_and_unfused_agree(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "fused").symlink_to(tiny_llama)
     plain, fused = compare("llama", tmp_path)
     assert plain >= 2 * fused
 

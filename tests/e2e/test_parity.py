@@ -5,15 +5,13 @@ Tiny random models whose weights are large enough that a wrong mask, position or
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 import llmc
 from llmc.pipeline import compile_model
-from llmc.spec import Verify
+from tests.shared import TINY
 from tools.tiny_configs import VOCAB, tiny_model
 
 pytestmark = pytest.mark.e2e
@@ -30,9 +28,11 @@ phimoe
 TOLERANCE = 2e-4
 
 
-def compile_tiny(model: torch.nn.Module, output: Path, **options: object) -> llmc.Model:
-    options = {"dtype": "f32", "verify": Verify.OFF.value, "max_seq_len": 128, **options}
-    compile_model(model, output, **options)
+def compiled_tiny(architecture: str, request: pytest.FixtureRequest) -> llmc.Model:
+    if architecture == "llama":
+        return llmc.load(request.getfixturevalue("tiny_llama"))
+    output = request.getfixturevalue("tmp_path") / "artifact"
+    compile_model(tiny_model(architecture), output, **TINY)
     return llmc.load(output)
 
 
@@ -44,9 +44,9 @@ def reference(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
 @pytest.mark.parametrize(
     "architecture", [*ARCHITECTURES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 )
-def test_logits_match_transformers(architecture: str, tmp_path: Path) -> None:
+def test_logits_match_transformers(architecture: str, request: pytest.FixtureRequest) -> None:
     model = tiny_model(architecture)
-    compiled = compile_tiny(model, tmp_path / "artifact")
+    compiled = compiled_tiny(architecture, request)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, VOCAB, 53).tolist()
     other = rng.integers(0, VOCAB, 30).tolist()

@@ -132,12 +132,6 @@ def test_tied_weights_stored_twice(equal: bool, tmp_path: Path) -> None:
     assert ("lm_head.weight" in weights_of(source).names()) is not equal
 
 
-def test_iterate_reads_in_order(tmp_path: Path) -> None:
-    weights = weights_of(open_model(str(save(tiny_model("llama"), tmp_path)), dtype=None))
-    order = tuple(reversed(weights.names()))
-    assert tuple(n for n, _ in weights.iterate(order)) == order
-
-
 def test_one_expert_parameter_reads_only_its_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = weights_of(open_model(str(save(tiny_model("mixtral"), tmp_path)), dtype=None))
     read: list[str] = []

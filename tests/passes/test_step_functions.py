@@ -53,11 +53,12 @@ class Compiled:
         for param in step.params:
             params.append(pack_sources(param, lambda name: torch.from_numpy(self.weights[name])))
         self.params = tuple(tvm.runtime.tensor(p) for p in params)
-        self.pools = []
-        for group in self.plan.groups:
-            self.pools += [group.k_shape(32, PAGE), group.v_shape(32, PAGE)]
-        # what was never written must never be read: NaN would spread
-        self.pools = tuple(tvm.runtime.tensor(np.full(s, np.nan, np.float32)) for s in self.pools)
+        self.forget()
+
+    def forget(self) -> None:
+        """Empty pages. What was never written must never be read: NaN would spread."""
+        shapes = [s for g in self.plan.groups for s in (g.k_shape(32, PAGE), g.v_shape(32, PAGE))]
+        self.pools = tuple(tvm.runtime.tensor(np.full(s, np.nan, np.float32)) for s in shapes)
 
     def run(self, function, batch, rows=None):
         """batch: (table of pages, tokens in the cache already, new token ids) per sequence."""
@@ -80,11 +81,23 @@ class Compiled:
         return self.vm[function](*arrays, self.pools, self.params).numpy()
 
 
+@pytest.fixture(scope="module")
+def compiled_once():
+    return Compiled()
+
+
+@pytest.fixture
+def full(compiled_once):
+    """attention_model as it is, with empty pages."""
+    compiled_once.forget()
+    return compiled_once
+
+
 @pytest.mark.parametrize(
     "model", [{}, ALTERNATING, CHUNKED, SHARED], ids=["full", "window", "chunk", "shared"]
 )
-def test_ragged_prefill_then_decode(model):
-    compiled = Compiled(**model)
+def test_ragged_prefill_then_decode(model, full):
+    compiled = Compiled(**model) if model else full
     rng = np.random.default_rng(1)
     lengths = [37, 20]
     ids = [rng.integers(0, 50, n) for n in lengths]
@@ -106,8 +119,8 @@ def test_ragged_prefill_then_decode(model):
         np.testing.assert_allclose(got, want, atol=2e-5)
 
 
-def test_chunked_prefill_mixed_with_decode_and_selected_rows():
-    compiled = Compiled()
+def test_chunked_prefill_mixed_with_decode_and_selected_rows(full):
+    compiled = full
     ids = np.random.default_rng(2).integers(0, 50, 40)
     other = np.random.default_rng(3).integers(0, 50, 12)
     expected, expected_other = reference(compiled.weights, ids), reference(compiled.weights, other)
@@ -116,7 +129,7 @@ def test_chunked_prefill_mixed_with_decode_and_selected_rows():
     np.testing.assert_allclose(got, np.stack([expected[39], expected_other[11], expected[17]]), atol=2e-5)
 
 
-def test_both_functions_share_every_kernel_but_attention():
-    kernels = Compiled().kernels
+def test_both_functions_share_every_kernel_but_attention(full):
+    kernels = full.kernels
     assert {k for k in kernels if "decode" in k} == {"decode", "attention_decode_0"}
     assert not [k for k in kernels if k.endswith("_1") and k.startswith("linear")]

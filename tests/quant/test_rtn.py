@@ -137,9 +137,9 @@ def test_experts_are_quantized_like_their_matrices():
 
 def test_rules_the_last_match_wins():
     rules = QuantRules("q4g32", (("*.down_proj", "q6g64"), ("model.layers.0.*", "none"), ("lm_head", "q8")))
-    assert rules.scheme_for("model.layers.1.mlp.down_proj.weight").name == "q6g64"
-    assert rules.scheme_for("model.layers.0.mlp.down_proj.weight") is None
-    assert rules.scheme_for("model.layers.1.mlp.up_proj.weight").name == "q4g32"
-    assert rules.scheme_for("lm_head.weight").name == "q8"
+    assert rules.named("model.layers.1.mlp.down_proj.weight") == "q6g64"
+    assert rules.named("model.layers.0.mlp.down_proj.weight") == "none"
+    assert rules.named("model.layers.1.mlp.up_proj.weight") is None  # the default, q4g32
+    assert rules.named("lm_head.weight") == "q8"
     with pytest.raises(LlmcError, match="q4g32"):
         QuantRules("q5")

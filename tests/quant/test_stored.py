@@ -18,8 +18,8 @@ from llmc.quant.stored import SourceQuantizer, packed_as, stored_schemes
 from llmc.quant.weight import QuantizedWeight
 from llmc.reference import reference_logits
 from tests.frontend.tiny import tiny_model
+from tests.quant.prequantized import write_gptq, write_nf4
 from tests.quant.test_gguf import export, random_blocks, write_gguf
-from tests.quant.test_readers import write_gptq, write_nf4
 
 IDS = [5, 40, 30, 77, 102, 8]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -126,22 +127,28 @@ def test_a_source_that_the_compiler_refuses() -> None:
 
 @needs_compiler
 @pytest.mark.e2e
-def test_a_tiny_model_becomes_an_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "presets",
+    ["sm_90", pytest.param("sm_80,sm_90", marks=pytest.mark.slow(reason="assembles every kernel twice"))],
+)
+def test_a_tiny_model_becomes_an_artifact(
+    presets: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Compiled with no GPU: machine code per architecture, a clear word on the check, and a refusal to load."""
     monkeypatch.setattr(cuda_driver, "query", lambda: CudaDriver(0, (), "there is no NVIDIA driver"))
     out = tmp_path / "artifact"
-    compile_model(tiny_model("llama"), out, target="cuda/sm_80,sm_90", dtype="bf16", max_seq_len=64)
+    compile_model(tiny_model("llama"), out, target=f"cuda/{presets}", dtype="bf16", max_seq_len=64)
     manifest = Manifest.from_text((out / MANIFEST).read_text(), "")
     assert manifest.device is not None
-    assert [i.arch for i in manifest.device.images] == ["sm_80", "sm_90"]
-    assert {k.arch for k in manifest.device.kernels} == {"sm_80", "sm_90"}
+    assert [i.arch for i in manifest.device.images] == presets.split(",")
+    assert {k.arch for k in manifest.device.kernels} == set(presets.split(","))
     assert any("attention_decode" in k.name for k in manifest.device.kernels)
     assert all(
         (out / i.file).stat().st_size > 1000 and i.file in manifest.files for i in manifest.device.images
     )
     assert manifest.quality.mode == "off" and "NOT CHECKED" in manifest.quality.note
     with pytest.raises(
-        LlmcError, match=r"is for cuda/sm_80,sm_90, and there is no NVIDIA driver.*\[no-cuda-device\]"
+        LlmcError, match=rf"is for cuda/{presets}, and there is no NVIDIA driver.*\[no-cuda-device\]"
     ):
         llmc.load(out)
     found = [
@@ -152,9 +159,13 @@ def test_a_tiny_model_becomes_an_artifact(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(LlmcError, match=words) as caught:
             choose_image(manifest, driver)
         assert caught.value.ref == ref
+    # of several images the newest that the GPU can run
+    image = manifest.device.images[0]
+    both = tuple(dataclasses.replace(image, arch=arch) for arch in ("sm_80", "sm_90"))
+    several = dataclasses.replace(manifest, device=dataclasses.replace(manifest.device, images=both))
     for arch, expected in ((90, "sm_90"), (86, "sm_80")):
-        image = choose_image(manifest, CudaDriver(13000, (CudaDevice(0, "x", arch, 1, 1),)))
-        assert image is not None and image.arch == expected
+        chosen = choose_image(several, CudaDriver(13000, (CudaDevice(0, "x", arch, 1, 1),)))
+        assert chosen is not None and chosen.arch == expected
 
 
 def test_quantized_weights_are_refused_for_now(tmp_path: Path) -> None:
