@@ -305,15 +305,18 @@ def exact_pairs(even: Any, odd: Any, lanes: int) -> Any:
     return T.reinterpret(vec("int32", lanes), T.bitwise_or(low, high))
 
 
-def prefetch(buffer: Any, index: Any) -> None:
-    """Ask for the cache line of an element that will be read; the address may lie past the end."""
+def prefetch(buffer: Any, index: Any, locality: int = 3) -> None:
+    """Ask for the cache line of an element that will be read; the address may lie past the end.
+
+    locality: 3 = into the first-level cache, 2 = into the second.
+    """
     T.evaluate(
         T.call_llvm_intrin(
             "void",
             T.llvm_lookup_intrinsic_id("llvm.prefetch.p0"),
             T.address_of(buffer[index]),
             T.int32(0),
-            T.int32(3),
+            T.int32(locality),
             T.int32(1),
         )
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.qlayout import QuantLayout
+from llmc.schedules.tile_product import Rows
 
 _SERIAL_ROWS = 2  # a parallel launch costs more than preparing this many rows
 # a float32 this large has no fraction: adding it rounds to the nearest integer, ties to even, into the lowest bits
@@ -38,18 +40,26 @@ class IntActivations:
 
 
 def quantize_rows(
-    caps: Capabilities, layout: QuantLayout, in_dtype: str, x: Any, rows: Any, offset: int
+    caps: Capabilities,
+    layout: QuantLayout,
+    in_dtype: str,
+    x: Any,
+    rows: Any,
+    offset: int,
+    tiled: Rows | None = None,
 ) -> IntActivations:
     """Round rows of x to int8, symmetric: scale = largest magnitude / 127, value = round(x * (127 / magnitude)).
 
     Args:
         x: flat view in in_dtype, [rows, k]; columns up to padded_k become zeros.
         offset: of the weights' codes; see IntDot.
+        tiled: how data is to be laid out instead, then as int8; columns up to whole steps that are past padded_k are left as
+            they were.
 
     A row of zeros (or of magnitudes below 1e-30) becomes zeros. A few rows are done serially, more over the threads.
     """
     k, padded, groups = layout.k, layout.padded_k, layout.groups
-    data = e.workspace(rows * padded, "int8")
+    data = e.workspace(rows * padded if tiled is None else tiled.size(rows), "int8")
     scales = e.workspace(rows)
     starts = e.workspace(rows * groups, "int32")
 
@@ -65,9 +75,12 @@ def quantize_rows(
         inverse = _scale(caps, in_dtype, source, begin, padded, scales, r)
         with e.loop(groups) as g:
             at = e.let(g * layout.group)
-            total = _round_group(
-                caps, in_dtype, source, begin + at, layout.group, inverse, data, r * padded + at
-            )
+            first = e.let(r * padded + at)
+
+            def place(column: Any, first: Any = first, at: Any = at) -> Any:
+                return first + column if tiled is None else tiled.place(r, at + column)
+
+            total = _round_group(caps, in_dtype, source, begin + at, layout.group, inverse, data, place)
             e.store(starts, r * groups + g, tirx.Cast("int32", total) * e.const("int32", -offset, 1), 1)
 
     with T.If(rows <= _SERIAL_ROWS):
@@ -75,7 +88,8 @@ def quantize_rows(
             row(r)
         with T.Else(), e.parallel(rows, caps) as r:
             row(r)
-    return IntActivations(e.flat(data, rows * (padded // 4), "int32"), padded // 4, scales, starts)
+    flat = data if tiled is not None else e.flat(data, rows * (padded // 4), "int32")
+    return IntActivations(flat, padded // 4, scales, starts)
 
 
 def _scale(caps: Capabilities, in_dtype: str, source: Any, begin: Any, size: int, scales: Any, r: Any) -> Any:
@@ -97,13 +111,20 @@ def _scale(caps: Capabilities, in_dtype: str, source: Any, begin: Any, size: int
 
 
 def _round_group(
-    caps: Capabilities, in_dtype: str, source: Any, begin: Any, size: int, inverse: Any, data: Any, to: Any
+    caps: Capabilities,
+    in_dtype: str,
+    source: Any,
+    begin: Any,
+    size: int,
+    inverse: Any,
+    data: Any,
+    place: Callable[[Any], Any],
 ) -> Any:
-    """Round `size` elements; their sum as float32, which is exact."""
+    """Round `size` elements, to data[place(number of the element)]; their sum as float32, which is exact."""
     lanes = caps.lanes_f32
     total = e.scratch(lanes)
     e.store(total, 0, e.splat(0.0, lanes), lanes)
-    factor, begin, to = e.let(e.splat(inverse, lanes)), e.let(begin), e.let(to)
+    factor, begin = e.let(e.splat(inverse, lanes)), e.let(begin)
     fma = T.llvm_lookup_intrinsic_id("llvm.fma")
     with e.loop(size // lanes) as j:
         value = e.widen(e.load(source, begin + j * lanes, lanes), in_dtype, lanes)
@@ -111,6 +132,6 @@ def _round_group(
         moved = e.let(T.call_llvm_pure_intrin(e.vec("float32", lanes), fma, value, factor, magic))
         # the low byte of the sum's bits is the integer; infinities and NaN leave some byte, and the scale tells
         low = tirx.Cast(e.vec("int8", lanes), T.reinterpret(e.vec("int32", lanes), moved))
-        e.store(data, to + j * lanes, low, lanes)
+        e.store(data, place(j * lanes), low, lanes)
         e.store(total, 0, e.load(total, 0, lanes) + (moved - magic), lanes)
     return e.let(e.fold(e.load(total, 0, lanes), lanes, lambda a, b: a + b))

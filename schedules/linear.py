@@ -43,6 +43,8 @@ class LinearSchedule:
         unroll: k steps per turn of the inner loop; 0 = 4 for one row, else 1.
         prefetch: bytes that the weight stream is asked for ahead of its use; 0 = never.
         block_fast: neighbouring tasks take the same rows and the next weight block, instead of the next rows.
+        tiles_from: rows from which on a machine with tile registers uses them; 0 = never. What follows is for those:
+        tile_rows, tile_columns, tile_unroll, tile_prefetch, tile_wide: see TileSchedule in llmc/schedules/tile_product.py.
     """
 
     vectors: int = 0
@@ -52,6 +54,12 @@ class LinearSchedule:
     unroll: int = 0
     prefetch: int = 2304
     block_fast: bool = False
+    tiles_from: int = 9
+    tile_rows: int = 256
+    tile_columns: int = 256
+    tile_unroll: int = 2
+    tile_prefetch: bool = True
+    tile_wide: bool = False
 
 
 _DEFAULT = ByRows((LinearSchedule(),))

@@ -23,10 +23,12 @@ import ml_dtypes
 import numpy as np
 import tvm
 
+from llmc.host import require_permission
 from llmc.quant.schemes import by_name
-from llmc.schedules.linear import LinearConfig, linear
+from llmc.schedules.linear import LinearConfig
 from llmc.schedules.qlayout import quant_layout
 from llmc.schedules.qlinear import QuantLinearConfig
+from llmc.schedules.tile_linear import linear_by_rows
 from llmc.schedules.tune_qlinear import quant_linear_by_rows
 from llmc.targets.codegen import tir_pipeline
 from llmc.targets.cpu.backend import BACKEND
@@ -40,7 +42,7 @@ def compiled(schemes: list[str], outputs: int, inputs: int) -> tuple[Any, dict[s
     """The kernels by name, and a packed weight of random bytes for each (their values do not change the time)."""
     caps = BACKEND.capabilities("")
     plain = LinearConfig(outputs, inputs, _BF16, _BF16, _BF16)
-    functions = {"bf16": linear(plain, caps).with_attr("global_symbol", "bf16")}
+    functions = {"bf16": linear_by_rows(plain, caps).with_attr("global_symbol", "bf16")}
     random = np.random.default_rng(0)
     weights = {
         "bf16": random.standard_normal(plain.packed_shape(caps), np.float32).astype(ml_dtypes.bfloat16)
@@ -91,6 +93,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    require_permission(BACKEND.capabilities("").features)
     library, weights = compiled(options.schemes, options.outputs, options.inputs)
     print(f"{options.outputs} x {options.inputs}, one thread, load average {os.getloadavg()[0]:.1f}\n")
     print("| rows | scheme | us per call | weight GB/s | GOP/s | against bf16 |")

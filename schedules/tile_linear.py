@@ -1,0 +1,217 @@
+"""Matrix times packed bf16 weight on tile registers, for many rows; and the choice between it and the vector kernel.
+
+The weight is packed as for the vector kernel (BlockedLayout with pairs): a step of 32 columns of 16 outputs is a right operand
+where it lies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from llmc.caps import Capabilities, TileUnit
+from llmc.schedules import emit as e
+from llmc.schedules.choice import ByRows, segments
+from llmc.schedules.epilogue import Epilogue
+from llmc.schedules.linear import LinearConfig, LinearSchedule, linear
+from llmc.schedules.tile_product import PAIR, RightOperands, Rows, TileProduct, TileSchedule
+from llmc.schedules.tiles import ROWS, TileDot, Tiles
+
+_STEP = 32  # columns of a left operand
+_LANES = 32  # bf16 in a vector
+
+
+def tiles_from(config: LinearConfig, caps: Capabilities, schedule: LinearSchedule) -> int:
+    """The least number of rows that take tiles; 0 = none."""
+    usable = caps.tiles is not TileUnit.NONE and config.weight_dtype == config.in_dtype == "bfloat16"
+    return schedule.tiles_from if usable else 0
+
+
+def linear_by_rows(config: LinearConfig, caps: Capabilities) -> Any:
+    """linear's PrimFunc; many rows on tile registers where the machine has them."""
+    parts = segments(config.schedule, partial(tiles_from, config, caps))
+    if not any(part.tiled for part in parts):
+        return linear(config, caps)
+    kernels = []
+    for part in parts:
+        schedule = ByRows((part.choice,), (part.most,) if part.most else ())
+        build = tile_linear if part.tiled else linear
+        kernels.append(partial(build, replace(config, schedule=schedule), caps))
+    return e.merged("T", [part.most for part in parts[:-1]], kernels)
+
+
+def tile_schedule(schedule: Any) -> TileSchedule:
+    """The tile fields of a kernel's schedule."""
+    return TileSchedule(
+        schedule.tile_rows,
+        schedule.tile_columns,
+        schedule.tile_unroll,
+        bool(schedule.tile_prefetch),
+        bool(schedule.tile_wide),
+    )
+
+
+def tile_linear(cfg: LinearConfig, caps: Capabilities) -> Any:
+    """The PrimFunc (x[1 x lead, T, k], w packed, [bias[n]], [residual like y], y[1 x lead, T, n]) with symbolic T.
+
+    As llmc.schedules.linear.linear, by the one schedule of `cfg`. A task is a weight block times `tile_rows` rows.
+    """
+    n, k = cfg.n, cfg.k
+    blocks, steps, nb, kp = cfg.packed_shape(caps)
+    if kp != 2 or nb % ROWS:
+        raise ValueError(f"a weight in blocks of {nb} outputs by {kp} columns is no right operand")
+    rows_n = 2 * n if cfg.gated else n
+    most = cfg.schedule.limits[0] if cfg.schedule.limits else 0
+    schedule = tile_schedule(cfg.schedule.choices[0])
+    epilogue = Epilogue(n, nb, cfg.in_dtype, cfg.out_dtype, cfg.activation, cfg.gated, cfg.gate_second)
+    text = str(e.import_text(caps).get("pragma_import_llvm", ""))
+    built: list[Any] = []
+    with e.kernel(built):
+        t = e.dim("T")
+        ones = [1] * cfg.lead
+        x = e.tensor("x", [*ones, t, k], cfg.in_dtype)
+        w = e.tensor("w", [blocks, steps, nb, kp], cfg.weight_dtype)
+        bias = e.tensor("bias", [rows_n], cfg.in_dtype) if cfg.has_bias else None
+        residual = e.tensor("residual", [*ones, t, n], cfg.in_dtype) if cfg.has_residual else None
+        y = e.tensor("y", [*ones, t, n], cfg.out_dtype)
+        with e.root():
+            if most:
+                with T.Assert(t <= e.i64(most), "this kernel is for fewer rows"):
+                    pass
+            words = e.flat(w, blocks * steps * nb, "int32")
+            rows = Rows(-(-k // _STEP) * 64, 2)
+            left = pack_rows(caps, rows, e.flat(x, t * k), t, k)
+            bf = e.flat(bias, rows_n) if bias is not None else None
+            rf = e.flat(residual, t * n) if residual is not None else None
+            yf = e.flat(y, t * n)
+
+            def by_height(rows_of_task: int) -> None:
+                product = TileProduct(caps, schedule, TileDot.BF16, nb, rows_of_task, rows, left)
+                block_sums = BlockSums(product, words, steps)
+                tiles = product.tiles()
+                row_blocks, each = shares(t, rows_of_task)
+                with tiles.launch(blocks * row_blocks, text) as task:
+                    block = e.let(task // row_blocks)
+                    first = e.let(task % row_blocks * each)
+                    count = e.let(T.max(e.i64(0), T.min(each, t - first)))
+                    sums = e.workspace(product.size)
+                    block_sums.run(tiles, sums, e.let(block * (steps * nb)), first, count)
+                    with e.loop(count) as r:
+                        epilogue.store(
+                            lambda _, v: e.load(sums, product.vector_at(r, v), ROWS),
+                            lambda _, v, i: sums[product.vector_at(r, v) + i],
+                            [e.let(first + r)],
+                            block,
+                            yf,
+                            caps,
+                            bf,
+                            rf,
+                        )
+
+            heights(t, most, schedule.rows, by_height)
+    return built[0]
+
+
+def heights(t: Any, most: int, rows: int, body: Any) -> None:
+    """body(rows of a task) for t rows: one tile of them where they fit in it, else whole pairs."""
+    rows = -(-rows // PAIR) * PAIR
+    if most and most <= ROWS:
+        body(ROWS)
+        return
+    with T.If(t <= ROWS):
+        with T.Then():
+            body(ROWS)
+        with T.Else():
+            body(min(rows, -(-most // PAIR) * PAIR) if most else rows)
+
+
+def shares(t: Any, rows: int) -> tuple[Any, Any]:
+    """(tasks, rows of each): about equal, in whole pairs of tiles."""
+    row_blocks = e.let((t + (rows - 1)) // rows)
+    each = e.let(((t + row_blocks - 1) // row_blocks + (PAIR - 1)) // PAIR * PAIR)
+    return row_blocks, each
+
+
+def pack_rows(caps: Capabilities, rows: Rows, x: Any, t: Any, k: int) -> Any:
+    """x, bf16 bits [t, k], as left operands; columns past k are zeros, rows past t are left as they were."""
+    left = e.workspace(rows.size(t), "uint16")
+    with e.parallel(t, caps) as r:
+        begin = e.let(r * k)
+        with e.loop(k // _STEP) as j:
+            e.store(left, rows.place(r, j * _STEP), e.load(x, begin + j * _STEP, _LANES), _LANES)
+        rest = k % _STEP
+        if rest:
+            at = e.let(rows.place(r, e.i64(k - rest)))
+            e.store(left, at, e.const("uint16", 0, _LANES), _LANES)
+            with e.loop(rest) as j:
+                e.store(left, at + j, x[begin + (k - rest) + j], 1)
+        with e.loop(-(-k // _STEP), rows.steps) as j:
+            e.store(left, rows.place(r, j * _STEP), e.const("uint16", 0, _LANES), _LANES)
+    return left
+
+
+class BlockSums:
+    """All columns of a weight block in pairs of bf16, pass by pass.
+
+    Args:
+        words: the packed weight as 32-bit elements; a block is [steps, n_block] of them.
+    """
+
+    def __init__(self, product: TileProduct, words: Any, steps: int) -> None:
+        self.product, self.words, self.nb = product, words, product.n_block
+        self.whole, self.rest = divmod(steps, ROWS)
+        self.chunk = max(1, min(self.whole, product.schedule.columns // _STEP))
+        self.passes = -(-self.whole // self.chunk)
+
+    def run(self, tiles: Tiles, sums: Any, base: Any, first: Any, count: Any) -> None:
+        """sums = rows [first, first + count) times the block at element `base`."""
+        product = self.product
+        per_step = ROWS * self.nb
+        if self.whole:
+            with e.loop(self.passes) as p:
+                begin = e.let(p * self.chunk)
+                size = self.chunk
+                if self.whole % self.chunk:
+                    size = e.let(T.min(e.i64(self.chunk), self.whole - begin))
+                right = RightOperands(self.words, e.let(base + begin * per_step), begin, size)
+
+                def body(pair: Any, part: int, right: RightOperands = right, p: Any = p) -> None:
+                    product.accumulate(
+                        tiles,
+                        sums,
+                        e.let(product.part_at(pair, part)),
+                        e.let(first // PAIR + pair),
+                        part,
+                        right,
+                        True if self.passes == 1 else p == 0,
+                        product.ahead(right, pair, part, self.chunk),
+                    )
+
+                product.over(count, body)
+        if self.rest:
+            right = self._tail(base)
+            product.over(
+                count,
+                lambda pair, part: product.accumulate(
+                    tiles,
+                    sums,
+                    e.let(product.part_at(pair, part)),
+                    e.let(first // PAIR + pair),
+                    part,
+                    right,
+                    self.whole == 0,
+                ),
+            )
+
+    def _tail(self, base: Any) -> RightOperands:
+        """The last columns as a whole step, filled up with zeros."""
+        tail = e.workspace(ROWS * self.nb, "int32")
+        with e.loop(self.rest * self.nb // ROWS) as i:
+            at = base + self.whole * ROWS * self.nb + i * ROWS
+            e.store(tail, i * ROWS, e.load(self.words, at, ROWS), ROWS)
+        with e.loop(self.rest * self.nb // ROWS, self.nb) as i:
+            e.store(tail, i * ROWS, e.const("int32", 0, ROWS), ROWS)
+        return RightOperands(tail, e.i64(0), e.i64(self.whole), 1)

@@ -1,0 +1,162 @@
+"""Matrix times quantized weight on tile registers, for many rows of bf16 activations.
+
+Weights of a pass become bf16 once for all rows of a task, with scales and zero points in them: rounded to 8 bits each, which
+the kernel on vectors, where scales are applied to float32 sums, does not do. It is what a source model in bf16 does too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from llmc.caps import Capabilities, TileUnit
+from llmc.schedules import emit as e
+from llmc.schedules.epilogue import Epilogue
+from llmc.schedules.qcodes import QuantCodes
+from llmc.schedules.qlayout import UNIT, QuantLayout
+from llmc.schedules.qlinear import QuantLinearConfig
+from llmc.schedules.tile_linear import heights, pack_rows, shares, tile_schedule
+from llmc.schedules.tile_product import PAIR, RightOperands, Rows, TileProduct
+from llmc.schedules.tiles import ROWS, TileDot, Tiles
+
+_STEP = 32  # columns of a left operand
+
+
+def quant_tiles_from(config: QuantLinearConfig, caps: Capabilities, schedule: Any) -> int:
+    """The least number of rows that take tiles; 0 = none.
+
+    Integers go through bytes; other codes only if activations are bf16 and stand in the weight's order.
+    """
+    layout = config.layout
+    usable = layout.quads or (config.in_dtype == "bfloat16" and not layout.of.order)
+    return int(schedule.tiles_from) if usable and caps.tiles is not TileUnit.NONE else 0
+
+
+def tile_quant_linear(cfg: QuantLinearConfig, caps: Capabilities, most: int = 0) -> Any:
+    """The PrimFunc (x[1 x lead, T, k], w packed, [bias], [residual like y], y[1 x lead, T, n]) with symbolic T.
+
+    As llmc.schedules.qlinear.quant_linear. most: bound of T; 0 = none.
+    """
+    layout, n, k = cfg.layout, cfg.n, cfg.layout.k
+    bias_n = 2 * n if cfg.gated else n
+    nb = layout.n_block
+    schedule = tile_schedule(cfg)
+    epilogue = Epilogue(n, nb, cfg.in_dtype, cfg.out_dtype, cfg.activation, cfg.gated, cfg.gate_second)
+    built: list[Any] = []
+    with e.kernel(built):
+        t = e.dim("T")
+        ones = [1] * cfg.lead
+        x = e.tensor("x", [*ones, t, k], cfg.in_dtype)
+        w = e.tensor("w", list(layout.packed_shape), "uint8")
+        bias = e.tensor("bias", [bias_n], cfg.in_dtype) if cfg.has_bias else None
+        residual = e.tensor("residual", [*ones, t, n], cfg.in_dtype) if cfg.has_residual else None
+        y = e.tensor("y", [*ones, t, n], cfg.out_dtype)
+        with e.root():
+            if most:
+                with T.Assert(t <= e.i64(most), "this kernel is for fewer rows"):
+                    pass
+            bf = e.flat(bias, bias_n) if bias is not None else None
+            rf = e.flat(residual, t * n) if residual is not None else None
+            yf = e.flat(y, t * n)
+            codes = QuantCodes(caps, layout, w, layout.blocks * layout.block_bytes)
+            rows = Rows(-(-layout.padded_k // _STEP) * 64, 2)
+            left = pack_rows(caps, rows, e.flat(x, t * k), t, k)
+            text = str(codes.import_text().get("pragma_import_llvm", ""))
+
+            def by_height(rows_of_task: int) -> None:
+                product = TileProduct(caps, schedule, TileDot.BF16, nb, rows_of_task, rows, left)
+                weights = _Weights(product, layout, codes)
+                tiles = product.tiles()
+                row_blocks, each = shares(t, rows_of_task)
+                with tiles.launch(layout.blocks * row_blocks, text) as task:
+                    block = e.let(task // row_blocks)
+                    first = e.let(task % row_blocks * each)
+                    count = e.let(T.max(e.i64(0), T.min(each, t - first)))
+                    sums = e.workspace(product.size)
+                    weights.run(tiles, sums, e.let(block * layout.block_bytes), first, count)
+                    with e.loop(count) as r:
+                        epilogue.store(
+                            lambda _, v: e.load(sums, product.vector_at(r, v), ROWS),
+                            lambda _, v, i: sums[product.vector_at(r, v) + i],
+                            [e.let(first + r)],
+                            block,
+                            yf,
+                            caps,
+                            bf,
+                            rf,
+                        )
+
+            heights(t, most, schedule.rows, by_height)
+    return built[0]
+
+
+class _Weights:
+    """Blocks of a quantized weight as bf16, pass by pass."""
+
+    def __init__(self, product: TileProduct, layout: QuantLayout, codes: QuantCodes) -> None:
+        self.product, self.layout, self.codes = product, layout, codes
+        self.pieces = layout.padded_k // layout.piece
+        # whole pieces and whole steps
+        least = max(layout.piece, _STEP)
+        self.per_pass = max(least, product.schedule.columns // least * least) // layout.piece
+
+    def run(self, tiles: Tiles, sums: Any, base: Any, first: Any, count: Any) -> None:
+        """sums = rows [first, first + count) times the block at byte `base`."""
+        product, layout, nb = self.product, self.layout, self.product.n_block
+        columns = self.per_pass * layout.piece
+        # two columns in a lane
+        pairs = e.workspace(columns // 2 * nb, "int32")
+        passes = -(-self.pieces // self.per_pass)
+        with e.loop(passes) as p:
+            begin = e.let(p * self.per_pass)
+            inside = self.per_pass
+            if self.pieces % self.per_pass:
+                inside = e.let(T.min(e.i64(self.per_pass), self.pieces - begin))
+            with e.loop(inside) as q:
+                self._unpack(pairs, base, e.let(begin + q), e.let(q * (layout.piece // 2 * nb)))
+            steps = inside * layout.piece // _STEP
+            right = RightOperands(pairs, e.i64(0), e.let(begin * layout.piece // _STEP), steps)
+
+            def body(pair: Any, part: int, right: RightOperands = right, p: Any = p) -> None:
+                product.accumulate(
+                    tiles,
+                    sums,
+                    e.let(product.part_at(pair, part)),
+                    e.let(first // PAIR + pair),
+                    part,
+                    right,
+                    True if passes == 1 else p == 0,
+                )
+
+            product.over(count, body)
+
+    def _unpack(self, to: Any, base: Any, p: Any, at: Any) -> None:
+        """Piece p of the block, to element `at`."""
+        codes, nb, vectors = self.codes, self.product.n_block, self.product.vectors
+        place = codes.place(base, p)
+        scales = [e.let(codes.scale(place.scales, v * ROWS, ROWS, place.tops)) for v in range(vectors)]
+        shifts = None
+        if codes.has_shift:
+            shifts = [e.let(codes.shift(place, v * ROWS, ROWS, scales[v])) for v in range(vectors)]
+        steps = codes.steps * self.layout.piece // UNIT
+        with e.loop(steps) as s:
+            step = codes.step(place, s, e.i64(0), vectors)
+            for i in range(codes.each):
+                for v in range(vectors):
+                    halves = []
+                    for value in step.floats(i, v):
+                        value = value * scales[v]
+                        value = value if shifts is None else value + shifts[v]
+                        halves.append(e.narrow(e.let(value), "bfloat16", ROWS, codes.caps))
+                    e.store(to, at + (s * codes.each + i) * nb + v * ROWS, _zip(*halves, codes.caps), ROWS)
+
+
+def _zip(even: Any, odd: Any, caps: Capabilities) -> Any:
+    """Lanes of pairs (even[i], odd[i]) from bf16 bits."""
+    if caps.has_bf16_dot:
+        return e.zip_bf16(even, odd)
+    wide = e.vec("uint32", ROWS)
+    high = T.shift_left(tirx.Cast(wide, odd), e.const("uint32", 16, ROWS))
+    return T.reinterpret(e.vec("int32", ROWS), T.bitwise_or(tirx.Cast(wide, even), high))
