@@ -4,9 +4,9 @@
     python tools/bench_tiles.py --schemes bf16 --sweep --rows 512
 
 First the peaks are measured by loops on registers. Then every kernel is checked against the one on vectors, and timed in
-turns with it; the figure is the median. Weights come from memory in turns: copies that together exceed the last-level cache several times,
-unless --copies 1. `--sweep` times schedules one field at a time. `--emulate` runs the same on any machine with emulated
-operations, to check this script; its times mean nothing.
+turns with it; the figure is the median. Weights come from memory: copies that together are three times the last-level cache
+take turns, unless --copies 1. `--sweep` times schedules one field at a time. `--emulate` runs the same on any machine with
+emulated operations, to check this script; its times mean nothing.
 """
 
 from __future__ import annotations
