@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llmc import host
-from llmc.caps import ByteDot, TileUnit
+from llmc.caps import TileUnit
 from llmc.errors import LlmcError
 from llmc.quant.rtn import quantize
 from llmc.quant.schemes import SCHEMES, by_name
@@ -31,14 +31,6 @@ from llmc.targets.cpu.backend import _PRESETS, capabilities, detect
 
 ROWS = (1, 2, 15, 16, 17, 31, 32, 33, 47, 64, 65, 70)
 BF16 = "bfloat16"
-
-
-@pytest.fixture
-def emulated(best):
-    """This machine with emulated tiles; vectors of 16 lanes, as the machines have that have the unit."""
-    if best.lanes_f32 != 16:
-        best = replace(best, vector_bytes=64, vector_registers=32, has_lookup=False, byte_dot=ByteDot.NONE)
-    return replace(best, tiles=TileUnit.EMULATED)
 
 
 def one_dot(caps, kind, inner):
