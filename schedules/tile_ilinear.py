@@ -20,9 +20,9 @@ from llmc.schedules.idot import IntDot
 from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
 from llmc.schedules.qlinear import QuantLinearConfig
-from llmc.schedules.tile_linear import heights, shares, tile_schedule
 from llmc.schedules.tile_product import PAIR, RightOperands, Rows, TileProduct
-from llmc.schedules.tiles import ELEMENTS, ROW_BYTES, ROWS, TileDot, Tiles
+from llmc.schedules.tile_tasks import Results, Task, by_height, tasks, tile_schedule
+from llmc.schedules.tiles import ELEMENTS, ROW_BYTES, ROWS, TileDot
 
 _WORDS = ROWS * 4  # columns of a right operand
 
@@ -50,12 +50,13 @@ def tile_int_linear(cfg: QuantLinearConfig, caps: Capabilities, most: int = 0) -
         residual = e.tensor("residual", [*ones, t, n], cfg.in_dtype) if cfg.has_residual else None
         y = e.tensor("y", [*ones, t, n], cfg.out_dtype)
         with e.root():
-            if most:
-                with T.Assert(t <= e.i64(most), "this kernel is for fewer rows"):
-                    pass
-            bf = e.flat(bias, bias_n) if bias is not None else None
-            rf = e.flat(residual, t * n) if residual is not None else None
-            yf = e.flat(y, t * n)
+            results = Results(
+                epilogue,
+                caps,
+                e.flat(y, t * n),
+                e.flat(bias, bias_n) if bias is not None else None,
+                e.flat(residual, t * n) if residual is not None else None,
+            )
             rows = Rows(-(-layout.padded_k // ROW_BYTES) * ROW_BYTES, 1)
             rounded = quantize_rows(
                 caps, layout, cfg.in_dtype, e.flat(x, t * k), t, 0 if nibbles else dot.offset, rows
@@ -63,39 +64,22 @@ def tile_int_linear(cfg: QuantLinearConfig, caps: Capabilities, most: int = 0) -
             codes = QuantCodes(caps, layout, w, layout.blocks * layout.block_bytes)
             words = e.flat(w, layout.blocks * layout.block_bytes // 4, "int32")
 
-            def by_height(rows_of_task: int) -> None:
+            def body(rows_of_task: int) -> None:
                 kind = TileDot.SIGNED if nibbles else TileDot.SIGNED_UNSIGNED
                 inner = min(ROW_BYTES, layout.group)
                 product = TileProduct(caps, schedule, kind, nb, rows_of_task, rows, rounded.data, inner)
-                sums_of = _Nibbles if nibbles else _Bytes
-                block_sums = sums_of(product, layout, rounded, codes, words)
-                tiles = product.tiles()
-                row_blocks, each = shares(t, rows_of_task)
-                with tiles.launch(layout.blocks * row_blocks, text) as task:
-                    block = e.let(task // row_blocks)
-                    first = e.let(task % row_blocks * each)
-                    count = e.let(T.max(e.i64(0), T.min(each, t - first)))
-                    base = e.let(block * layout.block_bytes)
-                    block_sums.run(tiles, base, first, count)
-                    with e.loop(count) as r:
-                        row = e.let(first + r)
-                        factor = e.let(e.splat(rounded.scales[row], ROWS))
+                block_sums = (_Nibbles if nibbles else _Bytes)(product, layout, rounded, codes, words)
+                with tasks(product, layout.blocks, t, text) as task:
+                    base = e.let(task.block * layout.block_bytes)
+                    block_sums.run(task, base)
+                    with e.loop(task.count) as r:
+                        factor = e.let(e.splat(rounded.scales[task.first + r], ROWS))
                         acc = e.scratch(nb)
                         for v in range(product.vectors):
-                            value = block_sums.value(base, r, v)
-                            e.store(acc, v * ROWS, value * factor, ROWS)
-                        epilogue.store(
-                            lambda _, v: e.load(acc, v * ROWS, ROWS),
-                            lambda _, v, i: acc[v * ROWS + i],
-                            [row],
-                            block,
-                            yf,
-                            caps,
-                            bf,
-                            rf,
-                        )
+                            e.store(acc, v * ROWS, block_sums.value(base, r, v) * factor, ROWS)
+                        results.store(task, r, acc, lambda v: v * ROWS)
 
-            heights(t, most, schedule.rows, by_height)
+            by_height(t, most, schedule.rows, body)
     return built[0]
 
 
@@ -108,13 +92,13 @@ class _Bytes:
         self.product, self.layout, self.x, self.codes, self.words = product, layout, x, codes, words
         self.sums: Any = None
 
-    def run(self, tiles: Tiles, base: Any, first: Any, count: Any) -> None:
-        """The sums of rows [first, first + count) times the block at byte `base`."""
+    def run(self, task: Task, base: Any) -> None:
+        """The sums of the task's rows times the block at byte `base`."""
         product, nb = self.product, self.product.n_block
         self.sums = sums = e.workspace(product.size, "int32")
         # what codes are too large by, times the sum of a row, is what its sums begin with
-        with e.loop(count) as r:
-            start = e.let(e.splat(self.x.starts[first + r], ROWS))
+        with e.loop(task.count) as r:
+            start = e.let(e.splat(self.x.starts[task.first + r], ROWS))
             for v in range(product.vectors):
                 e.store(sums, product.vector_at(r, v), start, ROWS)
         steps = self.layout.padded_k // _WORDS
@@ -125,12 +109,12 @@ class _Bytes:
             at = e.let(base // 4 + begin * (ROWS * nb))
             right = RightOperands(self.words, at, begin, size)
             product.over(
-                count,
+                task.count,
                 lambda pair, part: product.accumulate(
-                    tiles,
+                    task.tiles,
                     sums,
                     e.let(product.part_at(pair, part)),
-                    e.let(first // PAIR + pair),
+                    e.let(task.first // PAIR + pair),
                     part,
                     right,
                     False,
@@ -154,11 +138,11 @@ class _Nibbles:
         self.product, self.layout, self.codes, self.words = product, layout, codes, words
         self.totals: Any = None
 
-    def run(self, tiles: Tiles, base: Any, first: Any, count: Any) -> None:
+    def run(self, task: Task, base: Any) -> None:
         """As of _Bytes."""
         product, layout, nb = self.product, self.layout, self.product.n_block
         self.totals = e.workspace(product.size)
-        pairs = e.let((count + (PAIR - 1)) // PAIR)
+        pairs = e.let((task.count + (PAIR - 1)) // PAIR)
         with e.loop(pairs * (product.part_at(1, 0) // ROWS)) as i:
             e.store(self.totals, i * ROWS, e.splat(0.0, ROWS), ROWS)
         group = layout.group
@@ -175,9 +159,9 @@ class _Nibbles:
 
             def body(pair: Any, part: int, begin: Any = begin, inside: Any = inside) -> None:
                 with e.loop(inside) as g:
-                    self._group(tiles, piece, scales, part_sums, g, begin, pair, part, first)
+                    self._group(task, piece, scales, part_sums, g, begin, pair, part)
 
-            product.over(count, body)
+            product.over(task.count, body)
 
     def value(self, base: Any, r: Any, v: int) -> Any:
         """As of _Bytes."""
@@ -201,7 +185,7 @@ class _Nibbles:
 
     def _group(
         self,
-        tiles: Tiles,
+        task: Task,
         piece: Any,
         scales: Any,
         part_sums: Any,
@@ -209,13 +193,14 @@ class _Nibbles:
         begin: Any,
         pair: Any,
         part: int,
-        first: Any,
     ) -> None:
         """totals[pair, part] += group g of the pass, scaled."""
         product, layout, nb = self.product, self.layout, self.product.n_block
         each = layout.group // product.inner
         right = RightOperands(piece, e.let(g * (layout.group // 4 * nb)), e.let((begin + g) * each), each)
-        product.accumulate(tiles, part_sums, e.i64(0), e.let(first // PAIR + pair), part, right, True)
+        product.accumulate(
+            task.tiles, part_sums, e.i64(0), e.let(task.first // PAIR + pair), part, right, True
+        )
         vector, width = product.parts[part]
         factors = [e.let(e.load(scales, g * nb + (vector + c) * ROWS, ROWS)) for c in range(width)]
         to = e.let(product.part_at(pair, part))

@@ -17,8 +17,9 @@ from llmc.schedules import emit as e
 from llmc.schedules.choice import ByRows, segments
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.linear import LinearConfig, LinearSchedule, linear
-from llmc.schedules.tile_product import PAIR, RightOperands, Rows, TileProduct, TileSchedule
-from llmc.schedules.tiles import ROWS, TileDot, Tiles
+from llmc.schedules.tile_product import PAIR, RightOperands, Rows, TileProduct
+from llmc.schedules.tile_tasks import Results, Task, by_height, tasks, tile_schedule
+from llmc.schedules.tiles import ROWS, TileDot
 
 _STEP = 32  # columns of a left operand
 _LANES = 32  # bf16 in a vector
@@ -41,17 +42,6 @@ def linear_by_rows(config: LinearConfig, caps: Capabilities) -> Any:
         build = tile_linear if part.tiled else linear
         kernels.append(partial(build, replace(config, schedule=schedule), caps))
     return e.merged("T", [part.most for part in parts[:-1]], kernels)
-
-
-def tile_schedule(schedule: Any) -> TileSchedule:
-    """The tile fields of a kernel's schedule."""
-    return TileSchedule(
-        schedule.tile_rows,
-        schedule.tile_columns,
-        schedule.tile_unroll,
-        bool(schedule.tile_prefetch),
-        bool(schedule.tile_wide),
-    )
 
 
 def tile_linear(cfg: LinearConfig, caps: Capabilities) -> Any:
@@ -78,61 +68,28 @@ def tile_linear(cfg: LinearConfig, caps: Capabilities) -> Any:
         residual = e.tensor("residual", [*ones, t, n], cfg.in_dtype) if cfg.has_residual else None
         y = e.tensor("y", [*ones, t, n], cfg.out_dtype)
         with e.root():
-            if most:
-                with T.Assert(t <= e.i64(most), "this kernel is for fewer rows"):
-                    pass
             words = e.flat(w, blocks * steps * nb, "int32")
             rows = Rows(-(-k // _STEP) * 64, 2)
             left = pack_rows(caps, rows, e.flat(x, t * k), t, k)
-            bf = e.flat(bias, rows_n) if bias is not None else None
-            rf = e.flat(residual, t * n) if residual is not None else None
-            yf = e.flat(y, t * n)
+            results = Results(
+                epilogue,
+                caps,
+                e.flat(y, t * n),
+                e.flat(bias, rows_n) if bias is not None else None,
+                e.flat(residual, t * n) if residual is not None else None,
+            )
 
-            def by_height(rows_of_task: int) -> None:
+            def body(rows_of_task: int) -> None:
                 product = TileProduct(caps, schedule, TileDot.BF16, nb, rows_of_task, rows, left)
-                block_sums = BlockSums(product, words, steps)
-                tiles = product.tiles()
-                row_blocks, each = shares(t, rows_of_task)
-                with tiles.launch(blocks * row_blocks, text) as task:
-                    block = e.let(task // row_blocks)
-                    first = e.let(task % row_blocks * each)
-                    count = e.let(T.max(e.i64(0), T.min(each, t - first)))
+                block_sums = _BlockSums(product, words, steps)
+                with tasks(product, blocks, t, text) as task:
                     sums = e.workspace(product.size)
-                    block_sums.run(tiles, sums, e.let(block * (steps * nb)), first, count)
-                    with e.loop(count) as r:
-                        epilogue.store(
-                            lambda _, v: e.load(sums, product.vector_at(r, v), ROWS),
-                            lambda _, v, i: sums[product.vector_at(r, v) + i],
-                            [e.let(first + r)],
-                            block,
-                            yf,
-                            caps,
-                            bf,
-                            rf,
-                        )
+                    block_sums.run(task, sums, e.let(task.block * (steps * nb)))
+                    with e.loop(task.count) as r:
+                        results.store(task, r, sums, lambda v: product.vector_at(r, v))
 
-            heights(t, most, schedule.rows, by_height)
+            by_height(t, most, schedule.rows, body)
     return built[0]
-
-
-def heights(t: Any, most: int, rows: int, body: Any) -> None:
-    """body(rows of a task) for t rows: one tile of them where they fit in it, else whole pairs."""
-    rows = -(-rows // PAIR) * PAIR
-    if most and most <= ROWS:
-        body(ROWS)
-        return
-    with T.If(t <= ROWS):
-        with T.Then():
-            body(ROWS)
-        with T.Else():
-            body(min(rows, -(-most // PAIR) * PAIR) if most else rows)
-
-
-def shares(t: Any, rows: int) -> tuple[Any, Any]:
-    """(tasks, rows of each): about equal, in whole pairs of tiles."""
-    row_blocks = e.let((t + (rows - 1)) // rows)
-    each = e.let(((t + row_blocks - 1) // row_blocks + (PAIR - 1)) // PAIR * PAIR)
-    return row_blocks, each
 
 
 def pack_rows(caps: Capabilities, rows: Rows, x: Any, t: Any, k: int) -> Any:
@@ -153,7 +110,7 @@ def pack_rows(caps: Capabilities, rows: Rows, x: Any, t: Any, k: int) -> Any:
     return left
 
 
-class BlockSums:
+class _BlockSums:
     """All columns of a weight block in pairs of bf16, pass by pass.
 
     Args:
@@ -166,8 +123,8 @@ class BlockSums:
         self.chunk = max(1, min(self.whole, product.schedule.columns // _STEP))
         self.passes = -(-self.whole // self.chunk)
 
-    def run(self, tiles: Tiles, sums: Any, base: Any, first: Any, count: Any) -> None:
-        """sums = rows [first, first + count) times the block at element `base`."""
+    def run(self, task: Task, sums: Any, base: Any) -> None:
+        """sums = the task's rows times the block at element `base`."""
         product = self.product
         per_step = ROWS * self.nb
         if self.whole:
@@ -180,26 +137,26 @@ class BlockSums:
 
                 def body(pair: Any, part: int, right: RightOperands = right, p: Any = p) -> None:
                     product.accumulate(
-                        tiles,
+                        task.tiles,
                         sums,
                         e.let(product.part_at(pair, part)),
-                        e.let(first // PAIR + pair),
+                        e.let(task.first // PAIR + pair),
                         part,
                         right,
                         True if self.passes == 1 else p == 0,
                         product.ahead(right, pair, part, self.chunk),
                     )
 
-                product.over(count, body)
+                product.over(task.count, body)
         if self.rest:
             right = self._tail(base)
             product.over(
-                count,
+                task.count,
                 lambda pair, part: product.accumulate(
-                    tiles,
+                    task.tiles,
                     sums,
                     e.let(product.part_at(pair, part)),
-                    e.let(first // PAIR + pair),
+                    e.let(task.first // PAIR + pair),
                     part,
                     right,
                     self.whole == 0,

@@ -17,9 +17,10 @@ from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
 from llmc.schedules.qlinear import QuantLinearConfig
-from llmc.schedules.tile_linear import heights, pack_rows, shares, tile_schedule
+from llmc.schedules.tile_linear import pack_rows
 from llmc.schedules.tile_product import PAIR, RightOperands, Rows, TileProduct
-from llmc.schedules.tiles import ROWS, TileDot, Tiles
+from llmc.schedules.tile_tasks import Results, Task, by_height, tasks, tile_schedule
+from llmc.schedules.tiles import ROWS, TileDot
 
 _STEP = 32  # columns of a left operand
 
@@ -54,41 +55,28 @@ def tile_quant_linear(cfg: QuantLinearConfig, caps: Capabilities, most: int = 0)
         residual = e.tensor("residual", [*ones, t, n], cfg.in_dtype) if cfg.has_residual else None
         y = e.tensor("y", [*ones, t, n], cfg.out_dtype)
         with e.root():
-            if most:
-                with T.Assert(t <= e.i64(most), "this kernel is for fewer rows"):
-                    pass
-            bf = e.flat(bias, bias_n) if bias is not None else None
-            rf = e.flat(residual, t * n) if residual is not None else None
-            yf = e.flat(y, t * n)
+            results = Results(
+                epilogue,
+                caps,
+                e.flat(y, t * n),
+                e.flat(bias, bias_n) if bias is not None else None,
+                e.flat(residual, t * n) if residual is not None else None,
+            )
             codes = QuantCodes(caps, layout, w, layout.blocks * layout.block_bytes)
             rows = Rows(-(-layout.padded_k // _STEP) * 64, 2)
             left = pack_rows(caps, rows, e.flat(x, t * k), t, k)
             text = str(codes.import_text().get("pragma_import_llvm", ""))
 
-            def by_height(rows_of_task: int) -> None:
+            def body(rows_of_task: int) -> None:
                 product = TileProduct(caps, schedule, TileDot.BF16, nb, rows_of_task, rows, left)
                 weights = _Weights(product, layout, codes)
-                tiles = product.tiles()
-                row_blocks, each = shares(t, rows_of_task)
-                with tiles.launch(layout.blocks * row_blocks, text) as task:
-                    block = e.let(task // row_blocks)
-                    first = e.let(task % row_blocks * each)
-                    count = e.let(T.max(e.i64(0), T.min(each, t - first)))
+                with tasks(product, layout.blocks, t, text) as task:
                     sums = e.workspace(product.size)
-                    weights.run(tiles, sums, e.let(block * layout.block_bytes), first, count)
-                    with e.loop(count) as r:
-                        epilogue.store(
-                            lambda _, v: e.load(sums, product.vector_at(r, v), ROWS),
-                            lambda _, v, i: sums[product.vector_at(r, v) + i],
-                            [e.let(first + r)],
-                            block,
-                            yf,
-                            caps,
-                            bf,
-                            rf,
-                        )
+                    weights.run(task, sums, e.let(task.block * layout.block_bytes))
+                    with e.loop(task.count) as r:
+                        results.store(task, r, sums, lambda v: product.vector_at(r, v))
 
-            heights(t, most, schedule.rows, by_height)
+            by_height(t, most, schedule.rows, body)
     return built[0]
 
 
@@ -102,8 +90,8 @@ class _Weights:
         least = max(layout.piece, _STEP)
         self.per_pass = max(least, product.schedule.columns // least * least) // layout.piece
 
-    def run(self, tiles: Tiles, sums: Any, base: Any, first: Any, count: Any) -> None:
-        """sums = rows [first, first + count) times the block at byte `base`."""
+    def run(self, task: Task, sums: Any, base: Any) -> None:
+        """sums = the task's rows times the block at byte `base`."""
         product, layout, nb = self.product, self.layout, self.product.n_block
         columns = self.per_pass * layout.piece
         # two columns in a lane
@@ -121,16 +109,16 @@ class _Weights:
 
             def body(pair: Any, part: int, right: RightOperands = right, p: Any = p) -> None:
                 product.accumulate(
-                    tiles,
+                    task.tiles,
                     sums,
                     e.let(product.part_at(pair, part)),
-                    e.let(first // PAIR + pair),
+                    e.let(task.first // PAIR + pair),
                     part,
                     right,
                     True if passes == 1 else p == 0,
                 )
 
-            product.over(count, body)
+            product.over(task.count, body)
 
     def _unpack(self, to: Any, base: Any, p: Any, at: Any) -> None:
         """Piece p of the block, to element `at`."""

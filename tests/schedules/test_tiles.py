@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -300,6 +300,30 @@ def test_choice_between_vectors_and_tiles(emulated, tools):
         kernel(tools.tensor(x), packed, y)
         expected = x.astype(np.float64) @ weight.astype(np.float64).T
         assert np.abs(y.numpy() - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_the_tuner_searches_both_kinds(emulated):
+    layout = quant_layout(by_name("w4a8"), 256, 2048, emulated)
+    for tunable, config in (
+        (TunableLinear(), LinearConfig(256, 2048, BF16, BF16, BF16)),
+        (TunableQuantLinear(), QuantLinearConfig(256, layout, BF16, BF16)),
+    ):
+        task = tunable.task(config)
+        rng = np.random.default_rng(6)
+        for bucket in tunable.buckets(task):
+            space = tunable.space(task, bucket, emulated)
+            plain = tunable.space(task, bucket, replace(emulated, tiles=TileUnit.NONE))
+            found = [space.random(rng) for _ in range(40)]
+            starts = {schedule.tiles_from for schedule in found}
+            # either kind, each with fields of its own
+            assert len(starts) == 2 and (0 in starts) == (bucket.low >= space.default.tiles_from)
+            for schedule in found:
+                moved = space.mutate(schedule, rng)
+                assert schedule in space and moved in space and moved.tiles_from == schedule.tiles_from
+                assert space.cross(schedule, space.default, rng) in space
+                assert space.nearest(asdict(schedule)) == schedule
+                assert np.isfinite(list(tunable.terms(task, schedule, bucket.low, emulated).values())).all()
+            assert len(set(space)) == sum(1 for _ in space) > sum(1 for _ in plain)
 
 
 def test_the_peak_loops_do_all_that_is_counted(emulated, tools):
