@@ -24,6 +24,7 @@ _COMMON = f"""
 declare void @llvm.trap()
 declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
 declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
+declare void @free(ptr)
 declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
 
 define linkonce_odr i64 @llmc_tile_rows(ptr %f, i64 %t) alwaysinline {{
@@ -61,7 +62,7 @@ define linkonce_odr ptr @llmc_tile_at(ptr %f, i64 %t) alwaysinline {{
   %p = getelementptr i8, ptr %f, i64 %o
   ret ptr %p
 }}
-define linkonce_odr i32 @llmc_ldtilecfg(ptr %f, ptr %c) noinline {{
+define linkonce_odr i32 @llmc_ldtilecfg(ptr %f, ptr %c) {{
   %p = getelementptr i8, ptr %f, i64 {CONFIG_AT}
   call void @llvm.memset.p0.i64(ptr %f, i8 0, i64 {CONFIG_AT}, i1 false)
   call void @llvm.memcpy.p0.p0.i64(ptr %p, ptr %c, i64 64, i1 false)
@@ -81,18 +82,22 @@ loop:
 done:
   ret i32 0
 }}
-define linkonce_odr i32 @llmc_tilerelease(ptr %f) noinline {{
+define linkonce_odr i32 @llmc_tilerelease(ptr %f) {{
   %p = getelementptr i8, ptr %f, i64 {CONFIG_AT}
   call void @llvm.memset.p0.i64(ptr %p, i8 0, i64 64, i1 false)
   ret i32 0
 }}
-define linkonce_odr i32 @llmc_tilezero(ptr %f, i64 %t) noinline {{
+define linkonce_odr i32 @llmc_tile_free(ptr %f) {{
+  call void @free(ptr %f)
+  ret i32 0
+}}
+define linkonce_odr i32 @llmc_tilezero(ptr %f, i64 %t) {{
   call void @llmc_tile_configured(ptr %f)
   %d = call ptr @llmc_tile_at(ptr %f, i64 %t)
   call void @llvm.memset.p0.i64(ptr %d, i8 0, i64 1024, i1 false)
   ret i32 0
 }}
-define linkonce_odr i32 @llmc_tileloadd64(ptr %f, i64 %t, ptr %s, i64 %stride) noinline {{
+define linkonce_odr i32 @llmc_tileloadd64(ptr %f, i64 %t, ptr %s, i64 %stride) {{
   %z = call i32 @llmc_tilezero(ptr %f, i64 %t)
   %d = call ptr @llmc_tile_at(ptr %f, i64 %t)
   %rows = call i64 @llmc_tile_rows(ptr %f, i64 %t)
@@ -111,7 +116,7 @@ loop:
 done:
   ret i32 0
 }}
-define linkonce_odr i32 @llmc_tilestored64(ptr %f, i64 %t, ptr %s, i64 %stride) noinline {{
+define linkonce_odr i32 @llmc_tilestored64(ptr %f, i64 %t, ptr %s, i64 %stride) {{
   call void @llmc_tile_configured(ptr %f)
   %d = call ptr @llmc_tile_at(ptr %f, i64 %t)
   %rows = call i64 @llmc_tile_rows(ptr %f, i64 %t)
@@ -168,7 +173,7 @@ def _dot(name: str, kind: str, start: str, step: str, result: str) -> str:
     values = [line.strip().rsplit(" ", 2) for line in start.strip().splitlines()]
     phis = "\n".join(f"  {v} = phi {t} [{s}, %rows], [{v}.next, %inner]" for t, v, s in values)
     return f"""
-define linkonce_odr i32 @llmc_tdp{name}(ptr %f, i64 %ct, i64 %at, i64 %bt) noinline {{
+define linkonce_odr i32 @llmc_tdp{name}(ptr %f, i64 %ct, i64 %at, i64 %bt) {{
   call void @llmc_tile_operands(ptr %f, i64 %ct, i64 %at, i64 %bt)
   %c = call ptr @llmc_tile_at(ptr %f, i64 %ct)
   %a = call ptr @llmc_tile_at(ptr %f, i64 %at)

@@ -120,7 +120,8 @@ class TileProduct:
         self.heights = 1 if self.narrow else 2
         self.each = _SUMS if self.narrow else _SUMS // 2
         self.parts = [(v, min(self.each, self.vectors - v)) for v in range(0, self.vectors, self.each)]
-        self.left_tiles, self.right_tiles = (NARROW_LEFT, NARROW_RIGHT) if self.narrow else (LEFT, RIGHT)
+        self.left_tiles: tuple[int, ...] = NARROW_LEFT if self.narrow else LEFT
+        self.right_tiles: tuple[int, ...] = NARROW_RIGHT if self.narrow else RIGHT
 
     def tiles(self) -> Tiles:
         """The unit, configured for this product."""

@@ -138,7 +138,12 @@ class _Weights:
                         value = value * scales[v]
                         value = value if shifts is None else value + shifts[v]
                         halves.append(e.narrow(e.let(value), "bfloat16", ROWS, codes.caps))
-                    e.store(to, at + (s * codes.each + i) * nb + v * ROWS, _zip(*halves, codes.caps), ROWS)
+                    e.store(
+                        to,
+                        at + (s * codes.each + i) * nb + v * ROWS,
+                        _zip(halves[0], halves[1], codes.caps),
+                        ROWS,
+                    )
 
 
 def _zip(even: Any, odd: Any, caps: Capabilities) -> Any:

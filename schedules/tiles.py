@@ -65,14 +65,24 @@ class Tiles:
             text: LLVM functions that the body needs.
         """
         text += emulation_text() if self.emulated else ""
-        annotations = {"pragma_parallel_launch_point": tirx.IntImm("int32", 1)}
-        if text:
-            annotations["pragma_import_llvm"] = text
+        annotations: dict[str, Any] = {"pragma_import_llvm": text} if text else {}
+        alone = isinstance(extent, int) and extent == 1  # no loop, which a launch must have
+        if not alone:
+            annotations["pragma_parallel_launch_point"] = tirx.IntImm("int32", 1)
+        config = self._config()
         with T.serial(e.i64(0), e.i64(1), annotations=annotations):
-            self._configure()
-            with T.parallel(e.i64(extent)) as task:
-                yield task
-            self._release()
+            if self.emulated:
+                # not a buffer: those are allocated before the launch, one for all threads
+                self._file = e.let(T.call_extern("handle", "malloc", e.i64(FILE_BYTES)))
+            self._emit("ldtilecfg", T.address_of(config[0]))
+            if alone:
+                yield e.i64(0)
+            else:
+                with T.parallel(e.i64(extent)) as task:
+                    yield task
+            self._emit("tilerelease")
+            if self.emulated:
+                T.evaluate(T.call_extern("int32", "llmc_tile_free", self._file))
 
     def zero(self, tile: int) -> None:
         self._emit("tilezero", self._number(tile))
@@ -89,10 +99,9 @@ class Tiles:
         """sums += left x right."""
         self._emit(f"tdp{kind.value}", *(self._number(t) for t in (sums, left, right)))
 
-    def _configure(self) -> None:
+    def _config(self) -> Any:
+        """What ldtilecfg reads."""
         config = e.scratch(64, "uint8")
-        if self.emulated:
-            self._file = e.workspace(FILE_BYTES, "uint8")
         values = [0] * 64
         values[0] = _PALETTE
         for i in range(COUNT):
@@ -100,10 +109,7 @@ class Tiles:
             values[_ROWS_AT + i] = self.rows[i]
         for at, value in enumerate(values):
             e.store(config, at, tirx.IntImm("uint8", value), 1)
-        self._emit("ldtilecfg", T.address_of(config[0]))
-
-    def _release(self) -> None:
-        self._emit("tilerelease")
+        return config
 
     def _number(self, tile: int) -> Any:
         if not 0 <= tile < COUNT:
@@ -112,7 +118,7 @@ class Tiles:
 
     def _emit(self, name: str, *args: Any) -> None:
         if self.emulated:
-            T.evaluate(T.call_extern("int32", f"llmc_{name}", T.address_of(self._file[0]), *args))
+            T.evaluate(T.call_extern("int32", f"llmc_{name}", self._file, *args))
         else:
             T.evaluate(T.call_llvm_intrin("void", T.llvm_lookup_intrinsic_id(f"llvm.x86.{name}"), *args))
 

@@ -111,7 +111,7 @@ print("done")
         ("tiles.dot(TileDot.SIGNED, 0, 3, 5)", False),
         ("tiles.dot(TileDot.SIGNED, 0, 3, 6)", True),  # 32 bytes of the left operand, 64 of the right one
         ("tiles.dot(TileDot.SIGNED, 0, 0, 5)", True),
-        ("tiles._release(); tiles.zero(1)", True),  # without a configuration
+        ("tiles._emit('tilerelease'); tiles.zero(1)", True),  # without a configuration
     ],
 )
 def test_emulation_faults_where_the_processor_does(operation, faults):
@@ -255,7 +255,7 @@ def test_integers_with_gate_and_the_largest_values(emulated, tools):
     np.testing.assert_array_equal(y.numpy(), exact.astype(np.float32))
 
 
-FLOATS = ["q4g32", pytest.param("q4g32a", marks=pytest.mark.slow), pytest.param("nf4", marks=pytest.mark.slow),
+FLOATS = ["q4g32", pytest.param("q4g32a", marks=pytest.mark.slow), pytest.param("mxfp4", marks=pytest.mark.slow),
           pytest.param("q8", marks=pytest.mark.slow), pytest.param("q3g16", marks=pytest.mark.slow)]  # fmt: skip
 
 
@@ -323,7 +323,8 @@ def test_the_tuner_searches_both_kinds(emulated):
                 assert space.cross(schedule, space.default, rng) in space
                 assert space.nearest(asdict(schedule)) == schedule
                 assert np.isfinite(list(tunable.terms(task, schedule, bucket.low, emulated).values())).all()
-            assert len(set(space)) == sum(1 for _ in space) > sum(1 for _ in plain)
+            if tunable.name == "quant_linear":  # the other one has too many
+                assert len(set(space)) == sum(1 for _ in space) > sum(1 for _ in plain)
 
 
 def test_the_peak_loops_do_all_that_is_counted(emulated, tools):
@@ -340,20 +341,18 @@ def test_the_peak_loops_do_all_that_is_counted(emulated, tools):
         assert kind.operations(16) * 3 == 2 * 16 * out.numpy()[0].sum()
 
 
-def loops_of(text):
-    """Bodies of innermost loops: from a label to the jump back to it, without other labels that are jumped to."""
-    found, label, body = [], None, []
-    for line in text.splitlines():
+def products_of(text):
+    """What lies between the first and the last product of each basic block that has some."""
+    found, block = [], []
+    for line in [*text.splitlines(), "end:"]:
         line = line.split("#")[0].strip()
-        if re.fullmatch(r"\.?L\w+:", line):
-            label, body = line[:-1], []
+        if re.fullmatch(r"[.\w$]+:", line) or re.match(r"j\w+\s", line):
+            at = [i for i, instruction in enumerate(block) if instruction.startswith("tdp")]
+            if at:
+                found.append(block[at[0] : at[-1] + 1])
+            block = []
         elif line and not line.startswith("."):
-            body.append(line)
-            jump = re.match(r"j\w+\s+(\.?L\w+)", line)
-            if jump:
-                if jump[1] == label:
-                    found.append(body)
-                label, body = (label, body) if jump[1] != label else (None, [])
+            block.append(line)
     return found
 
 
@@ -367,31 +366,34 @@ def code_for(kind, caps, **fields):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dot"),
+    ("kind", "dot", "most"),
     [
-        ("bf16", "tdpbf16ps"),
-        ("w8a8", "tdpbsud"),
-        pytest.param("w4a8g128", "tdpbssd", marks=pytest.mark.slow),
-        pytest.param("q4g32", "tdpbf16ps", marks=pytest.mark.slow),
+        ("bf16", "tdpbf16ps", 2),
+        ("w8a8", "tdpbsud", 2),
+        pytest.param("w4a8g128", "tdpbssd", 1, marks=pytest.mark.slow),
+        pytest.param("q4g32", "tdpbf16ps", 1, marks=pytest.mark.slow),
     ],
 )
-def test_code_for_the_unit(kind, dot, tools):
+def test_code_for_the_unit(kind, dot, most, tools):
     caps = capabilities("x86-64-v4-amx")
     text = tools.assembly(caps, k=code_for(kind, caps))
-    with_tiles = [body for body in loops_of(text) if any("tdp" in line for line in body)]
-    # two steps of two by two tiles, and of one by four
-    shapes = {sum(dot in line for line in body) for body in with_tiles}
-    assert 8 in shapes
-    for body in with_tiles:
-        words = [line.split()[0] for line in body]
-        dots = words.count(dot)
-        assert dots and words.count("tileloadd") <= dots * 5 // 4
+    blocks = products_of(text)
+    shapes = set()
+    for block in blocks:
+        words = [instruction.split()[0] for instruction in block]
+        products = [instruction.split()[1:] for instruction in block if instruction.startswith(dot)]
+        assert len(products) == sum(word.startswith("tdp") for word in words)
+        shapes.add(tuple(len({p[i] for p in products}) for i in (2, 1, 0)))
+        # sums stay in their tiles; no vectors, no stores and nothing from the stack, which would be spills
         assert not {"tilestored", "tilezero", "ldtilecfg", "tilerelease"} & set(words)
-        # no vector work and no spills between products; address arithmetic only
-        assert not [line for line in body if re.search(r"[xyz]mm", line.replace("tmm", ""))]
-        assert len(words) <= 5 * dots, body
-    # configured and released once on every thread
-    assert text.count("ldtilecfg") == text.count("tilerelease") > 0
+        assert not [i for i in block if re.search(r"%[xyz]mm|%rsp|%rbp\)", i)], block
+        loads = words.count("tileloadd")
+        assert loads <= len(products) * 5 // 4
+        # the rest is addresses and prefetches
+        assert len(words) - loads - len(products) <= most * len(products), block
+    # (tiles of sums, left operands, right operands): two by two, and one by four with three in turns
+    assert shapes == {(4, 2, 2), (4, 1, 3)}
+    assert text.count("ldtilecfg") == text.count("tilerelease") == 2
 
 
 def test_preset_detection_and_permission(monkeypatch):
