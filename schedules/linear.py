@@ -56,7 +56,7 @@ class LinearSchedule:
     block_fast: bool = False
     tiles_from: int = 9
     tile_rows: int = 256
-    tile_columns: int = 256
+    tile_columns: int = 0
     tile_unroll: int = 2
     tile_prefetch: bool = True
     tile_wide: bool = False

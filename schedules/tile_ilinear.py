@@ -34,11 +34,10 @@ def tile_int_linear(cfg: QuantLinearConfig, caps: Capabilities, most: int = 0) -
     """
     layout, n, k = cfg.layout, cfg.n, cfg.layout.k
     bias_n = 2 * n if cfg.gated else n
-    nb = layout.n_block
-    schedule = tile_schedule(cfg)
+    nb, nibbles = layout.n_block, layout.of.bits == 4
+    schedule = tile_schedule(cfg, 256 if nibbles else 512)
     epilogue = Epilogue(n, nb, cfg.in_dtype, cfg.out_dtype, cfg.activation, cfg.gated, cfg.gate_second)
     dot = IntDot(caps, layout.of.bits)
-    nibbles = layout.of.bits == 4
     text = str(dot.import_text()["pragma_import_llvm"])
     built: list[Any] = []
     with e.kernel(built):

@@ -31,7 +31,8 @@ class TileSchedule:
 
     Attributes:
         rows: rows of one task.
-        columns: columns of a pass, whose right operands stay in the first-level cache.
+        columns: columns of a pass, whose right operands stay in the first-level cache; 0 = what the kernel takes by itself,
+            16 KiB for 32 outputs.
         unroll: steps of columns per turn of the inner loop.
         prefetch: ask for the weights of the next pass during this one.
         wide: all outputs of a block for two tiles of rows, then the next rows; else all rows for 32 outputs, then the next
@@ -39,7 +40,7 @@ class TileSchedule:
     """
 
     rows: int = 256
-    columns: int = 256
+    columns: int = 0
     unroll: int = 2
     prefetch: bool = True
     wide: bool = False

@@ -16,11 +16,11 @@ from llmc.schedules.tile_product import PAIR, TileProduct, TileSchedule
 from llmc.schedules.tiles import ROWS, Tiles
 
 
-def tile_schedule(schedule: Any) -> TileSchedule:
-    """The tile fields of a kernel's schedule or config."""
+def tile_schedule(schedule: Any, columns: int = 256) -> TileSchedule:
+    """The tile fields of a kernel's schedule or config; `columns` where it leaves them open."""
     return TileSchedule(
         schedule.tile_rows,
-        schedule.tile_columns,
+        schedule.tile_columns or columns,
         schedule.tile_unroll,
         bool(schedule.tile_prefetch),
         bool(schedule.tile_wide),

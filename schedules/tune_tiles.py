@@ -8,7 +8,7 @@ from typing import Any
 
 from llmc.schedules.tunable import Bucket, Knob, Space
 
-_COLUMNS = (128, 256, 512, 1024)
+_COLUMNS = (128, 0, 512, 1024)
 
 
 def with_tiles(
@@ -26,7 +26,7 @@ def with_tiles(
         knobs, valid: further fields that schedules on tiles may choose.
     """
     large = not bucket.high or bucket.high > 64
-    columns = tuple(c for c in _COLUMNS if c < k or c == space.default.tile_columns)
+    columns = tuple(c for c in _COLUMNS if c < k)
     tile_knobs = (
         Knob("tile_rows", (64, 128, 256, 512) if large else (space.default.tile_rows,)),
         Knob("tile_columns", columns),
