@@ -88,8 +88,9 @@ class ByRows(Generic[S]):
 
 @dataclass(frozen=True)
 class Segment(Generic[S]):
-    """Numbers of rows up to `most` (0 = all above) that take a schedule, on tile registers or not."""
+    """Numbers of rows from `least` up to `most` (0 = all above) that take a schedule, on tile registers or not."""
 
+    least: int
     most: int
     choice: S
     tiled: bool
@@ -106,8 +107,8 @@ def segments(schedule: ByRows[S], tiles_from: Callable[[S], int]) -> list[Segmen
         high = schedule.limits[i] if i < len(schedule.limits) else 0
         start = tiles_from(choice)
         if start > low and (not high or start <= high):
-            out.append(Segment(start - 1, choice, False))
+            out.append(Segment(low, start - 1, choice, False))
             low = start
-        out.append(Segment(high, choice, 0 < start <= low))
+        out.append(Segment(low, high, choice, 0 < start <= low))
         low = high + 1
     return out

@@ -27,10 +27,10 @@ from llmc.schedules.tiles import ELEMENTS, ROW_BYTES, ROWS, TileDot
 _WORDS = ROWS * 4  # columns of a right operand
 
 
-def tile_int_linear(cfg: QuantLinearConfig, caps: Capabilities, most: int = 0) -> Any:
+def tile_int_linear(cfg: QuantLinearConfig, caps: Capabilities, least: int = 1, most: int = 0) -> Any:
     """The PrimFunc (x[1 x lead, T, k], w packed, [bias], [residual like y], y[1 x lead, T, n]) with symbolic T.
 
-    As llmc.schedules.ilinear.int_linear. most: bound of T; 0 = none.
+    As llmc.schedules.ilinear.int_linear. least, most: bounds of T; 0 = none.
     """
     layout, n, k = cfg.layout, cfg.n, cfg.layout.k
     bias_n = 2 * n if cfg.gated else n
@@ -78,7 +78,7 @@ def tile_int_linear(cfg: QuantLinearConfig, caps: Capabilities, most: int = 0) -
                             e.store(acc, v * ROWS, block_sums.value(base, r, v) * factor, ROWS)
                         results.store(task, r, acc, lambda v: v * ROWS)
 
-            by_height(t, most, schedule.rows, body)
+            by_height(t, least, most, schedule.rows, body)
     return built[0]
 
 

@@ -38,23 +38,23 @@ def linear_by_rows(config: LinearConfig, caps: Capabilities) -> Any:
         return linear(config, caps)
     kernels = []
     for part in parts:
-        schedule = ByRows((part.choice,), (part.most,) if part.most else ())
-        build = tile_linear if part.tiled else linear
-        kernels.append(partial(build, replace(config, schedule=schedule), caps))
+        one = replace(config, schedule=ByRows((part.choice,), (part.most,) if part.most else ()))
+        tiled = partial(tile_linear, one, caps, part.least, part.most)
+        kernels.append(tiled if part.tiled else partial(linear, one, caps))
     return e.merged("T", [part.most for part in parts[:-1]], kernels)
 
 
-def tile_linear(cfg: LinearConfig, caps: Capabilities) -> Any:
+def tile_linear(cfg: LinearConfig, caps: Capabilities, least: int = 1, most: int = 0) -> Any:
     """The PrimFunc (x[1 x lead, T, k], w packed, [bias[n]], [residual like y], y[1 x lead, T, n]) with symbolic T.
 
-    As llmc.schedules.linear.linear, by the one schedule of `cfg`. A task is a weight block times `tile_rows` rows.
+    As llmc.schedules.linear.linear, by the first schedule of `cfg`. A task is a weight block times `tile_rows` rows.
+    least, most: bounds of T; 0 = none.
     """
     n, k = cfg.n, cfg.k
     blocks, steps, nb, kp = cfg.packed_shape(caps)
     if kp != 2 or nb % ROWS:
         raise ValueError(f"a weight in blocks of {nb} outputs by {kp} columns is no right operand")
     rows_n = 2 * n if cfg.gated else n
-    most = cfg.schedule.limits[0] if cfg.schedule.limits else 0
     schedule = tile_schedule(cfg.schedule.choices[0])
     epilogue = Epilogue(n, nb, cfg.in_dtype, cfg.out_dtype, cfg.activation, cfg.gated, cfg.gate_second)
     text = str(e.import_text(caps).get("pragma_import_llvm", ""))
@@ -88,7 +88,7 @@ def tile_linear(cfg: LinearConfig, caps: Capabilities) -> Any:
                     with e.loop(task.count) as r:
                         results.store(task, r, sums, lambda v: product.vector_at(r, v))
 
-            by_height(t, most, schedule.rows, body)
+            by_height(t, least, most, schedule.rows, body)
     return built[0]
 
 

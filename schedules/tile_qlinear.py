@@ -35,10 +35,10 @@ def quant_tiles_from(config: QuantLinearConfig, caps: Capabilities, schedule: An
     return int(schedule.tiles_from) if usable and caps.tiles is not TileUnit.NONE else 0
 
 
-def tile_quant_linear(cfg: QuantLinearConfig, caps: Capabilities, most: int = 0) -> Any:
+def tile_quant_linear(cfg: QuantLinearConfig, caps: Capabilities, least: int = 1, most: int = 0) -> Any:
     """The PrimFunc (x[1 x lead, T, k], w packed, [bias], [residual like y], y[1 x lead, T, n]) with symbolic T.
 
-    As llmc.schedules.qlinear.quant_linear. most: bound of T; 0 = none.
+    As llmc.schedules.qlinear.quant_linear. least, most: bounds of T; 0 = none.
     """
     layout, n, k = cfg.layout, cfg.n, cfg.layout.k
     bias_n = 2 * n if cfg.gated else n
@@ -76,7 +76,7 @@ def tile_quant_linear(cfg: QuantLinearConfig, caps: Capabilities, most: int = 0)
                     with e.loop(task.count) as r:
                         results.store(task, r, sums, lambda v: product.vector_at(r, v))
 
-            by_height(t, most, schedule.rows, body)
+            by_height(t, least, most, schedule.rows, body)
     return built[0]
 
 

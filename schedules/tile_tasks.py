@@ -53,10 +53,11 @@ def tasks(product: TileProduct, blocks: int, t: Any, text: str) -> Iterator[Task
         yield Task(tiles, e.let(task // row_blocks), first, count)
 
 
-def by_height(t: Any, limit: int, rows: int, body: Callable[[int], None]) -> None:
+def by_height(t: Any, least: int, limit: int, rows: int, body: Callable[[int], None]) -> None:
     """body(most rows of a task) for t rows: one tile of them where they fit in it, else whole pairs.
 
     Args:
+        least: of t.
         limit: bound of t, which is asserted; 0 = none.
     """
     if limit:
@@ -66,11 +67,15 @@ def by_height(t: Any, limit: int, rows: int, body: Callable[[int], None]) -> Non
         body(ROWS)
         return
     whole = -(-rows // PAIR) * PAIR
+    whole = min(whole, -(-limit // PAIR) * PAIR) if limit else whole
+    if least > ROWS:
+        body(whole)
+        return
     with T.If(t <= ROWS):
         with T.Then():
             body(ROWS)
         with T.Else():
-            body(min(whole, -(-limit // PAIR) * PAIR) if limit else whole)
+            body(whole)
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,10 @@ class Tiles:
     """Emits tile operations inside `launch`.
 
     Args:
-        inner_bytes: bytes of a row of the left operand (tiles 4 and 5 in `Shape`'s numbering do not matter here): 64, or
-            less if sums end earlier; the right operand has a quarter as many rows.
         left: numbers of the tiles that are left operands.
         right: numbers of the tiles that are right operands; all others hold sums.
+        inner_bytes: bytes of a row of a left operand: 64, or less if sums end earlier; a right operand has a quarter as
+            many rows.
     """
 
     def __init__(
@@ -52,6 +52,8 @@ class Tiles:
     ) -> None:
         if caps.tiles is TileUnit.NONE:
             raise ValueError(f"{caps.preset} has no tile registers")
+        if caps.lanes_f32 != ROWS:
+            raise ValueError(f"a row of sums is a vector of {ROWS} lanes, found {caps.lanes_f32}")
         self.emulated = caps.tiles is TileUnit.EMULATED
         self.column_bytes = [inner_bytes if i in left else ROW_BYTES for i in range(COUNT)]
         self.rows = [inner_bytes // 4 if i in right else ROWS for i in range(COUNT)]

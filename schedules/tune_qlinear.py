@@ -14,7 +14,7 @@ from llmc.caps import Capabilities
 from llmc.quant.schemes import Code
 from llmc.quant.weight import QuantizedWeight
 from llmc.schedules import emit as e
-from llmc.schedules.choice import ByRows, segments
+from llmc.schedules.choice import ByRows, Segment, segments
 from llmc.schedules.ilinear import int_linear
 from llmc.schedules.qlayout import QuantLayout, in_turns
 from llmc.schedules.qlinear import QuantLinearConfig, quant_linear
@@ -68,13 +68,14 @@ def quant_linear_by_rows(kernel: QuantKernel | QuantLinearConfig, caps: Capabili
     if isinstance(kernel, QuantLinearConfig):
         kernel = QuantKernel(kernel, ByRows((_schedule_of(kernel),)))
     parts = segments(kernel.schedule, partial(quant_tiles_from, kernel.config, caps))
-    kernels = [partial(_one, replace(kernel.config, **vars(p.choice)), caps, p.tiled, p.most) for p in parts]
+    kernels = [partial(_one, replace(kernel.config, **vars(part.choice)), caps, part) for part in parts]
     return e.merged("T", [part.most for part in parts[:-1]], kernels)
 
 
-def _one(config: QuantLinearConfig, caps: Capabilities, tiled: bool, most: int) -> Any:
-    if tiled:
-        return (tile_int_linear if config.layout.quads else tile_quant_linear)(config, caps, most)
+def _one(config: QuantLinearConfig, caps: Capabilities, part: Segment[QuantLinearSchedule]) -> Any:
+    if part.tiled:
+        build = tile_int_linear if config.layout.quads else tile_quant_linear
+        return build(config, caps, part.least, part.most)
     return (int_linear if config.layout.quads else quant_linear)(config, caps)
 
 

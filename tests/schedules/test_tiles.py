@@ -286,9 +286,12 @@ def test_choice_between_vectors_and_tiles(emulated, tools):
     start = lambda choice: choice.tiles_from  # noqa: E731
     first, second, third = schedule.choices
     assert segments(schedule, start) == [
-        Segment(8, first, False), Segment(20, first, True), Segment(30, second, False), Segment(0, third, True),
-    ]  # fmt: skip
-    assert segments(schedule, lambda _: 0)[0] == Segment(20, first, False)
+        Segment(1, 8, first, False),
+        Segment(9, 20, first, True),
+        Segment(21, 30, second, False),
+        Segment(31, 0, third, True),
+    ]
+    assert segments(schedule, lambda _: 0)[0] == Segment(1, 20, first, False)
     cfg = LinearConfig(20, 32, BF16, BF16, "float32", schedule=ByRows((LinearSchedule(),)))
     kernel = tools.build(emulated, k=linear_by_rows(cfg, emulated))["k"]
     rng = np.random.default_rng(5)
