@@ -422,6 +422,6 @@ def test_preset_detection_and_permission(monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="arch_prctl is Linux's")
 def test_the_system_is_really_asked():
-    """Granted exactly where the processor has tiles: elsewhere Linux refuses by itself."""
-    here = host.features() or frozenset()
-    assert (host._request_tiles() == 0) == ("amx_tile" in here)
+    """Linux refuses by itself where the processor has no tiles."""
+    code = host._request_tiles()
+    assert code != 0 or "amx_tile" in (host.features() or ())
