@@ -44,7 +44,7 @@ class LinearSchedule:
         prefetch: bytes that the weight stream is asked for ahead of its use; 0 = never.
         block_fast: neighbouring tasks take the same rows and the next weight block, instead of the next rows.
         tiles_from: rows from which on a machine with tile registers uses them; 0 = never. What follows is for those:
-        tile_rows, tile_columns, tile_unroll, tile_prefetch, tile_wide: see TileSchedule in llmc/schedules/tile_product.py.
+        tile_rows, tile_columns, tile_blocks, tile_unroll, tile_prefetch, tile_wide: see TileSchedule in tile_product.py.
     """
 
     vectors: int = 0
@@ -57,6 +57,7 @@ class LinearSchedule:
     tiles_from: int = 9
     tile_rows: int = 256
     tile_columns: int = 0
+    tile_blocks: int = 0
     tile_unroll: int = 2
     tile_prefetch: bool = True
     tile_wide: bool = False

@@ -7,6 +7,7 @@ are scaled and added to float32 totals as soon as they are complete.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 from tvm import tirx
@@ -21,7 +22,7 @@ from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.tile_product import PAIR, RightOperands, Rows, TileProduct
-from llmc.schedules.tile_tasks import Results, Task, by_height, tasks, tile_schedule
+from llmc.schedules.tile_tasks import BlockSums, Results, Task, by_height, tasks, tile_schedule
 from llmc.schedules.tiles import ELEMENTS, ROW_BYTES, ROWS, TileDot
 
 _WORDS = ROWS * 4  # columns of a right operand
@@ -67,106 +68,137 @@ def tile_int_linear(cfg: QuantLinearConfig, caps: Capabilities, least: int = 1, 
                 kind = TileDot.SIGNED if nibbles else TileDot.SIGNED_UNSIGNED
                 inner = min(ROW_BYTES, layout.group)
                 product = TileProduct(caps, schedule, kind, nb, rows_of_task, rows, rounded.data, inner)
-                block_sums = (_Nibbles if nibbles else _Bytes)(product, layout, rounded, codes, words)
                 with tasks(product, layout.blocks, t, text) as task:
-                    base = e.let(task.block * layout.block_bytes)
-                    block_sums.run(task, base)
-                    with e.loop(task.count) as r:
+                    work = (_Nibbles if nibbles else _Bytes)(product, task, layout, rounded, codes, words)
+
+                    def finish(block: Any, r: Any, at: Any) -> None:
                         factor = e.let(e.splat(rounded.scales[task.first + r], ROWS))
                         acc = e.scratch(nb)
                         for v in range(product.vectors):
-                            e.store(acc, v * ROWS, block_sums.value(base, r, v) * factor, ROWS)
-                        results.store(task, r, acc, lambda v: v * ROWS)
+                            e.store(acc, v * ROWS, work.value(block, r, at, v) * factor, ROWS)
+                        results.store(task, block, r, acc, lambda v: v * ROWS)
+
+                    work.run(finish)
 
             by_height(t, least, most, schedule.rows, body)
     return built[0]
 
 
-class _Bytes:
-    """Sums of 8-bit codes with one scale per output: integers until the end."""
+class _IntSums(BlockSums):
+    """What both widths of codes have in common."""
 
     def __init__(
-        self, product: TileProduct, layout: QuantLayout, x: IntActivations, codes: QuantCodes, words: Any
+        self,
+        product: TileProduct,
+        task: Task,
+        layout: QuantLayout,
+        x: IntActivations,
+        codes: QuantCodes,
+        words: Any,
     ) -> None:
-        self.product, self.layout, self.x, self.codes, self.words = product, layout, x, codes, words
-        self.sums: Any = None
+        super().__init__(product, task, "float32" if layout.of.bits == 4 else "int32")
+        self.layout, self.x, self.codes, self.words = layout, x, codes, words
 
-    def run(self, task: Task, base: Any) -> None:
-        """The sums of the task's rows times the block at byte `base`."""
-        product, nb = self.product, self.product.n_block
-        self.sums = sums = e.workspace(product.size, "int32")
-        # what codes are too large by, times the sum of a row, is what its sums begin with
-        with e.loop(task.count) as r:
-            start = e.let(e.splat(self.x.starts[task.first + r], ROWS))
-            for v in range(product.vectors):
-                e.store(sums, product.vector_at(r, v), start, ROWS)
-        steps = self.layout.padded_k // _WORDS
-        chunk = max(1, min(steps, product.schedule.columns // _WORDS))
-        with e.loop(-(-steps // chunk)) as p:
-            begin = e.let(p * chunk)
-            size = chunk if steps % chunk == 0 else e.let(T.min(e.i64(chunk), steps - begin))
-            at = e.let(base // 4 + begin * (ROWS * nb))
-            right = RightOperands(self.words, at, begin, size)
-            product.over(
-                task.count,
-                lambda pair, part: product.accumulate(
-                    task.tiles,
-                    sums,
-                    e.let(product.part_at(pair, part)),
-                    e.let(task.first // PAIR + pair),
-                    part,
-                    right,
-                    False,
-                    product.ahead(right, pair, part, chunk),
-                ),
-            )
+    @abstractmethod
+    def value(self, block: Any, r: Any, at: Any, v: int) -> Any:
+        """float32: vector v of row r's sums without the row's scale; the block's begin at element `at`."""
 
-    def value(self, base: Any, r: Any, v: int) -> Any:
-        """float32 sums without the row's scale."""
-        tail = e.let(base + self.layout.padded_k // UNIT * self.layout.unit_bytes)
-        whole = e.load(self.sums, self.product.vector_at(r, v), ROWS)
+
+class _Bytes(_IntSums):
+    """Sums of 8-bit codes with one scale per output: integers until the end."""
+
+    @property
+    def steps(self) -> int:
+        """Right operands in the columns."""
+        return self.layout.padded_k // _WORDS
+
+    @property
+    def chunk(self) -> int:
+        """Steps of a pass."""
+        return max(1, min(self.steps, self.product.schedule.columns // _WORDS))
+
+    @property
+    def passes(self) -> int:
+        """As of BlockSums."""
+        return -(-self.steps // self.chunk)
+
+    def start(self, at: Any) -> None:
+        """What codes are too large by, times the sum of a row."""
+        with e.loop(self.task.count) as r:
+            start = e.let(e.splat(self.x.starts[self.task.first + r], ROWS))
+            for v in range(self.product.vectors):
+                e.store(self.sums, at + self.product.vector_at(r, v), start, ROWS)
+
+    def one(self, block: Any, at: Any, p: Any) -> None:
+        """As of BlockSums."""
+        begin, size = e.let(p * self.chunk), self.chunk
+        if self.steps % self.chunk:
+            size = e.let(T.min(e.i64(self.chunk), self.steps - begin))
+        base = e.let(block * (self.layout.block_bytes // 4) + begin * (ROWS * self.product.n_block))
+        following = None if self.task.most == 1 else base + self.layout.block_bytes // 4
+        self.accumulate(at, RightOperands(self.words, base, begin, size), False, self.chunk, following)
+
+    def value(self, block: Any, r: Any, at: Any, v: int) -> Any:
+        """As of _IntSums."""
+        layout = self.layout
+        tail = e.let(block * layout.block_bytes + layout.padded_k // UNIT * layout.unit_bytes)
+        whole = e.load(self.sums, at + self.product.vector_at(r, v), ROWS)
         return tirx.Cast(e.vec("float32", ROWS), whole) * self.codes.scale(tail, v * ROWS, ROWS)
 
 
-class _Nibbles:
+class _Nibbles(_IntSums):
     """Sums of 4-bit codes with a scale per group: float32 totals."""
 
     def __init__(
-        self, product: TileProduct, layout: QuantLayout, x: IntActivations, codes: QuantCodes, words: Any
+        self,
+        product: TileProduct,
+        task: Task,
+        layout: QuantLayout,
+        x: IntActivations,
+        codes: QuantCodes,
+        words: Any,
     ) -> None:
-        self.product, self.layout, self.codes, self.words = product, layout, codes, words
-        self.totals: Any = None
+        super().__init__(product, task, layout, x, codes, words)
+        nb = product.n_block
+        self.piece = e.workspace(self.per_pass * (layout.group // 4) * nb, "int32")
+        self.scales = e.workspace(self.per_pass * nb)
+        # of one group, one pair of row tiles and one part of the block
+        self.part = e.workspace(product.part_size, "int32")
 
-    def run(self, task: Task, base: Any) -> None:
-        """As of _Bytes."""
-        product, layout, nb = self.product, self.layout, self.product.n_block
-        self.totals = e.workspace(product.size)
-        pairs = e.let((task.count + (PAIR - 1)) // PAIR)
-        with e.loop(pairs * (product.part_at(1, 0) // ROWS)) as i:
-            e.store(self.totals, i * ROWS, e.splat(0.0, ROWS), ROWS)
-        group = layout.group
-        per_pass = max(1, min(layout.groups, product.schedule.columns // group))
-        piece = e.workspace(per_pass * (group // 4) * nb, "int32")
-        scales = e.workspace(per_pass * nb)
-        part_sums = e.workspace(product.size // (-(-product.most // PAIR) * len(product.parts)), "int32")
-        with e.loop(-(-layout.groups // per_pass)) as p:
-            begin = e.let(p * per_pass)
-            inside = per_pass
-            if layout.groups % per_pass:
-                inside = e.let(T.min(e.i64(per_pass), layout.groups - begin))
-            self._unpack(piece, scales, base, begin, inside)
+    @property
+    def per_pass(self) -> int:
+        """Groups of a pass."""
+        return max(1, min(self.layout.groups, self.product.schedule.columns // self.layout.group))
 
-            def body(pair: Any, part: int, begin: Any = begin, inside: Any = inside) -> None:
-                with e.loop(inside) as g:
-                    self._group(task, piece, scales, part_sums, g, begin, pair, part)
+    @property
+    def passes(self) -> int:
+        """As of BlockSums."""
+        return -(-self.layout.groups // self.per_pass)
 
-            product.over(task.count, body)
+    def start(self, at: Any) -> None:
+        """Zeros: totals are added to as vectors."""
+        pairs = e.let((self.task.count + (PAIR - 1)) // PAIR)
+        with e.loop(pairs * (self.product.part_at(1, 0) // ROWS)) as i:
+            e.store(self.sums, at + i * ROWS, e.splat(0.0, ROWS), ROWS)
 
-    def value(self, base: Any, r: Any, v: int) -> Any:
-        """As of _Bytes."""
-        return e.load(self.totals, self.product.vector_at(r, v), ROWS)
+    def one(self, block: Any, at: Any, p: Any) -> None:
+        """As of BlockSums."""
+        begin, inside = e.let(p * self.per_pass), self.per_pass
+        if self.layout.groups % self.per_pass:
+            inside = e.let(T.min(e.i64(self.per_pass), self.layout.groups - begin))
+        self._unpack(e.let(block * self.layout.block_bytes), begin, inside)
 
-    def _unpack(self, piece: Any, scales: Any, base: Any, begin: Any, count: Any) -> None:
+        def body(pair: Any, part: int) -> None:
+            with e.loop(inside) as g:
+                self._group(at, g, begin, pair, part)
+
+        self.product.over(self.task.count, body)
+
+    def value(self, block: Any, r: Any, at: Any, v: int) -> Any:
+        """As of _IntSums."""
+        return e.load(self.sums, at + self.product.vector_at(r, v), ROWS)
+
+    def _unpack(self, base: Any, begin: Any, count: Any) -> None:
         """`count` groups from `begin` on: signed bytes in quads, and float32 scales."""
         layout, nb = self.layout, self.product.n_block
         with e.loop(count) as g:
@@ -177,37 +209,28 @@ class _Nibbles:
                     halves = (word, T.shift_right(word, e.const("int32", 4, ROWS)))
                     for h, half in enumerate(halves):
                         to = (g * (layout.group // 4) + 2 * j + h) * nb + v * ROWS
-                        e.store(piece, to, _signed(half), ROWS)
+                        e.store(self.piece, to, _signed(half), ROWS)
             tail = e.let(at + layout.group // UNIT * layout.unit_bytes)
             for v in range(self.product.vectors):
-                e.store(scales, g * nb + v * ROWS, self.codes.scale(tail, v * ROWS, ROWS), ROWS)
+                e.store(self.scales, g * nb + v * ROWS, self.codes.scale(tail, v * ROWS, ROWS), ROWS)
 
-    def _group(
-        self,
-        task: Task,
-        piece: Any,
-        scales: Any,
-        part_sums: Any,
-        g: Any,
-        begin: Any,
-        pair: Any,
-        part: int,
-    ) -> None:
-        """totals[pair, part] += group g of the pass, scaled."""
+    def _group(self, at: Any, g: Any, begin: Any, pair: Any, part: int) -> None:
+        """Totals of a pair and a part += group g of the pass, scaled."""
         product, layout, nb = self.product, self.layout, self.product.n_block
         each = layout.group // product.inner
-        right = RightOperands(piece, e.let(g * (layout.group // 4 * nb)), e.let((begin + g) * each), each)
-        product.accumulate(
-            task.tiles, part_sums, e.i64(0), e.let(task.first // PAIR + pair), part, right, True
-        )
+        first = e.let((begin + g) * each)
+        right = RightOperands(self.piece, e.let(g * (layout.group // 4 * nb)), first, each)
+        number = e.let(self.task.first // PAIR + pair)
+        product.accumulate(self.task.tiles, self.part, e.i64(0), number, part, right, True)
         vector, width = product.parts[part]
-        factors = [e.let(e.load(scales, g * nb + (vector + c) * ROWS, ROWS)) for c in range(width)]
-        to = e.let(product.part_at(pair, part))
+        factors = [e.let(e.load(self.scales, g * nb + (vector + c) * ROWS, ROWS)) for c in range(width)]
+        to = e.let(at + product.part_at(pair, part))
         with e.loop(ROWS) as r:
             for tile in range(width * product.heights):
-                at = tile * ELEMENTS + r * ROWS
-                value = tirx.Cast(e.vec("float32", ROWS), e.load(part_sums, at, ROWS)) * factors[tile % width]
-                e.store(self.totals, to + at, e.load(self.totals, to + at, ROWS) + value, ROWS)
+                here = tile * ELEMENTS + r * ROWS
+                value = tirx.Cast(e.vec("float32", ROWS), e.load(self.part, here, ROWS))
+                total = e.load(self.sums, to + here, ROWS) + value * factors[tile % width]
+                e.store(self.sums, to + here, total, ROWS)
 
 
 def _signed(word: Any) -> Any:

@@ -17,8 +17,8 @@ from llmc.schedules import emit as e
 from llmc.schedules.choice import ByRows, segments
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.linear import LinearConfig, LinearSchedule, linear
-from llmc.schedules.tile_product import PAIR, RightOperands, Rows, TileProduct
-from llmc.schedules.tile_tasks import Results, Task, by_height, tasks, tile_schedule
+from llmc.schedules.tile_product import RightOperands, Rows, TileProduct
+from llmc.schedules.tile_tasks import BlockSums, Results, Task, by_height, tasks, tile_schedule
 from llmc.schedules.tiles import ROWS, TileDot
 
 _STEP = 32  # columns of a left operand
@@ -81,12 +81,13 @@ def tile_linear(cfg: LinearConfig, caps: Capabilities, least: int = 1, most: int
 
             def body(rows_of_task: int) -> None:
                 product = TileProduct(caps, schedule, TileDot.BF16, nb, rows_of_task, rows, left)
-                block_sums = _BlockSums(product, words, steps)
                 with tasks(product, blocks, t, text) as task:
-                    sums = e.workspace(product.size)
-                    block_sums.run(task, sums, e.let(task.block * (steps * nb)))
-                    with e.loop(task.count) as r:
-                        results.store(task, r, sums, lambda v: product.vector_at(r, v))
+                    work = _PairSums(product, task, words, steps)
+
+                    def finish(block: Any, r: Any, at: Any) -> None:
+                        results.store(task, block, r, work.sums, lambda v: at + product.vector_at(r, v))
+
+                    work.run(finish)
 
             by_height(t, least, most, schedule.rows, body)
     return built[0]
@@ -110,65 +111,57 @@ def pack_rows(caps: Capabilities, rows: Rows, x: Any, t: Any, k: int) -> Any:
     return left
 
 
-class _BlockSums:
-    """All columns of a weight block in pairs of bf16, pass by pass.
+class _PairSums(BlockSums):
+    """Sums over columns in pairs of bf16.
 
     Args:
         words: the packed weight as 32-bit elements; a block is [steps, n_block] of them.
     """
 
-    def __init__(self, product: TileProduct, words: Any, steps: int) -> None:
-        self.product, self.words, self.nb = product, words, product.n_block
+    def __init__(self, product: TileProduct, task: Task, words: Any, steps: int) -> None:
+        super().__init__(product, task)
+        self.words, self.nb, self.steps = words, product.n_block, steps
         self.whole, self.rest = divmod(steps, ROWS)
         self.chunk = max(1, min(self.whole, product.schedule.columns // _STEP))
-        self.passes = -(-self.whole // self.chunk)
+        self.tail = e.workspace(ROWS * self.nb, "int32") if self.rest else None
 
-    def run(self, task: Task, sums: Any, base: Any) -> None:
-        """sums = the task's rows times the block at element `base`."""
-        product = self.product
-        per_step = ROWS * self.nb
-        if self.whole:
-            with e.loop(self.passes) as p:
-                begin = e.let(p * self.chunk)
-                size = self.chunk
-                if self.whole % self.chunk:
-                    size = e.let(T.min(e.i64(self.chunk), self.whole - begin))
-                right = RightOperands(self.words, e.let(base + begin * per_step), begin, size)
+    @property
+    def passes(self) -> int:
+        """Of whole steps, and one for the columns that are left."""
+        return -(-self.whole // self.chunk) + (self.rest > 0)
 
-                def body(pair: Any, part: int, right: RightOperands = right, p: Any = p) -> None:
-                    product.accumulate(
-                        task.tiles,
-                        sums,
-                        e.let(product.part_at(pair, part)),
-                        e.let(task.first // PAIR + pair),
-                        part,
-                        right,
-                        True if self.passes == 1 else p == 0,
-                        product.ahead(right, pair, part, self.chunk),
-                    )
+    def one(self, block: Any, at: Any, p: Any) -> None:
+        """As of BlockSums."""
+        base = e.let(block * (self.steps * self.nb))
+        if not self.rest:
+            self._whole(base, at, p)
+        elif not self.whole:
+            self._rest(base, at)
+        else:
+            with T.If(p < self.passes - 1):
+                with T.Then():
+                    self._whole(base, at, p)
+                with T.Else():
+                    self._rest(base, at)
 
-                product.over(task.count, body)
-        if self.rest:
-            right = self._tail(base)
-            product.over(
-                task.count,
-                lambda pair, part: product.accumulate(
-                    task.tiles,
-                    sums,
-                    e.let(product.part_at(pair, part)),
-                    e.let(task.first // PAIR + pair),
-                    part,
-                    right,
-                    self.whole == 0,
-                ),
-            )
+    def _whole(self, base: Any, at: Any, p: Any) -> None:
+        begin = e.let(p * self.chunk)
+        size = self.chunk
+        if self.whole % self.chunk:
+            size = e.let(T.min(e.i64(self.chunk), self.whole - begin))
+        first = e.let(base + begin * (ROWS * self.nb))
+        right = RightOperands(self.words, first, begin, size)
+        # of several blocks the next one comes next, in the same columns
+        following = None if self.task.most == 1 else first + self.steps * self.nb
+        fresh = True if self.passes == 1 else p == 0
+        self.accumulate(at, right, fresh, self.chunk, following)
 
-    def _tail(self, base: Any) -> RightOperands:
+    def _rest(self, base: Any, at: Any) -> None:
         """The last columns as a whole step, filled up with zeros."""
-        tail = e.workspace(ROWS * self.nb, "int32")
         with e.loop(self.rest * self.nb // ROWS) as i:
-            at = base + self.whole * ROWS * self.nb + i * ROWS
-            e.store(tail, i * ROWS, e.load(self.words, at, ROWS), ROWS)
+            source = base + self.whole * ROWS * self.nb + i * ROWS
+            e.store(self.tail, i * ROWS, e.load(self.words, source, ROWS), ROWS)
         with e.loop(self.rest * self.nb // ROWS, self.nb) as i:
-            e.store(tail, i * ROWS, e.const("int32", 0, ROWS), ROWS)
-        return RightOperands(tail, e.i64(0), e.i64(self.whole), 1)
+            e.store(self.tail, i * ROWS, e.const("int32", 0, ROWS), ROWS)
+        right = RightOperands(self.tail, e.i64(0), e.i64(self.whole), 1)
+        self.accumulate(at, right, self.whole == 0)

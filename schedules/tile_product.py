@@ -33,6 +33,8 @@ class TileSchedule:
         rows: rows of one task.
         columns: columns of a pass, whose right operands stay in the first-level cache; 0 = what the kernel takes by itself,
             16 KiB for 32 outputs.
+        blocks: weight blocks of one task, which take turns in every pass: its rows come from the second-level cache for
+            all but the first; 0 = 4 where the rows do not stay in that cache for a whole product, else 1.
         unroll: steps of columns per turn of the inner loop.
         prefetch: ask for the weights of the next pass during this one.
         wide: all outputs of a block for two tiles of rows, then the next rows; else all rows for 32 outputs, then the next
@@ -41,6 +43,7 @@ class TileSchedule:
 
     rows: int = 256
     columns: int = 0
+    blocks: int = 0
     unroll: int = 2
     prefetch: bool = True
     wide: bool = False
@@ -137,6 +140,11 @@ class TileProduct:
         """Elements of all sums."""
         pairs = -(-self.most // PAIR)
         return pairs * len(self.parts) * _SUMS * ELEMENTS
+
+    @property
+    def part_size(self) -> int:
+        """Elements of the sums of a pair of row tiles and a part of the block."""
+        return _SUMS * ELEMENTS
 
     def part_at(self, pair: Any, part: int) -> Any:
         """The element where the sums of a pair of row tiles and a part of the block begin."""
@@ -241,14 +249,23 @@ class TileProduct:
             with e.loop(whole * unroll, right.steps) as k:
                 step(k)
 
-    def ahead(self, right: RightOperands, pair: Any, part: int, chunk: int) -> Callable[[Any], None] | None:
-        """Asks, spread over the steps of a pass of `chunk` steps, for the weights of the next pass; `pair`: of the task."""
+    def ahead(
+        self, right: RightOperands, pair: Any, part: int, chunk: int, following: Any = None
+    ) -> Callable[[Any], None] | None:
+        """Asks, spread over the steps of a pass of `chunk` steps, for the weights of the pass that follows.
+
+        Args:
+            pair: of the task.
+            following: the element where these begin; None = behind those of this one.
+        """
         if not self.schedule.prefetch:
             return None
         turns = -(-self.most // PAIR) * len(self.parts) * chunk
         lines = chunk * self.inner // 4 * self.n_block * 4 // 64
         each = -(-lines // turns)
-        start = e.let(right.base + chunk * (self.inner // 4) * self.n_block)
+        start = e.let(
+            right.base + chunk * (self.inner // 4) * self.n_block if following is None else following
+        )
         number = e.let((pair * len(self.parts) + part) * chunk)
 
         def ask(k: Any) -> None:

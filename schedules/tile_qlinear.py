@@ -18,8 +18,8 @@ from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.tile_linear import pack_rows
-from llmc.schedules.tile_product import PAIR, RightOperands, Rows, TileProduct
-from llmc.schedules.tile_tasks import Results, Task, by_height, tasks, tile_schedule
+from llmc.schedules.tile_product import RightOperands, Rows, TileProduct
+from llmc.schedules.tile_tasks import BlockSums, Results, Task, by_height, tasks, tile_schedule
 from llmc.schedules.tiles import ROWS, TileDot
 
 _STEP = 32  # columns of a left operand
@@ -69,56 +69,49 @@ def tile_quant_linear(cfg: QuantLinearConfig, caps: Capabilities, least: int = 1
 
             def body(rows_of_task: int) -> None:
                 product = TileProduct(caps, schedule, TileDot.BF16, nb, rows_of_task, rows, left)
-                weights = _Weights(product, layout, codes)
                 with tasks(product, layout.blocks, t, text) as task:
-                    sums = e.workspace(product.size)
-                    weights.run(task, sums, e.let(task.block * layout.block_bytes))
-                    with e.loop(task.count) as r:
-                        results.store(task, r, sums, lambda v: product.vector_at(r, v))
+                    work = _UnpackedSums(product, task, layout, codes)
+
+                    def finish(block: Any, r: Any, at: Any) -> None:
+                        results.store(task, block, r, work.sums, lambda v: at + product.vector_at(r, v))
+
+                    work.run(finish)
 
             by_height(t, least, most, schedule.rows, body)
     return built[0]
 
 
-class _Weights:
-    """Blocks of a quantized weight as bf16, pass by pass."""
+class _UnpackedSums(BlockSums):
+    """Sums over columns of a quantized weight as bf16."""
 
-    def __init__(self, product: TileProduct, layout: QuantLayout, codes: QuantCodes) -> None:
-        self.product, self.layout, self.codes = product, layout, codes
+    def __init__(self, product: TileProduct, task: Task, layout: QuantLayout, codes: QuantCodes) -> None:
+        super().__init__(product, task)
+        self.layout, self.codes = layout, codes
         self.pieces = layout.padded_k // layout.piece
         # whole pieces and whole steps
         least = max(layout.piece, _STEP)
-        self.per_pass = max(least, product.schedule.columns // least * least) // layout.piece
-
-    def run(self, task: Task, sums: Any, base: Any) -> None:
-        """sums = the task's rows times the block at byte `base`."""
-        product, layout, nb = self.product, self.layout, self.product.n_block
-        columns = self.per_pass * layout.piece
+        columns = min(layout.padded_k, max(least, product.schedule.columns // least * least))
+        self.per_pass = columns // layout.piece
         # two columns in a lane
-        pairs = e.workspace(columns // 2 * nb, "int32")
-        passes = -(-self.pieces // self.per_pass)
-        with e.loop(passes) as p:
-            begin = e.let(p * self.per_pass)
-            inside = self.per_pass
-            if self.pieces % self.per_pass:
-                inside = e.let(T.min(e.i64(self.per_pass), self.pieces - begin))
-            with e.loop(inside) as q:
-                self._unpack(pairs, base, e.let(begin + q), e.let(q * (layout.piece // 2 * nb)))
-            steps = inside * layout.piece // _STEP
-            right = RightOperands(pairs, e.i64(0), e.let(begin * layout.piece // _STEP), steps)
+        self.pairs = e.workspace(columns // 2 * product.n_block, "int32")
 
-            def body(pair: Any, part: int, right: RightOperands = right, p: Any = p) -> None:
-                product.accumulate(
-                    task.tiles,
-                    sums,
-                    e.let(product.part_at(pair, part)),
-                    e.let(task.first // PAIR + pair),
-                    part,
-                    right,
-                    True if passes == 1 else p == 0,
-                )
+    @property
+    def passes(self) -> int:
+        """As of BlockSums."""
+        return -(-self.pieces // self.per_pass)
 
-            product.over(task.count, body)
+    def one(self, block: Any, at: Any, p: Any) -> None:
+        """As of BlockSums."""
+        layout, nb = self.layout, self.product.n_block
+        begin, inside = e.let(p * self.per_pass), self.per_pass
+        if self.pieces % self.per_pass:
+            inside = e.let(T.min(e.i64(self.per_pass), self.pieces - begin))
+        base = e.let(block * layout.block_bytes)
+        with e.loop(inside) as q:
+            self._unpack(self.pairs, base, e.let(begin + q), e.let(q * (layout.piece // 2 * nb)))
+        steps = inside * layout.piece // _STEP
+        right = RightOperands(self.pairs, e.i64(0), e.let(begin * layout.piece // _STEP), steps)
+        self.accumulate(at, right, True if self.passes == 1 else p == 0)
 
     def _unpack(self, to: Any, base: Any, p: Any, at: Any) -> None:
         """Piece p of the block, to element `at`."""

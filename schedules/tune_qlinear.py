@@ -48,6 +48,7 @@ class QuantLinearSchedule:
     tiles_from: int = 17
     tile_rows: int = 256
     tile_columns: int = 0
+    tile_blocks: int = 0
     tile_unroll: int = 2
     tile_prefetch: bool = True
     tile_wide: bool = False

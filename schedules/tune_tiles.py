@@ -30,6 +30,7 @@ def with_tiles(
     tile_knobs = (
         Knob("tile_rows", (64, 128, 256, 512) if large else (space.default.tile_rows,)),
         Knob("tile_columns", columns),
+        Knob("tile_blocks", (1, 0, 2, 4)),
         Knob("tile_unroll", (1, 2, 4)),
         Knob("tile_prefetch", (False, True)),
         Knob("tile_wide", (False, True)),

@@ -129,7 +129,7 @@ def expected_linear(cfg, case):
 
 # tails of outputs and columns, several passes, less than a step, a single block with an epilogue of every kind
 LINEAR = [
-    (LinearConfig(130, 195, BF16, BF16, "float32", True, 1), LinearSchedule(tile_columns=64, tile_rows=32)),
+    (LinearConfig(130, 195, BF16, BF16, "float32", True, 1), LinearSchedule(tile_columns=64, tile_rows=32, tile_blocks=2)),
     (
         LinearConfig(
             96, 256, BF16, BF16, BF16,
@@ -196,8 +196,8 @@ def beginning(tensor, shape):
 
 
 QUANT = [
-    ("w8a8", 130, 667, "bfloat16", {"tile_columns": 128, "tile_rows": 32}),
-    ("w4a8", 70, 300, "float32", {"tile_columns": 64, "tile_wide": True}),
+    ("w8a8", 130, 667, "bfloat16", {"tile_columns": 128, "tile_rows": 32, "tile_blocks": 2}),
+    ("w4a8", 70, 300, "float32", {"tile_columns": 64, "tile_wide": True, "tile_blocks": 2}),
 ]
 MORE_QUANT = [
     ("w4a8g64", 33, 20, "float16", {}),
@@ -263,7 +263,9 @@ FLOATS = ["q4g32", pytest.param("q4g32a", marks=pytest.mark.slow), pytest.param(
 def test_weights_that_become_bf16(scheme, emulated, tools):
     tunable = TunableQuantLinear()
     layout = quant_layout(by_name(scheme), 70, 330, emulated)
-    task = QuantLinearConfig(70, layout, BF16, "float32", has_bias=True, tile_columns=128, tiles_from=1)
+    task = QuantLinearConfig(
+        70, layout, BF16, "float32", has_bias=True, tile_columns=128, tile_blocks=2, tiles_from=1
+    )
     kernel = tools.build(emulated, k=quant_linear_by_rows(task, emulated))["k"]
     rng = np.random.default_rng(4)
     for rows in ROWS[::2]:
