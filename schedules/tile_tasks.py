@@ -17,6 +17,7 @@ from llmc.schedules.tile_product import PAIR, RightOperands, TileProduct, TileSc
 from llmc.schedules.tiles import ROW_BYTES, ROWS, Tiles
 
 _BLOCKS = 4  # of a task whose rows are many
+_TASKS = 8  # at least, before rows are shared out too
 _CACHE = 1 << 20  # bytes of rows that stay in a second-level cache beside a weight block
 
 
@@ -74,9 +75,9 @@ def _together(product: TileProduct, blocks: int) -> int:
     if not wanted:
         row_bytes = product.rows.steps * ROW_BYTES
         wanted = _BLOCKS if product.most * row_bytes > _CACHE else 1
-        while wanted > 1 and blocks < 2 * wanted * product.caps.threads:
+        while blocks < _TASKS * wanted:
             wanted //= 2
-    return min(wanted, blocks)
+    return max(1, min(wanted, blocks))
 
 
 class BlockSums(ABC):
@@ -116,13 +117,13 @@ class BlockSums(ABC):
             finish(e.let(task.block + b), r, e.let(b * size))
 
     def accumulate(
-        self, at: Any, right: RightOperands, fresh: Any, ahead: int = 0, next_block: Any = None
+        self, at: Any, right: RightOperands, fresh: Any, ahead: int = 0, following: Any = None
     ) -> None:
         """Add the task's rows times `right` to the sums from element `at` on.
 
         Args:
             fresh: see TileProduct.accumulate.
-            ahead: steps of a pass, if the weights of what comes next shall be asked for.
+            ahead, following: steps of a pass, if weights shall be asked for, and where these are; see TileProduct.ahead.
         """
         product, task = self.product, self.task
 
@@ -135,7 +136,7 @@ class BlockSums(ABC):
                 part,
                 right,
                 fresh,
-                product.ahead(right, pair, part, ahead, next_block) if ahead else None,
+                product.ahead(right, pair, part, ahead, following) if ahead else None,
             )
 
         product.over(task.count, body)
