@@ -72,11 +72,12 @@ def tile_int_linear(cfg: QuantLinearConfig, caps: Capabilities, least: int = 1, 
                     work = (_Nibbles if nibbles else _Bytes)(product, task, layout, rounded, codes, words)
 
                     def finish(block: Any, r: Any, at: Any) -> None:
-                        factor = e.let(e.splat(rounded.scales[task.first + r], ROWS))
+                        row = e.let(task.first + r)
+                        factor = e.let(e.splat(rounded.scales[row], ROWS))
                         acc = e.scratch(nb)
                         for v in range(product.vectors):
                             e.store(acc, v * ROWS, work.value(block, r, at, v) * factor, ROWS)
-                        results.store(task, block, r, acc, lambda v: v * ROWS)
+                        results.store(block, row, acc, lambda v: v * ROWS)
 
                     work.run(finish)
 

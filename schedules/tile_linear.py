@@ -6,7 +6,7 @@ where it lies.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -82,10 +82,11 @@ def tile_linear(cfg: LinearConfig, caps: Capabilities, least: int = 1, most: int
             def body(rows_of_task: int) -> None:
                 product = TileProduct(caps, schedule, TileDot.BF16, nb, rows_of_task, rows, left)
                 with tasks(product, blocks, t, text) as task:
-                    work = _PairSums(product, task, words, steps)
+                    work = PairSums(product, task, words, steps)
 
                     def finish(block: Any, r: Any, at: Any) -> None:
-                        results.store(task, block, r, work.sums, lambda v: at + product.vector_at(r, v))
+                        row = e.let(task.first + r)
+                        results.store(block, row, work.sums, lambda v: at + product.vector_at(r, v))
 
                     work.run(finish)
 
@@ -93,11 +94,15 @@ def tile_linear(cfg: LinearConfig, caps: Capabilities, least: int = 1, most: int
     return built[0]
 
 
-def pack_rows(caps: Capabilities, rows: Rows, x: Any, t: Any, k: int) -> Any:
-    """x, bf16 bits [t, k], as left operands; columns past k are zeros, rows past t are left as they were."""
-    left = e.workspace(rows.size(t), "uint16")
-    with e.parallel(t, caps) as r:
-        begin = e.let(r * k)
+def pack_rows(caps: Capabilities, rows: Rows, x: Any, t: Any, k: int, moved: Moved | None = None) -> Any:
+    """x, bf16 bits [t, k], as left operands; columns past k are zeros, other rows are left as they were.
+
+    moved: which rows go where, if not in order.
+    """
+    left = e.workspace(rows.size(t if moved is None else moved.rows), "uint16")
+    with e.parallel(t, caps) as i:
+        r = i if moved is None else e.let(moved.place[i])
+        begin = e.let((i if moved is None else moved.order[i]) * k)
         with e.loop(k // _STEP) as j:
             e.store(left, rows.place(r, j * _STEP), e.load(x, begin + j * _STEP, _LANES), _LANES)
         rest = k % _STEP
@@ -111,7 +116,16 @@ def pack_rows(caps: Capabilities, rows: Rows, x: Any, t: Any, k: int) -> Any:
     return left
 
 
-class _PairSums(BlockSums):
+@dataclass(frozen=True)
+class Moved:
+    """Rows in another order: row order[i] of x becomes row place[i] of `rows`, which may have gaps."""
+
+    order: Any
+    place: Any
+    rows: Any
+
+
+class PairSums(BlockSums):
     """Sums over columns in pairs of bf16.
 
     Args:

@@ -73,7 +73,8 @@ def tile_quant_linear(cfg: QuantLinearConfig, caps: Capabilities, least: int = 1
                     work = _UnpackedSums(product, task, layout, codes)
 
                     def finish(block: Any, r: Any, at: Any) -> None:
-                        results.store(task, block, r, work.sums, lambda v: at + product.vector_at(r, v))
+                        row = e.let(task.first + r)
+                        results.store(block, row, work.sums, lambda v: at + product.vector_at(r, v))
 
                     work.run(finish)
 

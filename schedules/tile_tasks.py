@@ -177,15 +177,16 @@ class Results:
     bias: Any
     residual: Any
 
-    def store(self, task: Task, block: Any, r: Any, sums: Any, at: Callable[[int], Any]) -> None:
-        """Row r of a task times a block: vector v of its sums begins at sums[at(v)]."""
+    def store(self, block: Any, row: Any, sums: Any, at: Callable[[int], Any], bias_base: Any = 0) -> None:
+        """Row of y, from a block's outputs on: vector v of its sums begins at sums[at(v)]."""
         self.epilogue.store(
             lambda _, v: e.load(sums, at(v), ROWS),
             lambda _, v, i: sums[at(v) + i],
-            [e.let(task.first + r)],
+            [row],
             block,
             self.y,
             self.caps,
             self.bias,
             self.residual,
+            bias_base,
         )

@@ -18,13 +18,16 @@ from llmc.quant.schemes import SCHEMES, by_name
 from llmc.quant.weight import QuantizedWeight
 from llmc.schedules import emit as e
 from llmc.schedules.choice import ByRows, Segment, segments
+from llmc.schedules.experts import ExpertConfig
 from llmc.schedules.ilinear import int_linear
+from llmc.schedules.layout import linear_layout
 from llmc.schedules.limits import TILE_KINDS, UNROLL, multiply_kernel, multiply_kinds
 from llmc.schedules.linear import LinearConfig, LinearSchedule
 from llmc.schedules.qlayout import in_turns, quant_layout
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.tile_linear import linear_by_rows, tile_linear
 from llmc.schedules.tiles import TileDot, Tiles
+from llmc.schedules.tune_experts import ExpertKernel, ExpertSchedule, expert_linear_by_rows
 from llmc.schedules.tune_linear import TunableLinear, finish
 from llmc.schedules.tune_qlinear import TunableQuantLinear, quant_linear_by_rows
 from llmc.targets.cpu.backend import _PRESETS, capabilities, detect
@@ -305,6 +308,27 @@ def test_choice_between_vectors_and_tiles(emulated, tools):
         kernel(tools.tensor(x), packed, y)
         expected = x.astype(np.float64) @ weight.astype(np.float64).T
         assert np.abs(y.numpy() - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_experts(emulated, tools):
+    """Experts with no row, with one, and with more than a task takes; columns and outputs that fill no tile."""
+    experts, n, k, rows = 5, 70, 75, 400
+    cfg = ExpertConfig(experts, n, k, BF16, BF16, "float32", has_bias=True)
+    kernel = ExpertKernel(cfg, ByRows((ExpertSchedule(),)))
+    library = tools.build(emulated, k=expert_linear_by_rows(kernel, emulated))
+    rng = np.random.default_rng(7)
+    weight, bias = tools.random(rng, (experts, n, k), BF16), tools.random(rng, (experts, n), BF16)
+    packed = linear_layout(BF16, emulated).pack(weight)
+    for few in (39, 40, rows):
+        x = tools.random(rng, (few, k), BF16)
+        ids = np.where(rng.random(few) < 0.8, 3, rng.integers(0, 3, few))  # none for the last one
+        ids[ids == 0] = 1
+        ids[few // 2] = 0
+        y = tools.tensor(np.full((few, n), np.nan, np.float32))
+        library["k"](*(tools.tensor(v) for v in (x, ids, packed, bias)), y)
+        exact = np.einsum("rk,rnk->rn", x.astype(np.float64), weight.astype(np.float64)[ids])
+        exact += bias.astype(np.float64)[ids]
+        assert np.abs(y.numpy() - exact).max() < 1e-5 * np.abs(exact).max()
 
 
 def test_the_tuner_searches_both_kinds(emulated):
