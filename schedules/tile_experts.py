@@ -96,4 +96,4 @@ def _places(order: Any, begin: Any, active: Any, count: Any, rows: Any, experts:
         with e.loop(first, end) as j:
             e.store(place, j, start + (j - first), 1)
         e.store(filled, 0, start + (end - first + (PAIR - 1)) // PAIR * PAIR, 1)
-    return starts, Moved(order, place, e.let(filled[0]))
+    return starts, Moved(order, place, rows + PAIR * experts)

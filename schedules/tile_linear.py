@@ -118,7 +118,7 @@ def pack_rows(caps: Capabilities, rows: Rows, x: Any, t: Any, k: int, moved: Mov
 
 @dataclass(frozen=True)
 class Moved:
-    """Rows in another order: row order[i] of x becomes row place[i] of `rows`, which may have gaps."""
+    """Rows in another order: row order[i] of x becomes row place[i] of at most `rows`, which may have gaps."""
 
     order: Any
     place: Any

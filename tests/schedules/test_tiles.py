@@ -13,13 +13,11 @@ import pytest
 from llmc import host
 from llmc.caps import TileUnit
 from llmc.errors import LlmcError
-from llmc.quant.rtn import quantize
-from llmc.quant.schemes import SCHEMES, by_name
+from llmc.quant.schemes import by_name
 from llmc.quant.weight import QuantizedWeight
 from llmc.schedules import emit as e
 from llmc.schedules.choice import ByRows, Segment, segments
 from llmc.schedules.experts import ExpertConfig
-from llmc.schedules.ilinear import int_linear
 from llmc.schedules.layout import linear_layout
 from llmc.schedules.limits import TILE_KINDS, UNROLL, multiply_kernel, multiply_kinds
 from llmc.schedules.linear import LinearConfig, LinearSchedule
@@ -31,6 +29,7 @@ from llmc.schedules.tune_experts import ExpertKernel, ExpertSchedule, expert_lin
 from llmc.schedules.tune_linear import TunableLinear, finish
 from llmc.schedules.tune_qlinear import TunableQuantLinear, quant_linear_by_rows
 from llmc.targets.cpu.backend import _PRESETS, capabilities, detect
+from tests.schedules.test_ilinear import check, rounded, weight_of
 
 ROWS = (1, 2, 15, 16, 17, 31, 32, 33, 47, 64, 65, 70)
 BF16 = "bfloat16"
@@ -212,26 +211,26 @@ MORE_QUANT = [
 @pytest.mark.parametrize(
     "cases", [QUANT, pytest.param(MORE_QUANT, marks=pytest.mark.slow)], ids=["usual", "more"]
 )
-def test_integers_are_those_of_the_vector_kernel(cases, emulated, best, tools):
+def test_integers(cases, emulated, tools):
+    """Against float64 on activations that are rounded as the vector kernels round them."""
     rng = np.random.default_rng(2)
     layouts = [quant_layout(by_name(scheme), n, k, emulated) for scheme, n, k, _, _ in cases]
     functions = {}
     for i, (_, n, _, dtype, fields) in enumerate(cases):
         cfg = QuantLinearConfig(n, layouts[i], dtype, "float32", has_bias=True, tiles_from=1, **fields)
-        functions[f"tiles{i}"] = quant_linear_by_rows(cfg, emulated)
-        functions[f"vectors{i}"] = int_linear(cfg, emulated)
+        functions[f"k{i}"] = quant_linear_by_rows(cfg, emulated)
     library = tools.build(emulated, **functions)
     for i, (scheme, n, k, dtype, _) in enumerate(cases):
-        weight = rng.standard_normal((n, k)).astype(np.float32)
-        packed = tools.tensor(layouts[i].pack(quantize(weight, SCHEMES[scheme])))
-        bias = tools.tensor(tools.random(rng, (n,), dtype))
+        weight = weight_of(scheme, n, k)
+        packed, values = tools.tensor(layouts[i].pack(weight)), weight.dequantize().astype(np.float64)
+        bias = tools.random(rng, (n,), dtype)
         for rows in ROWS:
-            x = tools.tensor(tools.random(rng, (rows, k), dtype))
-            y = [tools.tensor(np.full((rows, n), np.nan, np.float32)) for _ in range(2)]
-            for name, out in zip(("tiles", "vectors"), y, strict=True):
-                library[f"{name}{i}"](x, packed, bias, out)
-            found, expected = (out.numpy() for out in y)
-            assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max(), (scheme, rows)
+            x = tools.random(rng, (rows, k), dtype)
+            x[rows // 2] *= 100  # each row has a scale of its own
+            y = tools.tensor(np.full((rows, n), np.nan, np.float32))
+            library[f"k{i}"](tools.tensor(x), packed, tools.tensor(bias), y)
+            q, scale = rounded(x)
+            check(y.numpy(), q @ values.T * scale + bias.astype(np.float64))
 
 
 def test_integers_with_gate_and_the_largest_values(emulated, tools):
