@@ -55,7 +55,7 @@ class LinearSchedule:
     prefetch: int = 2304
     block_fast: bool = False
     tiles_from: int = 9
-    tile_rows: int = 256
+    tile_rows: int = 0
     tile_columns: int = 0
     tile_blocks: int = 0
     tile_unroll: int = 2

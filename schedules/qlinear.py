@@ -44,7 +44,7 @@ class QuantLinearConfig:
     t_block: int = 240
     prefetch: int = 2304
     tiles_from: int = 17
-    tile_rows: int = 256
+    tile_rows: int = 0
     tile_columns: int = 0
     tile_blocks: int = 0
     tile_unroll: int = 2

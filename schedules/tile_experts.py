@@ -17,7 +17,7 @@ from llmc.schedules.tile_tasks import Results, Task
 from llmc.schedules.tiles import ROWS, TileDot
 
 _ROWS_PER_EXPERT = 8  # on average, from which on tiles are worth it
-_SCHEDULE = TileSchedule(columns=256)
+_SCHEDULE = TileSchedule(rows=256, columns=256)
 
 
 def expert_tiles_from(config: ExpertConfig, caps: Capabilities) -> int:

@@ -36,7 +36,7 @@ def tile_int_linear(cfg: QuantLinearConfig, caps: Capabilities, least: int = 1, 
     layout, n, k = cfg.layout, cfg.n, cfg.layout.k
     bias_n = 2 * n if cfg.gated else n
     nb, nibbles = layout.n_block, layout.of.bits == 4
-    schedule = tile_schedule(cfg, 256 if nibbles else 512)
+    schedule = tile_schedule(cfg, columns=256 if nibbles else 512)
     epilogue = Epilogue(n, nb, cfg.in_dtype, cfg.out_dtype, cfg.activation, cfg.gated, cfg.gate_second)
     dot = IntDot(caps, layout.of.bits)
     text = str(dot.import_text()["pragma_import_llvm"])

@@ -31,8 +31,7 @@ class TileSchedule:
 
     Attributes:
         rows: rows of one task.
-        columns: columns of a pass, whose right operands stay in the first-level cache; 0 = what the kernel takes by itself,
-            16 KiB for 32 outputs.
+        columns: columns of a pass, whose right operands stay in the first-level cache.
         blocks: weight blocks of one task, which take turns in every pass: its rows come from the second-level cache for
             all but the first; 0 = 4 where the rows do not stay in that cache for a whole product, else 1.
         unroll: steps of columns per turn of the inner loop.
@@ -41,8 +40,8 @@ class TileSchedule:
             outputs.
     """
 
-    rows: int = 256
-    columns: int = 0
+    rows: int
+    columns: int
     blocks: int = 0
     unroll: int = 2
     prefetch: bool = True

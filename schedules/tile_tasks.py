@@ -21,10 +21,13 @@ _TASKS = 8  # at least, before rows are shared out too
 _CACHE = 1 << 20  # bytes of rows that stay in a second-level cache beside a weight block
 
 
-def tile_schedule(schedule: Any, columns: int = 256) -> TileSchedule:
-    """The tile fields of a kernel's schedule or config; `columns` where it leaves them open."""
+def tile_schedule(schedule: Any, rows: int = 256, columns: int = 256) -> TileSchedule:
+    """The tile fields of a kernel's schedule or config; `rows` and `columns` where it leaves them open (0).
+
+    By default the right operands of a pass for 32 outputs are 16 KiB.
+    """
     return TileSchedule(
-        schedule.tile_rows,
+        schedule.tile_rows or rows,
         schedule.tile_columns or columns,
         schedule.tile_blocks,
         schedule.tile_unroll,

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmc.schedules.tunable import Bucket, Knob, Space
 
-_COLUMNS = (128, 0, 512, 1024)
+_COLUMNS = (0, 128, 256, 512, 1024)
 
 
 def with_tiles(
@@ -28,7 +28,7 @@ def with_tiles(
     large = not bucket.high or bucket.high > 64
     columns = tuple(c for c in _COLUMNS if c < k)
     tile_knobs = (
-        Knob("tile_rows", (64, 128, 256, 512) if large else (space.default.tile_rows,)),
+        Knob("tile_rows", (0, 64, 128, 256, 512) if large else (0,)),
         Knob("tile_columns", columns),
         Knob("tile_blocks", (1, 0, 2, 4)),
         Knob("tile_unroll", (1, 2, 4)),

@@ -26,7 +26,7 @@ BF16 = "bfloat16"
 SHAPES = ((8192, 2048), (2048, 8192), (3072, 2048))
 # one field at a time
 SWEEP: tuple[dict[str, Any], ...] = (
-    *({"tile_rows": v} for v in (64, 128, 512)),
+    *({"tile_rows": v} for v in (64, 128, 256, 512)),
     *({"tile_columns": v} for v in (128, 256, 512, 1024)),
     *({"tile_blocks": v} for v in (1, 2, 4)),
     *({"tile_unroll": v} for v in (1, 4)),
