@@ -15,6 +15,14 @@ class ByteDot(str, Enum):
     SIGNED = "s8s8"  # four products of signed bytes (sdot)
 
 
+class TileUnit(str, Enum):
+    """What multiplies tiles of two matrices held in tile registers: 8 of 16 rows by 64 bytes."""
+
+    NONE = "none"
+    AMX = "amx"  # tdpbf16ps, tdpb[su][su]d
+    EMULATED = "emulated"  # the same operations on memory, for machines without the unit: tests of kernels
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """Facts about the machine that the code is generated for.
@@ -31,6 +39,7 @@ class Capabilities:
         has_bf16_dot: 2-way bf16 dot product with float32 accumulation (vdpbf16ps).
         has_lookup: a register can be permuted by another one (vpermps, vpermw, tbl): small tables are one instruction.
         byte_dot: the best integer dot product of bytes.
+        tiles: the unit that multiplies tiles of bf16 and of bytes.
         threads: worker threads that default schedules are sized for.
         simt: kernels are blocks of threads with shared memory; else loops over worker threads.
         shared_bytes: most shared memory of a block.
@@ -51,6 +60,7 @@ class Capabilities:
     has_bf16_dot: bool = False
     has_lookup: bool = False
     byte_dot: ByteDot = ByteDot.NONE
+    tiles: TileUnit = TileUnit.NONE
     threads: int = 2
     simt: bool = False
     shared_bytes: int = 0

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
+
+from llmc.errors import LlmcError
 
 # macOS's names of what /proc/cpuinfo calls otherwise (sysctl hw.optional.arm.*)
 _DARWIN_ARM = {
@@ -49,6 +53,44 @@ def system() -> str:
 def features() -> frozenset[str] | None:
     """Processor features in /proc/cpuinfo's names that every core has; None = this platform does not tell."""
     return _darwin_features() if sys.platform == "darwin" else _linux_features(Path("/proc/cpuinfo"))
+
+
+# Linux (5.16 and later) gives the 8 KiB of tile registers to a process that asks for them, before the first use
+# (https://docs.kernel.org/arch/x86/xstate.html): arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA = 158, 0x1023, 18
+_TILE_FEATURES = frozenset(("amx_tile", "amx_int8", "amx_bf16"))
+
+
+def require_permission(needed: Collection[str]) -> None:
+    """Get the system's permission for processor features that need one, for all threads of this process.
+
+    Args:
+        needed: features in /proc/cpuinfo's names, all of which the processor has.
+
+    Raises:
+        LlmcError: the system refuses; kernels that use them would be ended with an illegal instruction.
+    """
+    asked = sorted(_TILE_FEATURES & set(needed))
+    if not asked:
+        return
+    code = _request_tiles() if system() == "linux" else 38  # ENOSYS
+    if code:
+        raise LlmcError(
+            "tiles-refused",
+            f"The code needs the tile registers of {', '.join(asked)}; the processor has them, "
+            f"but the system does not let this process use them: {os.strerror(code)}.",
+            hint="Run on Linux 5.16 or later, outside of a sandbox that filters arch_prctl, "
+            "or compile with --target cpu/x86-64-v4-bf16.",
+        )
+
+
+def _request_tiles() -> int:
+    """0, or the error's number. Asking again is allowed."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    call = libc.syscall
+    call.restype = ctypes.c_long
+    numbers = (ctypes.c_long(n) for n in (_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILE_DATA))
+    return ctypes.get_errno() if call(*numbers) else 0
 
 
 def _linux_features(path: Path) -> frozenset[str] | None:

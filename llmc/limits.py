@@ -81,11 +81,13 @@ def measure(threads: int) -> MachineLimits:
     use_threads(threads)
     import tvm
 
-    from llmc.schedules.limits import MULTIPLY_KINDS, multiply_kernel, read_kernel
+    from llmc.host import require_permission
+    from llmc.schedules.limits import multiply_kernel, multiply_kinds, read_kernel
     from llmc.targets.cpu.backend import BACKEND
 
     caps = dataclasses.replace(BACKEND.capabilities(""), threads=threads)
-    kinds = [kind for kind in MULTIPLY_KINDS if kind.usable(caps)]
+    require_permission(caps.features)
+    kinds = multiply_kinds(caps)
     kernels = {kind.operands: multiply_kernel(kind, caps) for kind in kinds} | {"read": read_kernel(caps)}
     functions = {f"limit_{name}": _named(tir, f"limit_{name}") for name, tir in kernels.items()}
     library = tvm.compile(tvm.IRModule(functions), target=BACKEND.tvm_target(caps))

@@ -137,7 +137,7 @@ class LowerLinear:
                 gated=attrs.gated,
                 gate_second=attrs.gate_second,
                 has_residual=has_residual,
-                **({"prefetch": 0} if packed.quads else {}),
+                prefetch=0 if packed.quads else QuantLinearConfig.prefetch,
             )
             return quantized, packed, packed.packed_shape
         config = LinearConfig(

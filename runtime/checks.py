@@ -112,10 +112,10 @@ def check_versions(manifest: Manifest, tvm_version: str) -> None:
 
 
 def check_machine(target: TargetInfo) -> None:
-    """Processor architecture, operating system and processor features.
+    """Processor architecture, operating system and processor features; permission to use these where one is needed.
 
     Raises:
-        LlmcError: the artifact is for another machine.
+        LlmcError: the artifact is for another machine, or the system refuses.
     """
     wanted, found = host.architecture(target.triple.split("-")[0]), host.architecture()
     if wanted != found:
@@ -140,6 +140,7 @@ def check_machine(target: TargetInfo) -> None:
             f"this processor lacks {', '.join(missing)}.",
             hint="Compile the model on this machine, or with a lower --target preset.",
         )
+    host.require_permission(target.features)
 
 
 def check_files(folder: Path, manifest: Manifest, *, check_hashes: bool) -> None:

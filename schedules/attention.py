@@ -11,6 +11,7 @@ from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
 from llmc.schedules.attention_tile import Operands, Tile, first_visible
 from llmc.schedules.rope import RopeConfig, RopeOperands, append_all
+from llmc.schedules.tile_attention import UnitTile, attention_unit
 from llmc.schedules.vmath import exp_nonpositive
 
 __all__ = ["AttentionConfig", "attention_decode", "attention_prefill", "kv_append", "partial_shape"]
@@ -97,7 +98,10 @@ def _prefill(cfg: AttentionConfig, caps: Capabilities, args: Operands, schedule:
     with e.loop(args.b) as i:
         e.store(count, 0, count[0] + _tiles(args, i, tokens), 1)
     tiles = e.let(count[0])
-    with e.parallel(tiles * cfg.kv_heads, caps) as task:
+    unit = attention_unit(cfg, caps)
+    extent = tiles * cfg.kv_heads
+    text = str(e.import_text(caps).get("pragma_import_llvm", ""))
+    with e.parallel(extent, caps) if unit is None else unit.launch(extent, text) as task:
         kv_head = e.let(task // tiles)
         order = e.let(task % tiles)
         # late tiles see more keys: alternate, so that neighbouring tasks cost the same on average
@@ -107,7 +111,10 @@ def _prefill(cfg: AttentionConfig, caps: Capabilities, args: Operands, schedule:
         length = e.let(e.i64(args.query_start[sequence + 1]) - start)
         used = e.let(T.min(e.i64(tokens), length - first))
         position = e.let(e.i64(args.context_len[sequence]) - length + first)
-        tile = Tile(cfg, caps, args, tokens, pages, schedule, direct=False)
+        if unit is None:
+            tile = Tile(cfg, caps, args, tokens, pages, schedule, direct=False)
+        else:
+            tile = UnitTile(unit, cfg, caps, args, tokens, pages, schedule)
         tile.start(e.let(start + first), kv_head, e.let(used * group))
         low = e.let(first_visible(cfg, position) // cfg.page_size * cfg.page_size)
         high = e.let(position + used)

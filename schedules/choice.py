@@ -84,3 +84,31 @@ class ByRows(Generic[S]):
                     rest(i + 1)
 
         rest(0)
+
+
+@dataclass(frozen=True)
+class Segment(Generic[S]):
+    """Numbers of rows from `least` up to `most` (0 = all above) that take a schedule, on tile registers or not."""
+
+    least: int
+    most: int
+    choice: S
+    tiled: bool
+
+
+def segments(schedule: ByRows[S], tiles_from: Callable[[S], int]) -> list[Segment[S]]:
+    """A schedule cut where choices go over to tile registers.
+
+    tiles_from: the least number of rows for which a choice takes tiles; 0 = never.
+    """
+    out: list[Segment[S]] = []
+    low = 1
+    for i, choice in enumerate(schedule.choices):
+        high = schedule.limits[i] if i < len(schedule.limits) else 0
+        start = tiles_from(choice)
+        if start > low and (not high or start <= high):
+            out.append(Segment(low, start - 1, choice, False))
+            low = start
+        out.append(Segment(low, high, choice, 0 < start <= low))
+        low = high + 1
+    return out

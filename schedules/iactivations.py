@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.qlayout import OUTLIER_BYTES, QuantLayout
+from llmc.schedules.tile_product import Rows
 
 _APART = 64  # bytes between rows: those of a tile would fall into the same few sets of a cache
 _SERIAL_ROWS = 2  # a parallel launch costs more than preparing this many rows
@@ -72,6 +74,7 @@ def quantize_rows(
     rows: Any,
     offset: int,
     outliers: Outliers | None = None,
+    tiled: Rows | None = None,
 ) -> IntActivations:
     """Round rows of x to int8, symmetric: scale = largest magnitude / 127, value = round(x * (127 / magnitude)).
 
@@ -79,12 +82,14 @@ def quantize_rows(
         x: flat view in in_dtype, [rows, k]; columns up to padded_k become zeros.
         offset: of the weights' codes; see IntDot.
         outliers: columns that are kept as they are, and count as zeros otherwise.
+        tiled: how data is to be laid out instead, then as int8; columns up to whole steps that are past padded_k are left as
+            they were.
 
     A row of zeros (or of magnitudes below 1e-30) becomes zeros. A few rows are done serially, more over the threads.
     """
     k, padded, groups = layout.k, layout.padded_k, layout.groups
     stride = padded + _APART
-    data = e.workspace(rows * stride, "int8")
+    data = e.workspace(rows * stride if tiled is None else tiled.size(rows), "int8")
     scales = e.workspace(rows)
     starts = e.workspace(rows * groups, "int32")
     kept = None if outliers is None else e.workspace(rows * layout.outliers)
@@ -106,9 +111,12 @@ def quantize_rows(
         inverse = _scale(caps, in_dtype, source, begin, padded, scales, r)
         with e.loop(groups) as g:
             at = e.let(g * layout.group)
-            total = _round_group(
-                caps, in_dtype, source, begin + at, layout.group, inverse, data, r * stride + at
-            )
+            first = e.let(r * stride + at)
+
+            def place(column: Any, first: Any = first, at: Any = at) -> Any:
+                return first + column if tiled is None else tiled.place(r, at + column)
+
+            total = _round_group(caps, in_dtype, source, begin + at, layout.group, inverse, data, place)
             e.store(starts, r * groups + g, tirx.Cast("int32", total) * e.const("int32", -offset, 1), 1)
 
     with T.If(rows <= _SERIAL_ROWS):
@@ -116,7 +124,8 @@ def quantize_rows(
             row(r)
         with T.Else(), e.parallel(rows, caps) as r:
             row(r)
-    return IntActivations(e.flat(data, rows * (stride // 4), "int32"), stride // 4, scales, starts, kept)
+    flat = data if tiled is not None else e.flat(data, rows * (stride // 4), "int32")
+    return IntActivations(flat, stride // 4, scales, starts, kept)
 
 
 def _scale(caps: Capabilities, in_dtype: str, source: Any, begin: Any, size: int, scales: Any, r: Any) -> Any:
@@ -138,13 +147,20 @@ def _scale(caps: Capabilities, in_dtype: str, source: Any, begin: Any, size: int
 
 
 def _round_group(
-    caps: Capabilities, in_dtype: str, source: Any, begin: Any, size: int, inverse: Any, data: Any, to: Any
+    caps: Capabilities,
+    in_dtype: str,
+    source: Any,
+    begin: Any,
+    size: int,
+    inverse: Any,
+    data: Any,
+    place: Callable[[Any], Any],
 ) -> Any:
-    """Round `size` elements; their sum as float32, which is exact."""
+    """Round `size` elements, to data[place(number of the element)]; their sum as float32, which is exact."""
     lanes = caps.lanes_f32
     total = e.scratch(lanes)
     e.store(total, 0, e.splat(0.0, lanes), lanes)
-    factor, begin, to = e.let(e.splat(inverse, lanes)), e.let(begin), e.let(to)
+    factor, begin = e.let(e.splat(inverse, lanes)), e.let(begin)
     fma = T.llvm_lookup_intrinsic_id("llvm.fma")
     with e.loop(size // lanes) as j:
         value = e.widen(e.load(source, begin + j * lanes, lanes), in_dtype, lanes)
@@ -152,6 +168,6 @@ def _round_group(
         moved = e.let(T.call_llvm_pure_intrin(e.vec("float32", lanes), fma, value, factor, magic))
         # the low byte of the sum's bits is the integer; infinities and NaN leave some byte, and the scale tells
         low = tirx.Cast(e.vec("int8", lanes), T.reinterpret(e.vec("int32", lanes), moved))
-        e.store(data, to + j * lanes, low, lanes)
+        e.store(data, place(j * lanes), low, lanes)
         e.store(total, 0, e.load(total, 0, lanes) + (moved - magic), lanes)
     return e.let(e.fold(e.load(total, 0, lanes), lanes, lambda a, b: a + b))

@@ -11,11 +11,11 @@ from llmc.schedules import (
     attention,
     gather,
     iexperts,
-    linear,
     norm,
     qexperts,
     qgather,
     rope,
+    tile_linear,
     tune_experts,
     tune_qlinear,
 )
@@ -60,7 +60,7 @@ def _default(build: Builder) -> Builder:
 
 
 _LOOPS = Builders(
-    linear=linear.linear,
+    linear=tile_linear.linear_by_rows,
     quant_linear=tune_qlinear.quant_linear_by_rows,
     expert_linear=tune_experts.expert_linear_by_rows,
     quant_expert_linear=qexperts.quant_expert_linear,

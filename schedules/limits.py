@@ -12,8 +12,9 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from llmc.caps import Capabilities
+from llmc.caps import Capabilities, TileUnit
 from llmc.schedules import emit as e
+from llmc.schedules.tiles import ELEMENTS, ROWS, TileDot, Tiles
 
 # independent accumulators: latency times instructions per cycle of a multiply-add is 8 to 10 on current cores
 CHAINS = 12
@@ -69,8 +70,39 @@ MULTIPLY_KINDS = (
 )
 
 
-def multiply_kernel(kind: MultiplyKind, caps: Capabilities) -> Any:
+@dataclass(frozen=True)
+class TileKind:
+    """A multiply-accumulate instruction on tile registers; fields as of MultiplyKind, `per_lane` of a tile's element."""
+
+    operands: str
+    dtype: str
+    per_lane: int
+    dot: TileDot
+
+    def operations(self, lanes: int) -> int:
+        """As of MultiplyKind."""
+        return 2 * self.per_lane * ELEMENTS * _TILE_SUMS * UNROLL
+
+
+_TILE_SUMS = 4  # two left by two right operands: no instruction waits for the one before it
+TILE_KINDS = (
+    TileKind("bf16", "float32", 32, TileDot.BF16),
+    TileKind("int8", "int32", 64, TileDot.SIGNED),
+)
+
+
+def multiply_kinds(caps: Capabilities) -> list[MultiplyKind | TileKind]:
+    """The fastest instruction of a machine for each type of operands."""
+    found: dict[str, MultiplyKind | TileKind] = {k.operands: k for k in MULTIPLY_KINDS if k.usable(caps)}
+    if caps.tiles is not TileUnit.NONE:
+        found.update({k.operands: k for k in TILE_KINDS})
+    return list(found.values())
+
+
+def multiply_kernel(kind: MultiplyKind | TileKind, caps: Capabilities) -> Any:
     """TIR of (operands int32[2, lanes], out dtype[threads, lanes], rounds int64): the loop, in every thread."""
+    if isinstance(kind, TileKind):
+        return _tile_kernel(kind, caps)
     lanes, threads = caps.lanes_f32, caps.threads
     built: list[Any] = []
     with e.kernel(built):
@@ -94,6 +126,36 @@ def multiply_kernel(kind: MultiplyKind, caps: Capabilities) -> Any:
                 for chain in range(1, CHAINS):
                     total = e.let(total + e.load(sums, chain * lanes, lanes))
                 e.store(results, thread * lanes, total, lanes)
+    return built[0]
+
+
+def _tile_kernel(kind: TileKind, caps: Capabilities) -> Any:
+    """multiply_kernel on tiles whose rows all hold the operands; the sum of four tiles' first rows comes out."""
+    lanes, threads = caps.lanes_f32, caps.threads
+    built: list[Any] = []
+    with e.kernel(built):
+        operands = e.tensor("operands", (2, lanes), "int32")
+        out = e.tensor("out", (threads, lanes), kind.dtype)
+        rounds = e.scalar_arg("rounds")
+        with e.root():
+            inputs, results = e.flat(operands, 2 * lanes), e.flat(out, threads * lanes)
+            tiles = Tiles(caps, (4, 5), (6, 7))
+            with tiles.launch(threads, "") as thread:
+                memory = e.workspace(_TILE_SUMS * ELEMENTS, kind.dtype)
+                for tile in range(_TILE_SUMS):
+                    tiles.zero(tile)
+                    # a stride of nothing: the same row sixteen times
+                    tiles.load(4 + tile, inputs, tile // 2 * lanes, 0)
+                with e.loop(rounds):
+                    for _ in range(UNROLL):
+                        for tile in range(_TILE_SUMS):
+                            tiles.dot(kind.dot, tile, 4 + tile // 2, 6 + tile % 2)
+                for tile in range(_TILE_SUMS):
+                    tiles.store(tile, memory, tile * ELEMENTS)
+                total = e.load(memory, 0, ROWS)
+                for tile in range(1, _TILE_SUMS):
+                    total = e.let(total + e.load(memory, tile * ELEMENTS, ROWS))
+                e.store(results, thread * lanes, total, ROWS)
     return built[0]
 
 

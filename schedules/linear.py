@@ -46,6 +46,8 @@ class LinearSchedule:
         few_bytes: for 2 to 16 rows, a weight block is cut into pieces of so many bytes, which stay in the first-level
             cache for all tiles of rows; while they go through one piece the next comes from memory. 0 = no such cut.
         block_fast: neighbouring tasks take the same rows and the next weight block, instead of the next rows.
+        tiles_from: rows from which on a machine with tile registers uses them; 0 = never. What follows is for those:
+        tile_rows, tile_columns, tile_blocks, tile_unroll, tile_prefetch, tile_wide: see TileSchedule in tile_product.py.
     """
 
     vectors: int = 0
@@ -56,6 +58,13 @@ class LinearSchedule:
     prefetch: int = 2304
     block_fast: bool = False
     few_bytes: int = 16384
+    tiles_from: int = 9
+    tile_rows: int = 0
+    tile_columns: int = 0
+    tile_blocks: int = 0
+    tile_unroll: int = 2
+    tile_prefetch: bool = True
+    tile_wide: bool = False
 
 
 _DEFAULT = ByRows((LinearSchedule(),))

@@ -29,6 +29,8 @@ class QuantLinearConfig:
         lead: unit dimensions before T in x and y.
         t_block: rows of one task.
         prefetch: bytes that the weight stream is asked for ahead of its use; 0 = that is left to the machine.
+        tiles_from: rows from which on a machine with tile registers uses them; 0 = never. What follows is for those:
+        tile_rows, tile_columns, tile_blocks, tile_unroll, tile_prefetch, tile_wide: see TileSchedule in tile_product.py.
         activation, gated, gate_second: see LinearAttrs in llmc/ops.py.
         has_residual: a residual of y's shape and in_dtype follows the bias.
     """
@@ -41,6 +43,13 @@ class QuantLinearConfig:
     lead: int = 0
     t_block: int = 240
     prefetch: int = 2304
+    tiles_from: int = 17
+    tile_rows: int = 0
+    tile_columns: int = 0
+    tile_blocks: int = 0
+    tile_unroll: int = 2
+    tile_prefetch: bool = True
+    tile_wide: bool = False
     activation: str = ""
     gated: bool = False
     gate_second: bool = False

@@ -63,13 +63,19 @@ class Space:
 
     Attributes:
         default: the untuned schedule; always a member. Fields without a knob keep its values.
+        other: a space of schedules of another kind, with knobs of its own; its members are members too.
     """
 
     default: Any
     knobs: tuple[Knob, ...]
     valid: Callable[[Any], bool] = lambda _: True
+    other: Space | None = None
 
     def __iter__(self) -> Iterator[Any]:
+        yield from self._own()
+        yield from self.other or ()
+
+    def _own(self) -> Iterator[Any]:
         names = [knob.name for knob in self.knobs]
         for values in itertools.product(*(knob.values for knob in self.knobs)):
             schedule = replace(self.default, **dict(zip(names, values, strict=True)))
@@ -77,6 +83,9 @@ class Space:
                 yield schedule
 
     def __contains__(self, schedule: Any) -> bool:
+        return self._is_own(schedule) or (self.other is not None and schedule in self.other)
+
+    def _is_own(self, schedule: Any) -> bool:
         knobs = {knob.name: knob.values for knob in self.knobs}
         for field in fields(self.default):
             value = getattr(schedule, field.name)
@@ -85,7 +94,9 @@ class Space:
         return bool(schedule == self.default or self.valid(schedule))
 
     def random(self, rng: np.random.Generator) -> Any:
-        """A member, each about equally likely."""
+        """A member, each about equally likely; of either kind."""
+        if self.other is not None and rng.random() < 0.5:
+            return self.other.random(rng)
         for _ in range(200):
             values = {knob.name: knob.values[rng.integers(len(knob.values))] for knob in self.knobs}
             schedule = replace(self.default, **values)
@@ -95,6 +106,8 @@ class Space:
 
     def mutate(self, schedule: Any, rng: np.random.Generator) -> Any:
         """A member that differs in one knob, mostly by one step; the schedule itself if none is found."""
+        if self.other is not None and schedule in self.other:
+            return self.other.mutate(schedule, rng)
         movable = [knob for knob in self.knobs if len(knob.values) > 1]
         for _ in range(50 if movable else 0):
             knob = movable[rng.integers(len(movable))]
@@ -107,7 +120,11 @@ class Space:
         return schedule
 
     def cross(self, a: Any, b: Any, rng: np.random.Generator) -> Any:
-        """A member whose knobs come from either parent; `a` if none is found."""
+        """A member whose knobs come from either parent; `a` if none is found, or if they are of two kinds."""
+        if self.other is not None and a in self.other:
+            return self.other.cross(a, b, rng) if b in self.other else a
+        if not self._is_own(b):
+            return a
         for _ in range(20):
             values = {k.name: getattr(a if rng.random() < 0.5 else b, k.name) for k in self.knobs}
             made = replace(a, **values)
@@ -122,7 +139,11 @@ class Space:
             if knob.name in values:
                 close = min(knob.values, key=lambda v: abs(int(v) - int(values[knob.name])))
                 made = replace(made, **{knob.name: close})
-        return made if self.valid(made) else self.default
+        made = made if self.valid(made) else self.default
+        if self.other is None:
+            return made
+        differences = lambda s: sum(int(getattr(s, n)) != int(v) for n, v in values.items() if hasattr(s, n))  # noqa: E731
+        return min(made, self.other.nearest(values), key=differences)
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
-from llmc.schedules.choice import ByRows
+from llmc.schedules.choice import ByRows, segments
 from llmc.schedules.experts import ExpertConfig, expert_linear
 from llmc.schedules.layout import linear_layout
+from llmc.schedules.tile_experts import expert_tiles_from, tile_expert_linear
 from llmc.schedules.tunable import (
     BUCKETS,
     ITEM_BYTES,
@@ -59,8 +61,13 @@ class ExpertKernel(NamedTuple):
 
 def expert_linear_by_rows(kernel: ExpertKernel, caps: Capabilities) -> Any:
     """expert_linear's PrimFunc, with a schedule for each range of N."""
-    builders = [lambda c=c: expert_linear(c, caps) for c in kernel.configs(caps)]
-    return e.merged("N", kernel.schedule.limits, builders)
+    configs = dict(zip(kernel.schedule.choices, kernel.configs(caps), strict=True))
+    parts = segments(kernel.schedule, lambda _: expert_tiles_from(kernel.config, caps))
+    builders = [
+        partial(tile_expert_linear if part.tiled else expert_linear, configs[part.choice], caps)
+        for part in parts
+    ]
+    return e.merged("N", [part.most for part in parts[:-1]], builders)
 
 
 class TunableExperts(Tunable):

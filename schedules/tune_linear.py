@@ -11,8 +11,9 @@ import numpy as np
 
 from llmc.caps import Capabilities
 from llmc.schedules.choice import ByRows
-from llmc.schedules.linear import LinearConfig, LinearSchedule, linear
+from llmc.schedules.linear import LinearConfig, LinearSchedule
 from llmc.schedules.qlayout import turns
+from llmc.schedules.tile_linear import linear_by_rows, tiles_from
 from llmc.schedules.tunable import (
     BUCKETS,
     ITEM_BYTES,
@@ -28,6 +29,7 @@ from llmc.schedules.tunable import (
     multiply,
     random_array,
 )
+from llmc.schedules.tune_tiles import with_tiles
 
 _WHOLE = 1 << 20  # a k_block that no weight reaches
 
@@ -71,7 +73,16 @@ class TunableLinear(Tunable):
             Knob("prefetch", (0, 512, 1024, 2304, 4096, 8192)),
             Knob("block_fast", (False, True) if large else (False,)),
         )
-        return Space(self.default(task, caps), knobs, valid)
+        space = Space(self.default(task, caps), knobs, valid)
+        if not tiles_from(task, caps, space.default):
+            return space
+
+        def fits(schedule: LinearSchedule) -> bool:
+            vectors = schedule.vectors or usual
+            narrow = vectors * caps.lanes_f32 <= max(task.n, usual * caps.lanes_f32)
+            return narrow and not (task.gated and vectors % 2)
+
+        return with_tiles(space, bucket, task.k, (knobs[0],), fits)
 
     def _pieces(self, k: int) -> tuple[int, ...]:
         """k_block values that differ for k columns, the default among them."""
@@ -85,7 +96,7 @@ class TunableLinear(Tunable):
         return config.schedule
 
     def build(self, config: LinearConfig, caps: Capabilities) -> Any:
-        return linear(config, caps)
+        return linear_by_rows(config, caps)
 
     def case(self, task: LinearConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
         held = 2 * task.n if task.gated else task.n
@@ -147,6 +158,7 @@ class TunableLinear(Tunable):
             "pieces": -(-task.k // piece),
             "padding": blocks * nb / (2 * task.n if task.gated else task.n),
             "steps_ahead": schedule.prefetch / (nb * item),
+            "tiled": float(0 < tiles_from(task, caps, schedule) <= rows),
         }
 
 

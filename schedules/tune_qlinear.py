@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -14,10 +15,12 @@ from llmc.caps import Capabilities
 from llmc.quant.schemes import Code
 from llmc.quant.weight import QuantizedWeight
 from llmc.schedules import emit as e
-from llmc.schedules.choice import ByRows
+from llmc.schedules.choice import ByRows, Segment, segments
 from llmc.schedules.ilinear import int_linear
 from llmc.schedules.qlayout import QuantLayout, in_turns
 from llmc.schedules.qlinear import QuantLinearConfig, quant_linear
+from llmc.schedules.tile_ilinear import tile_int_linear
+from llmc.schedules.tile_qlinear import quant_tiles_from, tile_quant_linear
 from llmc.schedules.tunable import (
     BUCKETS,
     ITEM_BYTES,
@@ -34,6 +37,7 @@ from llmc.schedules.tunable import (
     random_array,
 )
 from llmc.schedules.tune_linear import finish
+from llmc.schedules.tune_tiles import with_tiles
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,13 @@ class QuantLinearSchedule:
 
     t_block: int = 240
     prefetch: int = 2304
+    tiles_from: int = 17
+    tile_rows: int = 0
+    tile_columns: int = 0
+    tile_blocks: int = 0
+    tile_unroll: int = 2
+    tile_prefetch: bool = True
+    tile_wide: bool = False
 
 
 class QuantKernel(NamedTuple):
@@ -57,13 +68,22 @@ class QuantKernel(NamedTuple):
 def quant_linear_by_rows(kernel: QuantKernel | QuantLinearConfig, caps: Capabilities) -> Any:
     """quant_linear's PrimFunc (or int_linear's), with a schedule for each range of T."""
     if isinstance(kernel, QuantLinearConfig):
-        return _one(kernel, caps)
-    configs = [replace(kernel.config, **vars(choice)) for choice in kernel.schedule.choices]
-    return e.merged("T", kernel.schedule.limits, [lambda c=c: _one(c, caps) for c in configs])
+        kernel = QuantKernel(kernel, ByRows((_schedule_of(kernel),)))
+    parts = segments(kernel.schedule, partial(quant_tiles_from, kernel.config, caps))
+    kernels = [partial(_one, replace(kernel.config, **vars(part.choice)), caps, part) for part in parts]
+    return e.merged("T", [part.most for part in parts[:-1]], kernels)
 
 
-def _one(config: QuantLinearConfig, caps: Capabilities) -> Any:
+def _one(config: QuantLinearConfig, caps: Capabilities, part: Segment[QuantLinearSchedule]) -> Any:
+    if part.tiled:
+        build = tile_int_linear if config.layout.quads else tile_quant_linear
+        return build(config, caps, part.least, part.most)
     return (int_linear if config.layout.quads else quant_linear)(config, caps)
+
+
+def _schedule_of(config: QuantLinearConfig) -> QuantLinearSchedule:
+    """The fields of a config that are a schedule."""
+    return QuantLinearSchedule(**{f.name: getattr(config, f.name) for f in fields(QuantLinearSchedule)})
 
 
 class TunableQuantLinear(Tunable):
@@ -74,8 +94,7 @@ class TunableQuantLinear(Tunable):
     schedule_type = QuantLinearSchedule
 
     def task(self, config: QuantLinearConfig) -> QuantLinearConfig:
-        plain = QuantLinearSchedule()
-        return replace(config, lead=0, t_block=plain.t_block, prefetch=plain.prefetch)
+        return replace(config, lead=0, **vars(QuantLinearSchedule()))
 
     def parsed(self, values: dict[str, Any]) -> dict[str, Any]:
         return {**values, "layout": QuantLayout(**values["layout"])}
@@ -95,7 +114,10 @@ class TunableQuantLinear(Tunable):
             Knob("t_block", (24, 48, 96, 144, 240, 384, 512) if large else (240,)),
             Knob("prefetch", (0, 256, 512, 1024, 1536, 2304, 3072, 4096, 6144, 8192)),
         )
-        return Space(self.default(task, caps), knobs)
+        space = Space(self.default(task, caps), knobs)
+        if not quant_tiles_from(task, caps, space.default):
+            return space
+        return with_tiles(space, bucket, task.layout.k)
 
     def scheduled(self, config: QuantLinearConfig, schedule: ByRows[Any]) -> QuantKernel:
         return QuantKernel(config, schedule)
@@ -103,7 +125,7 @@ class TunableQuantLinear(Tunable):
     def schedules_of(self, config: Any) -> ByRows[Any]:
         if isinstance(config, QuantKernel):
             return config.schedule
-        return ByRows((QuantLinearSchedule(config.t_block, config.prefetch),))
+        return ByRows((_schedule_of(config),))
 
     def build(self, config: QuantKernel, caps: Capabilities) -> Any:
         return quant_linear_by_rows(config, caps)
@@ -190,4 +212,5 @@ class TunableQuantLinear(Tunable):
             "balance": balance(tasks, caps.threads),
             "partial": float(rows_of_task * task.layout.n_block * 4),
             "groups_ahead": schedule.prefetch / task.layout.group_bytes,
+            "tiled": float(0 < quant_tiles_from(task, caps, schedule) <= rows),
         }

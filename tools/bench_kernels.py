@@ -52,11 +52,13 @@ class Bench:
         import torch
         import tvm
 
+        from llmc.host import require_permission
         from llmc.targets.cpu.backend import capabilities, tvm_target
 
         self.torch, self.tvm = torch, tvm
         torch.set_num_threads(threads)
         self.caps = capabilities("")
+        require_permission(self.caps.features)
         self.target = tvm_target(self.caps)
         self.advise, self.rounds = advise, rounds
         self.rng = np.random.default_rng(0)
@@ -88,11 +90,12 @@ class Bench:
 
     def linear(self, rows: int, n: int, k: int) -> None:
         from llmc.schedules.layout import linear_layout
-        from llmc.schedules.linear import LinearConfig, linear
+        from llmc.schedules.linear import LinearConfig
+        from llmc.schedules.tile_linear import linear_by_rows
 
         torch = self.torch
         cfg = LinearConfig(n, k, "bfloat16", "bfloat16", "bfloat16", lead=1)
-        kernel = self.build(linear(cfg, self.caps))
+        kernel = self.build(linear_by_rows(cfg, self.caps))
         layout = linear_layout("bfloat16", self.caps)
         copies = 1 if rows > 16 else max(1, (256 << 20) // (n * k * 2))
         packed = [self.tensor(self.random(*layout.packed_shape(n, k))) for _ in range(copies)]

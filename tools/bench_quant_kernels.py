@@ -27,14 +27,16 @@ import ml_dtypes
 import numpy as np
 
 from llmc.caps import Capabilities
+from llmc.host import require_permission
 from llmc.limits import MachineLimits, measure
 from llmc.quant.schemes import by_name
 from llmc.runtime.library import tensor_view
 from llmc.runtime.memory import huge_zeros
 from llmc.schedules.limits import read_kernel
-from llmc.schedules.linear import LinearConfig, linear
+from llmc.schedules.linear import LinearConfig
 from llmc.schedules.qlayout import quant_layout
 from llmc.schedules.qlinear import QuantLinearConfig
+from llmc.schedules.tile_linear import linear_by_rows
 from llmc.schedules.tune_qlinear import quant_linear_by_rows
 from llmc.targets.codegen import tir_pipeline
 from llmc.targets.cpu.backend import BACKEND
@@ -74,7 +76,7 @@ class Bench:
         scheme, (outputs, inputs) = kernel
         if scheme == "bf16":
             plain = LinearConfig(outputs, inputs, _BF16, _BF16, _BF16)
-            return linear(plain, self.caps), plain.packed_shape(self.caps), _BF16
+            return linear_by_rows(plain, self.caps), plain.packed_shape(self.caps), _BF16
         layout = quant_layout(by_name(scheme), outputs, inputs, self.caps)
         config = QuantLinearConfig(outputs, layout, _BF16, _BF16)
         if prefetch is not None:
@@ -196,6 +198,7 @@ def main() -> None:
     add("--prefetch", type=int, help="of the quantized kernels, in place of the default")
     options = parser.parse_args()
     load = os.getloadavg()[0]
+    require_permission(BACKEND.capabilities("").features)
     limits = measure(options.threads)
     caps = dataclasses.replace(BACKEND.capabilities(""), threads=options.threads)
     bench = Bench(options.schemes, options.shapes, caps, options.prefetch)

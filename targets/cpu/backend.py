@@ -7,7 +7,7 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 from llmc import knobs
-from llmc.caps import ByteDot, Capabilities
+from llmc.caps import ByteDot, Capabilities, TileUnit
 from llmc.errors import LlmcError
 from llmc.host import architecture, default_threads, features, processor_name
 from llmc.targets.backend import Backend
@@ -20,9 +20,29 @@ if TYPE_CHECKING:
 _V3 = ("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _V4_BF16 = (*_V4, "avx512_bf16", "avx512_vnni")
+_V4_AMX = (*_V4_BF16, "amx_bf16", "amx_int8", "amx_tile")
 
 _PRESETS: dict[str, dict[str, Any]] = {
     # best first: detection takes the first one whose features the machine has
+    "x86-64-v4-amx": dict(
+        machine="x86_64",
+        mcpu="x86-64-v4",
+        mattr=(
+            "+avx512bf16",
+            "+avx512vnni",
+            "+amx-tile",
+            "+amx-bf16",
+            "+amx-int8",
+            "-prefer-256-bit",
+        ),
+        features=_V4_AMX,
+        vector_bytes=64,
+        vector_registers=32,
+        has_bf16_dot=True,
+        has_lookup=True,
+        byte_dot=ByteDot.UNSIGNED_SIGNED,
+        tiles=TileUnit.AMX,
+    ),
     "x86-64-v4-bf16": dict(
         machine="x86_64",
         mcpu="x86-64-v4",
@@ -117,6 +137,7 @@ def capabilities(preset: str) -> Capabilities:
         has_bf16_dot=facts.get("has_bf16_dot", False),
         has_lookup=facts.get("has_lookup", False),
         byte_dot=facts.get("byte_dot", ByteDot.NONE),
+        tiles=facts.get("tiles", TileUnit.NONE),
         threads=os.cpu_count() or 1,
     )
 

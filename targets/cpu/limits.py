@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm.tirx.script import builder as T
 
-from llmc.caps import Capabilities
+from llmc.caps import Capabilities, TileUnit
 from llmc.runtime.memory import huge_zeros
 from llmc.schedules import emit as e
+from llmc.schedules.limits import TILE_KINDS, multiply_kernel
 
 _READ_BYTES = 256 << 20
 _TURNS = 20_000
+_TILE_TURNS = 5_000
 _CHAINS = 12  # independent sums: more than latency times throughput of any multiply-add unit
 _ROUNDS = 9
 
@@ -41,6 +44,15 @@ def peak(caps: Capabilities, target: Any, threads: int) -> dict[str, float]:
         kernel = _build(_multiply_kernel(caps, threads, dtype == "bfloat16"), target)
         operations = per_lane * caps.lanes_f32 * _CHAINS * _TURNS * threads
         found[dtype] = operations / _best(lambda kernel=kernel: kernel(one, out))  # type: ignore[misc]
+    if caps.tiles is not TileUnit.NONE:
+        kind = TILE_KINDS[0]
+        kernel = _build(multiply_kernel(kind, replace(caps, threads=threads)), target)
+        arguments = [
+            tvm.runtime.tensor(np.zeros(shape, dtype))
+            for shape, dtype in (((2, caps.lanes_f32), np.int32), ((threads, caps.lanes_f32), np.float32))
+        ]
+        operations = kind.operations(caps.lanes_f32) * _TILE_TURNS * threads
+        found["bfloat16"] = operations / _best(lambda: kernel(*arguments, _TILE_TURNS))
     # what there is no instruction for is widened first
     return {"bfloat16": found["float32"], "float16": found["float32"], **found}
 

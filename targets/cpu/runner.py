@@ -11,7 +11,7 @@ import numpy as np
 import tvm
 
 from llmc.caps import Capabilities
-from llmc.host import cache_bytes, default_threads
+from llmc.host import cache_bytes, default_threads, require_permission
 from llmc.knobs import threads as wanted_threads
 from llmc.runtime.library import tensor_view
 from llmc.runtime.memory import huge_zeros
@@ -30,6 +30,7 @@ class CpuRunner(Runner):
 
     def __init__(self, caps: Capabilities, target: Any) -> None:
         self.caps, self.target = caps, target
+        require_permission(caps.features)
         self.threads = wanted_threads() or default_threads()
         # one thread runs in this one, whose processor time does not count what else runs on the machine
         self._clock = time.thread_time if self.threads == 1 else time.perf_counter

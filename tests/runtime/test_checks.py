@@ -14,7 +14,7 @@ import pytest
 from llmc import host
 from llmc.artifact import LIBRARY, MANIFEST, Limits, Manifest
 from llmc.errors import LlmcError
-from llmc.runtime.checks import open_artifact
+from llmc.runtime.checks import check_machine, open_artifact
 from llmc.runtime.embedded import read_embedded
 from llmc.runtime.library import tvm_version
 from llmc.runtime.model import load, parse_bytes
@@ -151,6 +151,22 @@ def test_another_machine_is_refused(
     target = dataclasses.replace(check(folder).target, **changes)
     rewrite_manifest(folder, target=target)
     with pytest.raises(LlmcError, match=message):
+        load(folder)
+
+
+def test_tile_registers_need_the_systems_permission(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_artifact(artifact, tmp_path / "a")
+    target = dataclasses.replace(check(folder).target, features=("amx_tile",))
+    rewrite_manifest(folder, target=target)
+    here = host.features() or frozenset()
+    monkeypatch.setattr(host, "features", lambda: here | {"amx_tile"})
+    answers = [0, 1]
+    monkeypatch.setattr(host, "_request_tiles", lambda: answers.pop(0))
+    check_machine(target)
+    assert answers == [1]  # it was asked for, and granted
+    with pytest.raises(LlmcError, match=r"tile registers of amx_tile; .*not permitted\..*\[tiles-refused\]"):
         load(folder)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from llmc.caps import Capabilities
+from llmc.caps import ByteDot, Capabilities, TileUnit
 from llmc.host import architecture, features
 from llmc.targets.codegen import tir_pipeline
 from llmc.targets.cpu.backend import _PRESETS, capabilities, detect, tvm_target
@@ -33,6 +34,14 @@ def caps(request: pytest.FixtureRequest) -> Capabilities:
 def best() -> Capabilities:
     """This machine's capabilities."""
     return capabilities("")
+
+
+@pytest.fixture
+def emulated(best: Capabilities) -> Capabilities:
+    """This machine with emulated tiles; vectors of 16 lanes, as the machines have that have the unit."""
+    if best.lanes_f32 != 16:
+        best = replace(best, vector_bytes=64, vector_registers=32, has_lookup=False, byte_dot=ByteDot.NONE)
+    return replace(best, tiles=TileUnit.EMULATED)
 
 
 class Tools:

@@ -10,6 +10,7 @@ from llmc.schedules.attention import (
     kv_append,
     partial_shape,
 )
+from llmc.schedules.tile_attention import attention_unit
 
 BASE = AttentionConfig(
     heads=4,
@@ -152,6 +153,25 @@ def test_attention_without_bf16_dot(case, caps, best, tools):
     if caps == best:
         pytest.skip("covered by test_attention_matches_numpy")
     check(case, caps, tools)
+
+
+UNIT_CASES = {
+    "window-sinks-dims": {**BF16, "key_dim": 64, "value_dim": 24, "window": 37, "has_sinks": True},
+    "one-kv-head": {**BF16, "heads": 8, "kv_heads": 1, "key_dim": 96, "value_dim": 80, "page_size": 32},
+}
+
+
+@pytest.mark.parametrize(
+    "case", [next(iter(UNIT_CASES)), pytest.param("one-kv-head", marks=pytest.mark.slow)]
+)
+def test_prefill_on_tile_registers(case, emulated, tools):
+    if not emulated.has_bf16_dot:
+        pytest.skip("the kernel makes bf16 pairs with instructions that this machine lacks")
+    cfg = replace(BASE, **UNIT_CASES[case], sinks_dtype="")
+    assert attention_unit(cfg, emulated) is not None
+    kernels = tools.build(emulated, append=kv_append(cfg, emulated), prefill=attention_prefill(cfg, emulated))
+    for batch in PREFILLS:
+        assert run(cfg, tools, kernels, batch, decode=False) < tools.exact[cfg.dtype] * 2, batch
 
 
 def check(case, caps, tools):
