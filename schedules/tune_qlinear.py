@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from llmc.caps import Capabilities
-from llmc.quant.schemes import Code
+from llmc.quant.schemes import Code, by_name
 from llmc.quant.weight import QuantizedWeight
 from llmc.schedules import emit as e
 from llmc.schedules.choice import ByRows
 from llmc.schedules.ilinear import int_linear
-from llmc.schedules.qlayout import QuantLayout, in_turns
+from llmc.schedules.qlayout import QuantLayout, in_turns, quant_layout
 from llmc.schedules.qlinear import QuantLinearConfig, quant_linear
 from llmc.schedules.tunable import (
     BUCKETS,
@@ -43,11 +43,19 @@ class QuantLinearSchedule:
     prefetch: int = 2304
 
 
+@dataclass(frozen=True)
+class IntLinearSchedule:
+    """The same for kernels with integer products, which leave prefetching to the machine: docs/design/008."""
+
+    t_block: int = 240
+    prefetch: int = 0
+
+
 class QuantKernel(NamedTuple):
     """A kernel with schedules by rows: its config, whose own schedule fields do not count, and the schedules."""
 
     config: QuantLinearConfig
-    schedule: ByRows[QuantLinearSchedule]
+    schedule: ByRows[Any]
 
     def to_json(self) -> dict[str, Any]:
         return {**self.config.to_json(), "schedule": self.schedule.to_json()}
@@ -70,10 +78,21 @@ class TunableQuantLinear(Tunable):
 
     name = "quant_linear"
     config_type = QuantLinearConfig
-    schedule_type = QuantLinearSchedule
+    schedule_type: ClassVar[type] = QuantLinearSchedule
+    schemes: ClassVar[tuple[str, ...]] = ("q8", "q4g32")  # of samples
+
+    def takes(self, config: Any) -> bool:
+        return super().takes(config) and not config.layout.quads
+
+    def samples(self, caps: Capabilities) -> tuple[QuantLinearConfig, ...]:
+        made = []
+        for name in self.schemes:
+            layout = quant_layout(by_name(name), 128, 128, caps)
+            made.append(QuantLinearConfig(128, layout, "bfloat16", "bfloat16", has_residual=True))
+        return tuple(self.task(config) for config in made)
 
     def task(self, config: QuantLinearConfig) -> QuantLinearConfig:
-        plain = QuantLinearSchedule()
+        plain = self.schedule_type()
         return replace(config, lead=0, t_block=plain.t_block, prefetch=plain.prefetch)
 
     def parsed(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +121,7 @@ class TunableQuantLinear(Tunable):
     def schedules_of(self, config: Any) -> ByRows[Any]:
         if isinstance(config, QuantKernel):
             return config.schedule
-        return ByRows((QuantLinearSchedule(config.t_block, config.prefetch),))
+        return ByRows((self.schedule_type(config.t_block, config.prefetch),))
 
     def build(self, config: QuantKernel, caps: Capabilities) -> Any:
         return quant_linear_by_rows(config, caps)
@@ -111,7 +130,7 @@ class TunableQuantLinear(Tunable):
         # the kernel has its own paths for few and many rows, so a bucket makes it no smaller
         return super().candidate(task, schedule, None, caps)
 
-    def case(self, task: QuantLinearConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
+    def weights(self, task: QuantLinearConfig, rng: np.random.Generator) -> dict[str, Array]:
         layout, held = task.layout, 2 * task.n if task.gated else task.n
         scheme = layout.of
         groups = -(-layout.k // scheme.group_size) if scheme.group_size else 1
@@ -125,33 +144,46 @@ class TunableQuantLinear(Tunable):
             scales = np.exp2(np.round(np.log2(scales))).astype(np.float32)
         elif scheme.scale_dtype == "float16":
             scales = scales.astype(np.float16).astype(np.float32)
-        case = {
-            "x": random_array(rng, (rows, layout.k), task.in_dtype),
-            "codes": codes,
-            "scales": scales,
-        }
-        if layout.quads:  # rows that are rounded to int8 without a loss: the reference need not round them
-            x = rng.integers(-127, 128, (rows, layout.k)).astype(np.float32)
-            x[:, 0] = 127
-            case["x"] = (x / 2 ** (7 + math.ceil(math.log2(layout.k) / 2))).astype(case["x"].dtype)
-        else:
-            case["x"] = (case["x"].astype(np.float32) / math.sqrt(layout.k)).astype(case["x"].dtype)
+        made = {"codes": codes, "scales": scales}
         if not scheme.symmetric:
-            case["zeros"] = rng.integers(0, 1 << scheme.bits, (held, groups), np.uint8)
+            made["zeros"] = rng.integers(0, 1 << scheme.bits, (held, groups), np.uint8)
         if task.has_bias:
-            case["bias"] = random_array(rng, (held,), task.in_dtype)
+            made["bias"] = random_array(rng, (held,), task.in_dtype)
+        return made
+
+    def inputs(self, task: QuantLinearConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
+        k = task.layout.k
+        made = {"x": random_array(rng, (rows, k), task.in_dtype)}
+        if (
+            task.layout.quads
+        ):  # rows that are rounded to int8 without a loss: the reference need not round them
+            x = rng.integers(-127, 128, (rows, k)).astype(np.float32)
+            x[:, 0] = 127
+            made["x"] = (x / 2 ** (7 + math.ceil(math.log2(k) / 2))).astype(made["x"].dtype)
+        else:
+            made["x"] = (made["x"].astype(np.float32) / math.sqrt(k)).astype(made["x"].dtype)
         if task.has_residual:
-            case["residual"] = random_array(rng, (rows, task.n), task.in_dtype)
-        return case
+            made["residual"] = random_array(rng, (rows, task.n), task.in_dtype)
+        return made
 
     def _weight(self, task: QuantLinearConfig, case: Mapping[str, Array]) -> QuantizedWeight:
         return QuantizedWeight(task.layout.of, case["codes"], case["scales"], case.get("zeros"))
 
+    def pack(
+        self, task: QuantLinearConfig, schedule: Any, weights: dict[str, Array], caps: Capabilities
+    ) -> Array:
+        weight = self._weight(task, weights)
+        return task.layout.pack(in_turns(weight, task.layout.n_block) if task.gated else weight)
+
     def arguments(
-        self, task: QuantLinearConfig, schedule: Any, case: dict[str, Array], caps: Capabilities
+        self,
+        task: QuantLinearConfig,
+        schedule: Any,
+        case: dict[str, Array],
+        caps: Capabilities,
+        packed: Array | None = None,
     ) -> Arguments:
-        weight = self._weight(task, case)
-        packed = task.layout.pack(in_turns(weight, task.layout.n_block) if task.gated else weight)
+        packed = self.pack(task, schedule, case, caps) if packed is None else packed
         extra = [case[name] for name in ("bias", "residual") if name in case]
         y = empty_result((case["x"].shape[0], task.n), task.out_dtype)
         values = (case["x"], packed, *extra, y)
@@ -188,3 +220,14 @@ class TunableQuantLinear(Tunable):
             "partial": float(rows_of_task * task.layout.n_block * 4),
             "groups_ahead": schedule.prefetch / task.layout.group_bytes,
         }
+
+
+class TunableIntLinear(TunableQuantLinear):
+    """y = round(x) @ dequantize(weight).T with its epilogue: rows of x are rounded to int8 on the way."""
+
+    name = "int_linear"
+    schedule_type = IntLinearSchedule
+    schemes = ("w8a8", "w4a8")
+
+    def takes(self, config: Any) -> bool:
+        return type(config) is self.config_type and bool(config.layout.quads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,6 +62,7 @@ class TuneResult:
         seconds: of this run.
         interrupted: by Ctrl-C.
         limits: of the machine.
+        spent: what the run waited for -> seconds; parts of a measurement are indented.
         gain: expected step time under the traffic with what was chosen, over that with default schedules.
     """
 
@@ -74,6 +75,7 @@ class TuneResult:
     interrupted: bool
     limits: Limits | None
     gain: float
+    spent: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -138,6 +140,7 @@ class Tuner:
             interrupted=interrupted,
             limits=limits,
             gain=step_gain(self.jobs, self.caps.preset),
+            spent=dict(getattr(self.lab, "spent", {})),
         )
         self.progress.finished(result)
         return result
@@ -176,9 +179,8 @@ class Tuner:
         for job in self.jobs:
             near: list[tuple[float, int, Record]] = []
             for record in best.values():
-                if record.rule != job.tunable.name or record.version != job.tunable.version:
-                    continue
-                if record.low != job.bucket.low:
+                # of other versions of the kernel too: a seed is a guess, which is measured
+                if record.rule != job.tunable.name or record.low != job.bucket.low:
                     continue
                 try:
                     far = distance(job, job.tunable.from_values(record.task), record.rows)
@@ -252,7 +254,9 @@ class Tuner:
         if self.use_model:
             model = self._models.setdefault(job.tunable.name, CostModel(job.tunable, self.caps))
             score = lambda schedules: model.predict(job.task, job.rows, schedules)  # noqa: E731
-        return propose(job, count, self._rng, score)
+        shared = job.tunable.shared
+        # those with the same layout one after the other: the weight is packed once
+        return sorted(propose(job, count, self._rng, score), key=lambda s: _shared(s, shared))
 
     def _try(self, job: Job, schedules: Sequence[Any], end: float, seconds: float = 0.25) -> None:
         """Measure candidates and write each down at once; stops at the end of the budget."""
