@@ -23,7 +23,7 @@ from llmc.tune.sources import default_database, merge
 if TYPE_CHECKING:
     from llmc.artifact import Manifest
 
-_LONG = 24 * 3600.0  # measuring candidates ends by itself
+_LONG = 12 * 3600.0  # measuring candidates ends by itself
 
 
 @dataclass(frozen=True)

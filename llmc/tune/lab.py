@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -65,7 +65,7 @@ class MeasuringLab(Lab):
         self._measure_seconds = seconds or _MEASURE_SECONDS
         self._prepared: tuple[str, int] | None = None
         self._last_default: Outcome | None = None
-        self.spent: Counter[str] = Counter()
+        self.spent: defaultdict[str, float] = defaultdict(float)
 
     @abstractmethod
     def _libraries(self, job: Job, schedules: Sequence[Any]) -> dict[Any, Path | Outcome]:
