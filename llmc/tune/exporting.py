@@ -120,9 +120,8 @@ def choose_candidates(
         if not names:
             continue
         values = lambda s, names=names: tuple(getattr(s, n) for n in names)  # noqa: E731
-        task = [
-            c for j, c in zip(jobs, chosen, strict=True) if j.tunable is job.tunable and j.task == job.task
-        ]
+        kind = job.key(caps.preset)
+        task = [c for j, c in zip(jobs, chosen, strict=True) if j.key(caps.preset) == kind]
         for key in sorted({values(s) for c in task for s in c} - {values(s) for s in own}):
             near = job.space.nearest({**asdict(job.space.default), **dict(zip(names, key, strict=True))})
             if near != job.space.default:
