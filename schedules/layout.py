@@ -44,7 +44,16 @@ class BlockedLayout:
             padded[..., :n, :k] = weight
             weight = padded
         split = weight.reshape(*lead, blocks, nb, steps, kp)
-        return np.ascontiguousarray(np.swapaxes(split, -3, -2))
+        packed = np.empty((*lead, blocks, steps, nb, kp), weight.dtype)
+        unit = {2: np.uint16, 4: np.uint32, 8: np.uint64}.get(kp * weight.itemsize)
+        if unit is None or not split.flags.c_contiguous:
+            packed[...] = np.swapaxes(split, -3, -2)
+            return packed
+        # what stays together is moved as one number, a block at a time: both of its sides fit into the cache
+        source, target = split.view(unit)[..., 0], packed.view(unit)[..., 0]
+        for index in np.ndindex(*lead, blocks):
+            target[index] = source[index].T
+        return packed
 
     def pack_into(self, packed: np.ndarray, row: int, weight: np.ndarray) -> None:
         """Write rows [n, K] as rows [row, row + n) of a packed weight whose other rows stay as they are."""

@@ -40,6 +40,7 @@ class Record:
         task: its config without schedule, as JSON values.
         low, high, rows: the bucket, and the number of rows that was measured.
         schedule: what was measured.
+        code: what the kernel class generated then (llmc.schedules.tunable.code_of).
         preset: capabilities that the code was generated for.
         tvm: version.
         device: processor and threads.
@@ -62,6 +63,7 @@ class Record:
     preset: str
     tvm: str
     device: str
+    code: str = ""
     status: Status = Status.OK
     seconds: float = 0.0
     ratio: float = 0.0
@@ -77,7 +79,7 @@ class Record:
     @property
     def task_key(self) -> str:
         """Equal for measurements of one task in any bucket."""
-        return task_key(self.rule, self.version, self.task, self.preset)
+        return task_key(self.rule, self.version, self.code, self.task, self.preset)
 
     @property
     def identity(self) -> str:
@@ -113,13 +115,13 @@ class Record:
         return Record(**{**values, "status": Status(values.get("status", "ok"))})
 
 
-def task_key(rule: str, version: int, task: Mapping[str, Any], preset: str) -> str:
+def task_key(rule: str, version: int, code: str, task: Mapping[str, Any], preset: str) -> str:
     """The text that records of one task have in common, whatever bucket, device and version of TVM."""
-    return key_of({"rule": rule, "version": version, "task": task, "preset": preset})
+    return key_of({"rule": rule, "version": version, "code": code, "task": task, "preset": preset})
 
 
 _KINDS: dict[str, Any] = {
-    **dict.fromkeys(("rule", "preset", "tvm", "device", "note"), str),
+    **dict.fromkeys(("rule", "preset", "tvm", "device", "code", "note"), str),
     **dict.fromkeys(("version", "low", "high", "rows"), int),
     **dict.fromkeys(("seconds", "ratio", "share", "roofline", "error"), (int, float)),
     **dict.fromkeys(("task", "schedule"), dict),

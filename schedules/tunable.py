@@ -6,6 +6,8 @@ knows how candidates are searched, built or timed.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
 import json
 from abc import ABC, abstractmethod
@@ -175,7 +177,7 @@ class Tunable(ABC):
 
     Attributes:
         name: of the class in records.
-        version: raised when the same schedule means other code, so that old records are not used.
+        version: raised where the same schedule means other code in a way that code_of does not see.
         config_type, schedule_type: dataclasses of the kernel and of its schedule.
         shared: fields of the schedule in which all buckets of a task agree (layout of the weight, size of a scratch).
     """
@@ -185,6 +187,14 @@ class Tunable(ABC):
     config_type: ClassVar[type]
     schedule_type: ClassVar[type]
     shared: ClassVar[tuple[str, ...]] = ()
+
+    def takes(self, config: Any) -> bool:
+        """Whether a config is of this kernel class; for classes that share one type of config."""
+        return type(config) is self.config_type
+
+    def samples(self, caps: Capabilities) -> tuple[Any, ...]:
+        """Small tasks whose code stands for that of all tasks; see code_of."""
+        return ()
 
     @abstractmethod
     def task(self, config: Any) -> Any:
@@ -240,13 +250,32 @@ class Tunable(ABC):
         limits = (bucket.high,) if bucket is not None and bucket.high else ()
         return self.build(self.scheduled(task, ByRows((schedule,), limits)), caps)
 
-    @abstractmethod
-    def case(self, task: Any, rows: int, rng: np.random.Generator) -> dict[str, Array]:
-        """Random inputs by name, before any layout; the same for all schedules."""
+    def weights(self, task: Any, rng: np.random.Generator) -> dict[str, Array]:
+        """Random weights by name, before any layout: what all numbers of rows share; {} = there are none."""
+        return {}
 
     @abstractmethod
-    def arguments(self, task: Any, schedule: Any, case: dict[str, Array], caps: Capabilities) -> Arguments:
-        """The inputs as the kernel of `schedule` takes them."""
+    def inputs(self, task: Any, rows: int, rng: np.random.Generator) -> dict[str, Array]:
+        """The other random inputs by name; the same for all schedules."""
+
+    def case(self, task: Any, rows: int, rng: np.random.Generator) -> dict[str, Array]:
+        """weights and inputs."""
+        return {**self.weights(task, rng), **self.inputs(task, rows, rng)}
+
+    def pack(self, task: Any, schedule: Any, weights: dict[str, Array], caps: Capabilities) -> Array:
+        """The weights in the layout of `schedule`, which its shared fields decide."""
+        raise NotImplementedError(f"{self.name} has no weights")
+
+    @abstractmethod
+    def arguments(
+        self,
+        task: Any,
+        schedule: Any,
+        case: dict[str, Array],
+        caps: Capabilities,
+        packed: Array | None = None,
+    ) -> Arguments:
+        """The inputs as the kernel of `schedule` takes them; `packed` = what `pack` gave, where that is at hand."""
 
     @abstractmethod
     def reference(self, task: Any, case: dict[str, Array]) -> Array:
@@ -263,6 +292,38 @@ class Tunable(ABC):
     @abstractmethod
     def terms(self, task: Any, schedule: Any, rows: int, caps: Capabilities) -> dict[str, float]:
         """What a schedule amounts to, for the cost model: tasks, cache footprints, registers."""
+
+
+def code_of(tunable: Tunable, caps: Capabilities) -> str:
+    """What the kernel class generates, in 16 hexadecimal digits: measurements of other code do not count.
+
+    It stands for the TIR of the sample tasks with the default schedule and, since a template's other paths matter as well,
+    with one schedule per knob that differs in that knob. Comments, names and the machine's number of threads leave it as it
+    is; a change of loops, of a default or of a knob does not. "" for a class without samples, which has only its version.
+    """
+    return _code_of(type(tunable), replace(caps, threads=2))
+
+
+@functools.cache
+def _code_of(kind: type[Tunable], caps: Capabilities) -> str:
+    import tvm_ffi
+
+    tunable, hashes = kind(), []
+    for task in tunable.samples(caps):
+        space = tunable.space(task, tunable.buckets(task)[-1], caps)
+        for schedule in (space.default, *(_differing(space, knob) for knob in space.knobs)):
+            func = tunable.candidate(task, schedule, None, caps)
+            hashes.append(tvm_ffi.structural_hash(func, map_free_vars=True))
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16] if hashes else ""
+
+
+def _differing(space: Space, knob: Knob) -> Any:
+    """A member that differs from the default in one knob; the default if there is none."""
+    for value in knob.values:
+        made = replace(space.default, **{knob.name: value})
+        if made != space.default and space.valid(made):
+            return made
+    return space.default
 
 
 def key_of(values: Mapping[str, Any]) -> str:

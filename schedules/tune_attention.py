@@ -46,6 +46,11 @@ class _TunableAttention(Tunable):
             decode=ByRows((DecodeSchedule(),)),
         )
 
+    def samples(self, caps: Capabilities) -> tuple[AttentionConfig, ...]:
+        kinds = (("bfloat16", 0), ("float32", 256))
+        made = [AttentionConfig(4, 2, 64, 64, t, t, 16, 1, 0.125, window=window) for t, window in kinds]
+        return tuple(self.task(config) for config in made)
+
     def tolerance(self, task: AttentionConfig) -> float:
         narrowest = task.dtype if ITEM_BYTES[task.dtype] < ITEM_BYTES[task.kv_dtype] else task.kv_dtype
         return {"float32": 2e-5, "float16": 8e-3, "bfloat16": 4e-2}[narrowest]
@@ -54,7 +59,7 @@ class _TunableAttention(Tunable):
     def batch(self, rows: int) -> tuple[int, int, int]:
         """(sequences, new tokens of each, keys of each)."""
 
-    def case(self, task: AttentionConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
+    def inputs(self, task: AttentionConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
         sequences, new, keys = self.batch(rows)
         q_shape = (sequences * new, task.heads, task.key_dim)
         return {
@@ -65,7 +70,12 @@ class _TunableAttention(Tunable):
         }
 
     def arguments(
-        self, task: AttentionConfig, schedule: Any, case: dict[str, Array], caps: Capabilities
+        self,
+        task: AttentionConfig,
+        schedule: Any,
+        case: dict[str, Array],
+        caps: Capabilities,
+        packed: Array | None = None,
     ) -> Arguments:
         ps = task.page_size
         sequences, heads, keys, _ = case["k"].shape

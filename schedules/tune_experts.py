@@ -84,6 +84,9 @@ class TunableExperts(Tunable):
             config, layout=None, rows_tile=plain.rows_tile, unroll=plain.unroll, prefetch=plain.prefetch
         )
 
+    def samples(self, caps: Capabilities) -> tuple[ExpertConfig, ...]:
+        return (self.task(ExpertConfig(2, 128, 128, "bfloat16", "bfloat16", "bfloat16")),)
+
     def buckets(self, task: ExpertConfig) -> tuple[Bucket, ...]:
         return BUCKETS
 
@@ -119,23 +122,33 @@ class TunableExperts(Tunable):
         # how many rows an expert gets is known at run time only, so a bucket makes the kernel no smaller
         return super().candidate(task, schedule, None, caps)
 
-    def case(self, task: ExpertConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
-        case = {
-            "x": random_array(rng, (rows, task.k), task.in_dtype),
-            "ids": rng.integers(0, task.experts, rows).astype(task.ids_dtype),
-            "weight": random_array(rng, (task.experts, task.n, task.k), task.weight_dtype),
-        }
+    def weights(self, task: ExpertConfig, rng: np.random.Generator) -> dict[str, Array]:
+        made = {"weight": random_array(rng, (task.experts, task.n, task.k), task.weight_dtype)}
         if task.has_bias:
-            case["bias"] = random_array(rng, (task.experts, task.n), task.in_dtype)
-        return case
+            made["bias"] = random_array(rng, (task.experts, task.n), task.in_dtype)
+        return made
+
+    def inputs(self, task: ExpertConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
+        ids = rng.integers(0, task.experts, rows).astype(task.ids_dtype)
+        return {"x": random_array(rng, (rows, task.k), task.in_dtype), "ids": ids}
+
+    def pack(
+        self, task: ExpertConfig, schedule: ExpertSchedule, weights: dict[str, Array], caps: Capabilities
+    ) -> Array:
+        return linear_layout(task.weight_dtype, caps, schedule.vectors).pack(weights["weight"])
 
     def arguments(
-        self, task: ExpertConfig, schedule: ExpertSchedule, case: dict[str, Array], caps: Capabilities
+        self,
+        task: ExpertConfig,
+        schedule: ExpertSchedule,
+        case: dict[str, Array],
+        caps: Capabilities,
+        packed: Array | None = None,
     ) -> Arguments:
-        layout = linear_layout(task.weight_dtype, caps, schedule.vectors)
+        packed = self.pack(task, schedule, case, caps) if packed is None else packed
         y = empty_result((case["x"].shape[0], task.n), task.out_dtype)
         extra = [case["bias"]] if "bias" in case else []
-        values = (case["x"], case["ids"], layout.pack(case["weight"]), *extra, y)
+        values = (case["x"], case["ids"], packed, *extra, y)
         return Arguments(values, (2,), len(values) - 1)
 
     def reference(self, task: ExpertConfig, case: dict[str, Array]) -> Array:

@@ -45,6 +45,12 @@ class TunableLinear(Tunable):
     def task(self, config: LinearConfig) -> LinearConfig:
         return replace(config, lead=0, layout=None, schedule=ByRows((LinearSchedule(),)))
 
+    def samples(self, caps: Capabilities) -> tuple[LinearConfig, ...]:
+        made = []
+        for dtype in ("bfloat16", "float32"):
+            made.append(LinearConfig(128, 2100, dtype, dtype, dtype, activation="silu", gated=True))
+        return tuple(self.task(config) for config in made)
+
     def buckets(self, task: LinearConfig) -> tuple[Bucket, ...]:
         return BUCKETS
 
@@ -98,31 +104,44 @@ class TunableLinear(Tunable):
     def build(self, config: LinearConfig, caps: Capabilities) -> Any:
         return linear_by_rows(config, caps)
 
-    def case(self, task: LinearConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
+    def weights(self, task: LinearConfig, rng: np.random.Generator) -> dict[str, Array]:
         held = 2 * task.n if task.gated else task.n
-        case = {
-            "x": random_array(rng, (rows, task.k), task.in_dtype),
-            "weight": random_array(rng, (held, task.k), task.weight_dtype),
-        }
-        # sums of about one: activations are then tested where they bend
-        case["x"] = (case["x"].astype(np.float32) / math.sqrt(task.k)).astype(case["x"].dtype)
+        made = {"weight": random_array(rng, (held, task.k), task.weight_dtype)}
         if task.has_bias:
-            case["bias"] = random_array(rng, (held,), task.in_dtype)
-        if task.has_residual:
-            case["residual"] = random_array(rng, (rows, task.n), task.in_dtype)
-        return case
+            made["bias"] = random_array(rng, (held,), task.in_dtype)
+        return made
 
-    def arguments(
-        self, task: LinearConfig, schedule: LinearSchedule, case: dict[str, Array], caps: Capabilities
-    ) -> Arguments:
+    def inputs(self, task: LinearConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
+        x = random_array(rng, (rows, task.k), task.in_dtype)
+        # sums of about one: activations are then tested where they bend
+        made = {"x": (x.astype(np.float32) / math.sqrt(task.k)).astype(x.dtype)}
+        if task.has_residual:
+            made["residual"] = random_array(rng, (rows, task.n), task.in_dtype)
+        return made
+
+    def pack(
+        self, task: LinearConfig, schedule: LinearSchedule, weights: dict[str, Array], caps: Capabilities
+    ) -> Array:
         layout = replace(task, schedule=ByRows((schedule,))).weight_layout(caps)
-        weight = case["weight"]
+        weight = weights["weight"]
         if task.gated:
             index = turns(weight.shape[0], layout.n_block)
-            weight = np.where((index >= 0)[:, None], weight[np.maximum(index, 0)], 0).astype(weight.dtype)
+            weight = weight[np.maximum(index, 0)]
+            weight[index < 0] = 0
+        return layout.pack(weight)
+
+    def arguments(
+        self,
+        task: LinearConfig,
+        schedule: LinearSchedule,
+        case: dict[str, Array],
+        caps: Capabilities,
+        packed: Array | None = None,
+    ) -> Arguments:
+        packed = self.pack(task, schedule, case, caps) if packed is None else packed
         extra = [case[name] for name in ("bias", "residual") if name in case]
         y = empty_result((case["x"].shape[0], task.n), task.out_dtype)
-        values = (case["x"], layout.pack(weight), *extra, y)
+        values = (case["x"], packed, *extra, y)
         return Arguments(values, (1,), len(values) - 1)
 
     def reference(self, task: LinearConfig, case: dict[str, Array]) -> Array:

@@ -6,18 +6,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from llmc.caps import Capabilities
-from llmc.quant.schemes import Code
+from llmc.quant.schemes import Code, by_name
 from llmc.quant.weight import QuantizedWeight
 from llmc.schedules import emit as e
 from llmc.schedules.choice import ByRows, Segment, segments
 from llmc.schedules.ilinear import int_linear
-from llmc.schedules.qlayout import QuantLayout, in_turns
+from llmc.schedules.qlayout import QuantLayout, in_turns, quant_layout
 from llmc.schedules.qlinear import QuantLinearConfig, quant_linear
 from llmc.schedules.tile_ilinear import tile_int_linear
 from llmc.schedules.tile_qlinear import quant_tiles_from, tile_quant_linear
@@ -55,11 +55,18 @@ class QuantLinearSchedule:
     tile_wide: bool = False
 
 
+@dataclass(frozen=True)
+class IntLinearSchedule(QuantLinearSchedule):
+    """The same for kernels with integer products, which leave prefetching to the machine: docs/design/008."""
+
+    prefetch: int = 0
+
+
 class QuantKernel(NamedTuple):
     """A kernel with schedules by rows: its config, whose own schedule fields do not count, and the schedules."""
 
     config: QuantLinearConfig
-    schedule: ByRows[QuantLinearSchedule]
+    schedule: ByRows[Any]
 
     def to_json(self) -> dict[str, Any]:
         return {**self.config.to_json(), "schedule": self.schedule.to_json()}
@@ -68,7 +75,7 @@ class QuantKernel(NamedTuple):
 def quant_linear_by_rows(kernel: QuantKernel | QuantLinearConfig, caps: Capabilities) -> Any:
     """quant_linear's PrimFunc (or int_linear's), with a schedule for each range of T."""
     if isinstance(kernel, QuantLinearConfig):
-        kernel = QuantKernel(kernel, ByRows((_schedule_of(kernel),)))
+        kernel = QuantKernel(kernel, ByRows((_schedule_of(kernel, QuantLinearSchedule),)))
     parts = segments(kernel.schedule, partial(quant_tiles_from, kernel.config, caps))
     kernels = [partial(_one, replace(kernel.config, **vars(part.choice)), caps, part) for part in parts]
     return e.merged("T", [part.most for part in parts[:-1]], kernels)
@@ -81,9 +88,9 @@ def _one(config: QuantLinearConfig, caps: Capabilities, part: Segment[QuantLinea
     return (int_linear if config.layout.quads else quant_linear)(config, caps)
 
 
-def _schedule_of(config: QuantLinearConfig) -> QuantLinearSchedule:
+def _schedule_of(config: QuantLinearConfig, kind: type[QuantLinearSchedule]) -> QuantLinearSchedule:
     """The fields of a config that are a schedule."""
-    return QuantLinearSchedule(**{f.name: getattr(config, f.name) for f in fields(QuantLinearSchedule)})
+    return kind(**{f.name: getattr(config, f.name) for f in fields(QuantLinearSchedule)})
 
 
 class TunableQuantLinear(Tunable):
@@ -91,10 +98,21 @@ class TunableQuantLinear(Tunable):
 
     name = "quant_linear"
     config_type = QuantLinearConfig
-    schedule_type = QuantLinearSchedule
+    schedule_type: ClassVar[type] = QuantLinearSchedule
+    schemes: ClassVar[tuple[str, ...]] = ("q8", "q4g32")  # of samples
+
+    def takes(self, config: Any) -> bool:
+        return super().takes(config) and not config.layout.of.activation_bits
+
+    def samples(self, caps: Capabilities) -> tuple[QuantLinearConfig, ...]:
+        made = []
+        for name in self.schemes:
+            layout = quant_layout(by_name(name), 128, 128, caps)
+            made.append(QuantLinearConfig(128, layout, "bfloat16", "bfloat16", has_residual=True))
+        return tuple(self.task(config) for config in made)
 
     def task(self, config: QuantLinearConfig) -> QuantLinearConfig:
-        return replace(config, lead=0, **vars(QuantLinearSchedule()))
+        return replace(config, lead=0, **vars(self.schedule_type()))
 
     def parsed(self, values: dict[str, Any]) -> dict[str, Any]:
         return {**values, "layout": QuantLayout(**values["layout"])}
@@ -125,7 +143,7 @@ class TunableQuantLinear(Tunable):
     def schedules_of(self, config: Any) -> ByRows[Any]:
         if isinstance(config, QuantKernel):
             return config.schedule
-        return ByRows((_schedule_of(config),))
+        return ByRows((_schedule_of(config, self.schedule_type),))
 
     def build(self, config: QuantKernel, caps: Capabilities) -> Any:
         return quant_linear_by_rows(config, caps)
@@ -134,7 +152,7 @@ class TunableQuantLinear(Tunable):
         # the kernel has its own paths for few and many rows, so a bucket makes it no smaller
         return super().candidate(task, schedule, None, caps)
 
-    def case(self, task: QuantLinearConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
+    def weights(self, task: QuantLinearConfig, rng: np.random.Generator) -> dict[str, Array]:
         layout, held = task.layout, 2 * task.n if task.gated else task.n
         scheme = layout.of
         groups = -(-layout.k // scheme.group_size) if scheme.group_size else 1
@@ -148,39 +166,52 @@ class TunableQuantLinear(Tunable):
             scales = np.exp2(np.round(np.log2(scales))).astype(np.float32)
         elif scheme.scale_dtype == "float16":
             scales = scales.astype(np.float16).astype(np.float32)
-        case = {
-            "x": random_array(rng, (rows, layout.k), task.in_dtype),
-            "codes": codes,
-            "scales": scales,
-        }
-        if layout.quads:  # rows that are rounded to int8 without a loss: the reference need not round them
-            x = rng.integers(-127, 128, (rows, layout.k)).astype(np.float32)
-            x[:, 0] = 127
-            case["x"] = (x / 2 ** (7 + math.ceil(math.log2(layout.k) / 2))).astype(case["x"].dtype)
-        else:
-            case["x"] = (case["x"].astype(np.float32) / math.sqrt(layout.k)).astype(case["x"].dtype)
+        made = {"codes": codes, "scales": scales}
         if layout.outliers:  # the last columns, so that the first one still sets the scale
             weights = rng.standard_normal((held, layout.outliers)).astype(ml_dtypes.bfloat16)
-            case["outlier_weights"] = weights.astype(np.float32)
-            case["outlier_columns"] = np.arange(layout.k - layout.outliers, layout.k, dtype=np.int32)
+            made["outlier_weights"] = weights.astype(np.float32)
+            made["outlier_columns"] = np.arange(layout.k - layout.outliers, layout.k, dtype=np.int32)
         if not scheme.symmetric:
-            case["zeros"] = rng.integers(0, 1 << scheme.bits, (held, groups), np.uint8)
+            made["zeros"] = rng.integers(0, 1 << scheme.bits, (held, groups), np.uint8)
         if task.has_bias:
-            case["bias"] = random_array(rng, (held,), task.in_dtype)
+            made["bias"] = random_array(rng, (held,), task.in_dtype)
+        return made
+
+    def inputs(self, task: QuantLinearConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
+        k = task.layout.k
+        made = {"x": random_array(rng, (rows, k), task.in_dtype)}
+        if (
+            task.layout.quads
+        ):  # rows that are rounded to int8 without a loss: the reference need not round them
+            x = rng.integers(-127, 128, (rows, k)).astype(np.float32)
+            x[:, 0] = 127
+            made["x"] = (x / 2 ** (7 + math.ceil(math.log2(k) / 2))).astype(made["x"].dtype)
+        else:
+            made["x"] = (made["x"].astype(np.float32) / math.sqrt(k)).astype(made["x"].dtype)
         if task.has_residual:
-            case["residual"] = random_array(rng, (rows, task.n), task.in_dtype)
-        return case
+            made["residual"] = random_array(rng, (rows, task.n), task.in_dtype)
+        return made
 
     def _weight(self, task: QuantLinearConfig, case: Mapping[str, Array]) -> QuantizedWeight:
         names = ("outlier_weights", "outlier_columns")
         outliers: dict[str, Any] = {name: case[name] for name in names if name in case}
         return QuantizedWeight(task.layout.of, case["codes"], case["scales"], case.get("zeros"), **outliers)
 
+    def pack(
+        self, task: QuantLinearConfig, schedule: Any, weights: dict[str, Array], caps: Capabilities
+    ) -> Array:
+        weight = self._weight(task, weights)
+        return task.layout.pack(in_turns(weight, task.layout.n_block) if task.gated else weight)
+
     def arguments(
-        self, task: QuantLinearConfig, schedule: Any, case: dict[str, Array], caps: Capabilities
+        self,
+        task: QuantLinearConfig,
+        schedule: Any,
+        case: dict[str, Array],
+        caps: Capabilities,
+        packed: Array | None = None,
     ) -> Arguments:
-        weight = self._weight(task, case)
-        packed = task.layout.pack(in_turns(weight, task.layout.n_block) if task.gated else weight)
+        packed = self.pack(task, schedule, case, caps) if packed is None else packed
         extra = [case[name] for name in ("bias", "residual") if name in case]
         y = empty_result((case["x"].shape[0], task.n), task.out_dtype)
         values = (case["x"], packed, *extra, y)
@@ -214,3 +245,14 @@ class TunableQuantLinear(Tunable):
             "groups_ahead": schedule.prefetch / task.layout.group_bytes,
             "tiled": float(0 < quant_tiles_from(task, caps, schedule) <= rows),
         }
+
+
+class TunableIntLinear(TunableQuantLinear):
+    """y = round(x) @ dequantize(weight).T with its epilogue: rows of x are rounded to int8 on the way."""
+
+    name = "int_linear"
+    schedule_type = IntLinearSchedule
+    schemes = ("w8a8", "w4a8")
+
+    def takes(self, config: Any) -> bool:
+        return type(config) is self.config_type and bool(config.layout.of.activation_bits)

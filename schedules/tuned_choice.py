@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llmc.caps import Capabilities
 from llmc.schedules.choice import ByRows
 from llmc.schedules.records import Record, Status, read_records, task_key
-from llmc.schedules.tunable import BUCKETS, Bucket, Tunable
+from llmc.schedules.tunable import BUCKETS, Bucket, Tunable, code_of
 
 _WORTH = (
     0.02  # a schedule of its own must save a bucket this share of its time; else it takes its neighbour's
@@ -35,38 +37,49 @@ class Tuned:
 
     Args:
         sources: records in order, e.g. of files; where two sources know a task, the later one decides.
-        preset, tvm: what code is generated for and by; records for another preset or version do not count.
+        caps, tvm: what code is generated for and by; records for another preset or version do not count, nor do those
+            of a kernel class that generates other code by now.
         device: records of this device are preferred; without any, those of the device that was recorded last.
         tunables: of the target.
 
     Attributes:
         used: records that choices were made from, in order of first use.
+        dropped: kernel class -> how many records were left out because its code or its space has changed.
     """
 
     def __init__(
         self,
         sources: Sequence[Iterable[Record]] = (),
-        preset: str = "",
+        caps: Capabilities | None = None,
         tvm: str = "",
         device: str = "",
         tunables: Sequence[Tunable] = (),
     ) -> None:
         self.tunables = tuple(tunables)
         self.used: dict[str, Record] = {}
-        self._preset = preset
+        self.dropped: Counter[str] = Counter()
+        self._caps, self._preset = caps, caps.preset if caps is not None else ""
         self._by_task: dict[str, list[Record]] = {}
         for source in sources:
             found: dict[str, dict[str, list[Record]]] = {}
             for record in source:
-                if record.preset == preset and record.tvm == tvm and record.status is Status.OK:
-                    found.setdefault(record.task_key, {}).setdefault(record.device, []).append(record)
+                if record.preset != self._preset or record.tvm != tvm or record.status is not Status.OK:
+                    continue
+                if self._is_of_another_kernel(record):
+                    self.dropped[record.rule] += 1
+                    continue
+                found.setdefault(record.task_key, {}).setdefault(record.device, []).append(record)
             for key, devices in found.items():
                 self._by_task[key] = devices.get(device) or list(devices.values())[-1]
+
+    def _is_of_another_kernel(self, record: Record) -> bool:
+        tunable = next((t for t in self.tunables if t.name == record.rule), None)
+        return tunable is None or self._caps is None or not is_current(record, tunable, self._caps)
 
     def tunable_of(self, config: Any, name: str = "") -> Tunable | None:
         """The kernel class of a config; `name` decides where one config has several kernels."""
         for tunable in self.tunables:
-            if type(config) is tunable.config_type and name in ("", tunable.name):
+            if tunable.takes(config) and name in ("", tunable.name):
                 return tunable
         return None
 
@@ -78,10 +91,11 @@ class Tuned:
             shared: values of shared fields that are decided already (the weight is packed for another kernel).
         """
         tunable = self.tunable_of(config, name)
-        if tunable is None:
+        if tunable is None or self._caps is None:
             return config
         task = tunable.task(config)
-        key = task_key(tunable.name, tunable.version, tunable.to_values(task), self._preset)
+        code = code_of(tunable, self._caps) if self._by_task else ""
+        key = task_key(tunable.name, tunable.version, code, tunable.to_values(task), self._preset)
         choice = choose(tunable, task, self._by_task.get(key, []), shared)
         if choice is None:
             return config
@@ -96,6 +110,17 @@ class Tuned:
             return {}
         first = tunable.schedules_of(config).choices[0]
         return {name: int(getattr(first, name)) for name in tunable.shared}
+
+
+def is_current(record: Record, tunable: Tunable, caps: Capabilities) -> bool:
+    """Whether a record is of the kernel class as it is now, its schedule still in the space."""
+    if (record.version, record.code) != (tunable.version, code_of(tunable, caps)):
+        return False
+    try:
+        task, schedule = tunable.from_values(record.task), tunable.schedule_type(**record.schedule)
+    except (ValueError, TypeError):
+        return False
+    return record.bucket in tunable.buckets(task) and schedule in tunable.space(task, record.bucket, caps)
 
 
 def shipped_records() -> list[Record]:

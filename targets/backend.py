@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.artifact import DeviceCode
@@ -38,6 +39,13 @@ def build_host(module: Any, target: Any, caps: Capabilities) -> Built:
     return Built(build_executable(module, target))
 
 
+def write_library(func: Any, target: Any, caps: Capabilities, path: Path) -> None:
+    """One kernel as a shared library for the machine of `caps`."""
+    from llmc.targets.codegen import build_kernel
+
+    build_kernel(func, target, caps, path)
+
+
 @dataclass(frozen=True)
 class Backend:
     """A target's manifest (STYLE 10).
@@ -51,6 +59,7 @@ class Backend:
         tunables: the kernel classes that its compiles use and the tuner searches, imported when called.
         runner: Capabilities -> what the tuner runs candidates with; None = this target cannot be tuned here.
         device: name of the device that the tuner would measure on.
+        library: PrimFunc, TVM target, Capabilities, path -> writes the one file that the runner's `load` takes.
         build: module in VM form, target, Capabilities -> code.
         several: presets may be joined with commas into one artifact.
         on_device: code runs on a device that the compiling machine need not have; what must be run is then left out.
@@ -64,6 +73,7 @@ class Backend:
     tunables: Callable[[], tuple[Tunable, ...]] = tuple
     runner: Callable[[Capabilities], Runner] | None = None
     device: Callable[[], str] = str
+    library: Callable[[Any, Any, Capabilities, Path], None] = write_library
     build: Callable[[Any, Any, Capabilities], Built] = build_host
     several: bool = False
     on_device: bool = False

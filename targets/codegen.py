@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import tvm
 from tvm import relax, tirx
 
+from llmc.caps import Capabilities
+from llmc.link import export_objects, link_objects
 from llmc.schedules.emit import LOWERED
 
 # Passes of TVM's own lowering that look for work at every statement of a kernel and find none in those that
@@ -27,6 +31,18 @@ def build_executable(module: Any, target: Any) -> Any:
     The kernels are scheduled already, so only TVM's TIR lowering and code generation run.
     """
     return relax.build(module, target, relax_pipeline=None, tir_pipeline=tir_pipeline(), exec_mode="bytecode")
+
+
+def build_kernel(func: Any, target: Any, caps: Capabilities, path: Path) -> None:
+    """One PrimFunc as the function ``k`` of a shared library, for measuring.
+
+    Raises:
+        LlmcError: there is no C++ driver that links for the machine of `caps`, or it failed.
+    """
+    module = tvm.IRModule({"k": func.with_attr("global_symbol", "k")})
+    built = tirx.build(module, target, pipeline=tir_pipeline())
+    with tempfile.TemporaryDirectory(prefix="llmc-link-") as work:
+        link_objects(export_objects(built, Path(work)), path, triple=caps.triple)
 
 
 def tir_pipeline() -> str:

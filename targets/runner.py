@@ -42,8 +42,18 @@ class Runner(ABC):
         """The kernel of a library that a build worker wrote."""
 
     @abstractmethod
-    def place(self, arguments: Arguments) -> Sequence[Sequence[Any]]:
-        """Argument lists; lists differ in their copies of the cold arrays, enough of them to miss every cache."""
+    def copies(self, array: np.ndarray[Any, Any]) -> Sequence[Any]:
+        """A cold array where kernels read it, so often that reading all copies in turn misses every cache."""
+
+    @abstractmethod
+    def place(
+        self, arguments: Arguments, cold: Mapping[int, Sequence[Any]] | None = None
+    ) -> Sequence[Sequence[Any]]:
+        """Argument lists that differ in their copies of the cold arrays.
+
+        Args:
+            cold: index of a cold array -> its copies, where they are made already; its value does not count then.
+        """
 
     @abstractmethod
     def result(self, arguments: Arguments, placed: Sequence[Any]) -> np.ndarray[Any, Any]:

@@ -2,6 +2,7 @@
 
     python tools/tune_report.py collect FILE --trials 150     random candidates of a few tasks of a 1.2B Llama, measured
     python tools/tune_report.py report FILE                   figures from the records of any database
+    python tools/tune_report.py steps UNTUNED TUNED           step times of two artifacts of a model, in turns
 
 The report replays searches on the measured candidates only, so it needs no further measurement: a search that asks for a
 candidate is told what was measured. "Trials" counts candidates until one is within 5 % of the best of all that were measured.
@@ -176,16 +177,41 @@ def replay(job: Job, truth: dict[Any, float], make: Callable[[], CostModel | Non
     return statistics.fmean(counts)
 
 
+def steps(first: Path, second: Path, rounds: int) -> None:
+    """Median times of decode steps (1 and 8 sequences) and of a prompt of 512 tokens, the artifacts in turns."""
+    from llmc.bench import Sizes, measure_speed
+    from llmc.runtime.model import load
+
+    models = [load(path) for path in (first, second)]
+    for label, sizes, field in (
+        ("decode, 1 sequence", Sizes(128, 24, 1), "decode"),
+        ("decode, 8 sequences", Sizes(128, 12, 1, 8), "decode"),
+        ("prompt of 512 tokens", Sizes(512, 2, 1), "prefill"),
+    ):
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(rounds):
+            for model, kept in zip(models, times, strict=True):
+                kept += getattr(measure_speed(model, sizes), field)
+        before, after = (statistics.median(kept) for kept in times)
+        print(
+            f"{label:22s} {before * 1e3:9.2f} ms {after * 1e3:9.2f} ms   {before / after:5.2f}x", flush=True
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("collect", "report"))
+    parser.add_argument("what", choices=("collect", "report", "steps"))
     parser.add_argument("file", type=Path)
+    parser.add_argument("tuned", type=Path, nargs="?")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trials", type=int, default=150)
     options = parser.parse_args()
     if options.what == "collect":
         collect(options.file, options.trials)
+    elif options.what == "steps":
+        steps(options.file, options.tuned, options.rounds)
     else:
         report(options.file)
 

@@ -320,6 +320,16 @@ def tune(
     merge: Annotated[
         list[Path] | None, typer.Option(help="Add this file's records to the database; may be given often.")
     ] = None,
+    export_candidates: Annotated[
+        Path | None,
+        typer.Option(help="Build candidates into this file instead, for a machine that --measure runs on."),
+    ] = None,
+    candidates: Annotated[
+        int, typer.Option(help="With --export-candidates: so many per task and number of rows.")
+    ] = 32,
+    measure: Annotated[
+        Path | None, typer.Option(help="Measure the candidates of this file here; needs no model.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="f32, bf16 or f16 (default: the checkpoint's).")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="Of the KV cache (default: --dtype).")] = None,
     quant: Annotated[str | None, typer.Option(help="Scheme of the weights, as for llmc compile.")] = None,
@@ -334,10 +344,11 @@ def tune(
 ) -> None:
     """Find fast schedules for the kernels of MODEL on this machine, or list and merge tuning records.
 
+    --export-candidates and --measure do it in two steps: build here, measure where the device is.
     Ctrl-C keeps what was found; a later run goes on from there.
     """
     with guard():
-        from llmc.cli.tune import run_tune
+        from llmc.cli.tune import TuneAction, run_tune
 
         run_tune(
             model,
@@ -351,11 +362,10 @@ def tune(
                 "max_batch": max_batch,
                 "max_step_tokens": max_step_tokens,
             },
+            TuneAction(list_records, merge or (), export_candidates, candidates, measure),
             budget=budget,
             spec_file=spec,
             records=records,
-            list_records=list_records,
-            merge_files=merge or [],
             quiet=quiet,
         )
 

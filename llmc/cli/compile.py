@@ -64,7 +64,7 @@ def run_compile(
 
     view = None
     if spec.tune is not None:
-        from llmc.cli.tune import TuneView
+        from llmc.cli.tune_view import TuneView
 
         view = TuneView(Console(stderr=True, highlight=False), live=sys.stderr.isatty(), quiet=quiet)
         view.beside(show)
@@ -80,7 +80,7 @@ def run_compile(
             tune_progress=view,
         )
     if view is not None and view.result is not None and not quiet:
-        from llmc.cli.tune import result_table
+        from llmc.cli.tune_view import result_table
 
         console.print(result_table(view.result))
     if result is not None and result.search is not None:

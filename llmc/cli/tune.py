@@ -1,87 +1,177 @@
-"""``llmc tune``: tune the kernels of a model or artifact; list and merge tuning records."""
+"""``llmc tune``: tune the kernels of a model or artifact; list and merge records; build here and measure there."""
 
 from __future__ import annotations
 
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
 from llmc.artifact import MANIFEST
-from llmc.cli.format import grid
-from llmc.cli.progress import ConsoleReporter, reporter
+from llmc.cli.progress import reporter
+from llmc.cli.tune_view import TuneView, conclusions, records_table, result_table
 from llmc.errors import LlmcError
-from llmc.schedules.records import Record, Status, read_records
+from llmc.schedules.records import read_records
 from llmc.spec import CompileSpec, parse_budget
 from llmc.targets.backend import get
-from llmc.targets.runner import Limits
-from llmc.tune.job import Job, Outcome, schedule_text, task_name
 from llmc.tune.sources import default_database, merge
-from llmc.tune.tuner import TuneProgress, TuneResult
 
-_SHOWN = 16  # jobs in the live table
+if TYPE_CHECKING:
+    from llmc.artifact import Manifest
+
+_LONG = 12 * 3600.0  # measuring candidates ends by itself
+
+
+@dataclass(frozen=True)
+class TuneAction:
+    """What ``llmc tune`` is to do beside or instead of tuning.
+
+    Attributes:
+        list_records, merge_files: show the database; add files to it first.
+        export: file to write candidates to.
+        each: candidates per task and bucket in it.
+        measure: file of candidates to measure here.
+    """
+
+    list_records: bool = False
+    merge_files: Sequence[Path] = ()
+    export: Path | None = None
+    each: int = 32
+    measure: Path | None = None
+
+    @property
+    def needs_no_model(self) -> bool:
+        return self.list_records or bool(self.merge_files) or self.measure is not None
 
 
 def run_tune(
     model: str | None,
     options: dict[str, Any],
+    action: TuneAction,
     *,
     budget: str | None,
     spec_file: Path | None,
     records: Path | None,
-    list_records: bool,
-    merge_files: Sequence[Path],
     quiet: bool,
 ) -> None:
-    """Tune MODEL, or list or merge records.
+    """Tune MODEL, or do what `action` says.
 
     Raises:
         LlmcError: everything that is the user's to correct.
     """
     console = Console(file=sys.stdout, highlight=False)
     database = records or default_database()
-    if merge_files:
-        added, known = merge(database, merge_files)
-        console.print(f"{database}: {added} records added, {known} were there already", soft_wrap=True)
-    if list_records:
-        console.print(records_table(database, read_records(database) if database.exists() else []))
-    if merge_files or list_records:
-        if model is not None or spec_file is not None:
-            raise LlmcError(
-                "tune-and-list",
-                "llmc tune either tunes a model or lists and merges records.",
-                hint="Run it twice.",
-            )
-        return
-    if model is None and spec_file is None:
+    has_model = model is not None or spec_file is not None
+    if action.needs_no_model and has_model:
+        raise LlmcError(
+            "tune-and-list",
+            "llmc tune either tunes a model, or lists and merges records, or measures candidates.",
+            hint="Run it twice.",
+        )
+    if not action.needs_no_model and not has_model:
         raise LlmcError(
             "no-model",
-            "llmc tune needs a MODEL, an ARTIFACT, --list or --merge.",
+            "llmc tune needs a MODEL, an ARTIFACT, --list, --merge or --measure.",
             hint="See llmc tune --help.",
         )
-    if budget is None:
-        raise LlmcError("tune-budget", "llmc tune needs a budget of time.", hint="Add --budget 10m.")
-    seconds = parse_budget(budget)
+    seconds = parse_budget(budget) if budget is not None else None
+    if action.export is not None:
+        _export(model, options, action, spec_file, seconds, records, console, quiet)
+        return
+    if action.merge_files:
+        added, known = merge(database, action.merge_files)
+        console.print(f"{database}: {added} records added, {known} were there already", soft_wrap=True)
+    if action.list_records:
+        console.print(records_table(database, read_records(database) if database.exists() else []))
+    if action.merge_files or action.list_records:
+        return
     view = TuneView(Console(stderr=True, highlight=False), live=sys.stderr.isatty(), quiet=quiet)
-    is_artifact = model is not None and (Path(model) / MANIFEST).exists()
-    if model is not None and is_artifact:
-        _tune_artifact(Path(model), options, seconds, database, view)
+    name = "MODEL"
+    if action.measure is not None:
+        from llmc.tune.session import measure_candidates
+
+        measure_candidates(action.measure, budget=seconds or _LONG, database=database, progress=view)
+    elif seconds is None:
+        raise LlmcError("tune-budget", "llmc tune needs a budget of time.", hint="Add --budget 10m.")
+    elif _is_artifact(model):
+        _tune_artifact(Path(str(model)), options, seconds, database, view)
     else:
+        name = model or name
         _tune_model(model, options, spec_file, seconds, database, view, quiet)
     if view.result is None:
         return
     if not quiet:
         console.print(result_table(view.result))
-    name = "MODEL" if model is None or is_artifact else model
     for line in conclusions(view.result, name, database):
         console.print(line, soft_wrap=True)
+
+
+def _is_artifact(model: str | None) -> bool:
+    return model is not None and (Path(model) / MANIFEST).exists()
+
+
+def _spec(model: str | None, options: dict[str, Any], spec_file: Path | None, **more: Any) -> CompileSpec:
+    """For a compile up to the tuning, without weights."""
+    given = {key: value for key, value in {**options, "model": model}.items() if value is not None}
+    given |= {"meta_weights": True, "verify": "off", **more}
+    spec = CompileSpec.from_toml(spec_file, **given) if spec_file else CompileSpec.from_json(given)
+    return spec.with_(eval_text=None, max_kl=None, max_ppl_increase=None)
+
+
+def _export(
+    model: str | None,
+    options: dict[str, Any],
+    action: TuneAction,
+    spec_file: Path | None,
+    seconds: float | None,
+    records: Path | None,
+    console: Console,
+    quiet: bool,
+) -> None:
+    """Build candidates into a file."""
+    from llmc.pipeline.lower import lower_model
+    from llmc.pipeline.source import limits_of
+    from llmc.tune.extract import KernelUse, kernel_uses
+    from llmc.tune.session import export_kernels
+
+    assert action.export is not None
+    if action.each < 1:
+        raise LlmcError(
+            "tune-candidates",
+            f"--candidates must be at least 1; found {action.each}.",
+            hint="32 take a few minutes per kernel.",
+        )
+    if _is_artifact(model):
+        manifest = _decided(Path(str(model)), options)
+        uses, limits = [KernelUse.from_json(use) for use in manifest.tasks], manifest.limits
+        target = manifest.target.preset
+    else:
+        spec = _spec(model, options, spec_file)
+        source, step, _ = lower_model(spec.model, spec)
+        uses, limits, target = list(kernel_uses(step.module)), limits_of(spec, source), spec.target
+    backend, caps = get(target)
+    done = export_kernels(
+        uses,
+        backend,
+        caps,
+        max_batch=limits.max_batch,
+        max_step_tokens=limits.max_step_tokens,
+        path=action.export,
+        each=action.each,
+        budget=seconds,
+        database=records,
+        told=(lambda text: None) if quiet else lambda text: console.print(text, markup=False, soft_wrap=True),
+    )
+    console.print(
+        f"{action.export}: {done.candidates} candidates of {done.jobs} tasks for {caps.preset}"
+        + (f"; {sum(done.failures.values())} were not built" if done.failures else ""),
+        soft_wrap=True,
+    )
+    console.print(f"measure them there: llmc tune --measure {action.export.name}", soft_wrap=True)
 
 
 def _tune_model(
@@ -94,10 +184,7 @@ def _tune_model(
     quiet: bool,
 ) -> None:
     """Compile up to the tuning, without weights."""
-    given = {key: value for key, value in {**options, "model": model}.items() if value is not None}
-    given |= {"tune": seconds, "records": str(database), "meta_weights": True, "verify": "off"}
-    spec = CompileSpec.from_toml(spec_file, **given) if spec_file else CompileSpec.from_json(given)
-    spec = spec.with_(eval_text=None, max_kl=None, max_ppl_increase=None)
+    spec = _spec(model, options, spec_file, tune=seconds, records=str(database))
     from llmc.pipeline import compile_model
 
     show = reporter(quiet)
@@ -117,19 +204,10 @@ def _tune_artifact(
     path: Path, options: dict[str, Any], seconds: float, database: Path, view: TuneView
 ) -> None:
     """Tune what an artifact lists; its target and dtypes are decided."""
-    from llmc.inspect import inspect
     from llmc.tune.extract import KernelUse
     from llmc.tune.session import tune_kernels
 
-    manifest = inspect(path).manifest
-    given = [key for key, value in options.items() if value is not None and key != "target"]
-    if given or options.get("target") not in (None, manifest.target.target, manifest.target.preset):
-        raise LlmcError(
-            "artifact-is-decided",
-            f"The artifact {path} is compiled for {manifest.target.preset} with its own dtypes; "
-            f"found options for another ({', '.join(given) or 'target'}).",
-            hint="Leave them out, or tune the model instead of the artifact.",
-        )
+    manifest = _decided(path, options)
     backend, caps = get(manifest.target.preset)
     tune_kernels(
         [KernelUse.from_json(use) for use in manifest.tasks],
@@ -143,171 +221,21 @@ def _tune_artifact(
     )
 
 
-class TuneView(TuneProgress):
-    """Shows the tuner at work on stderr: a live table on a terminal, a line per improvement elsewhere.
+def _decided(path: Path, options: dict[str, Any]) -> Manifest:
+    """The manifest of an artifact, which decides target and dtypes.
 
-    Attributes:
-        result: of the finished run.
+    Raises:
+        LlmcError: options ask for something else.
     """
+    from llmc.inspect import inspect
 
-    def __init__(self, console: Console, *, live: bool, quiet: bool) -> None:
-        self.result: TuneResult | None = None
-        self._console, self._quiet = console, quiet
-        self._live = (
-            Live(console=console, refresh_per_second=4, transient=True) if live and not quiet else None
+    manifest = inspect(path).manifest
+    given = [key for key, value in options.items() if value is not None and key != "target"]
+    if given or options.get("target") not in (None, manifest.target.target, manifest.target.preset):
+        raise LlmcError(
+            "artifact-is-decided",
+            f"The artifact {path} is compiled for {manifest.target.preset} with its own dtypes; "
+            f"found options for another ({', '.join(given) or 'target'}).",
+            hint="Leave them out, or tune the model instead of the artifact.",
         )
-        self._reporter: ConsoleReporter | None = None
-        self._jobs: Sequence[Job] = ()
-        self._phase, self._left = "", 0.0
-        self._counts = {status: 0 for status in Status}
-
-    def beside(self, other: ConsoleReporter) -> None:
-        """Take the terminal from the reporter of the stages while tuning."""
-        self._reporter = other
-
-    def started(self, jobs: Sequence[Job], limits: Limits, budget: float) -> None:
-        self._jobs, self._left = jobs, budget
-        if self._reporter is not None:
-            self._reporter.close()
-        if self._live is not None:
-            self._live.start()
-        else:
-            self._print(
-                f"{len(jobs)} tasks; this machine reads {limits.read / 1e9:.1f} GB/s and computes "
-                + ", ".join(f"{v / 1e9:.0f} G {k} operations/s" for k, v in sorted(limits.peak.items()))
-            )
-
-    def phase(self, text: str) -> None:
-        self._phase = text
-        if self._live is None:
-            self._print(text)
-
-    def measured(self, job: Job, schedule: Any, outcome: Outcome, left: float) -> None:
-        self._left = left
-        self._counts[outcome.status] += 1
-        best = job.best()
-        if self._live is not None:
-            self._live.update(self._table())
-        elif outcome.status is not Status.OK:
-            self._print(
-                f"{job.name}: {schedule_text(schedule, job.space.default)}: {outcome.status.value}, {outcome.note}"
-            )
-        elif best is not None and best[0] == schedule:
-            self._print(
-                f"{clock(left)} left  {job.name}: {outcome.seconds * 1e3:.3f} ms, "
-                f"{100 * job.efficiency:.0f} % of the roofline, {1 / outcome.ratio:.2f}x the default"
-            )
-
-    def finished(self, result: TuneResult) -> None:
-        self.result = result
-        if self._live is not None:
-            self._live.stop()
-
-    def _table(self) -> Group:
-        jobs = sorted(self._jobs, key=lambda j: -j.share)
-        failed = ", ".join(f"{n} {s.value}" for s, n in self._counts.items() if n and s is not Status.OK)
-        head = f"{self._phase}, {clock(self._left)} left, {sum(self._counts.values())} measured"
-        return Group(Text(head + (f" ({failed})" if failed else "")), jobs_table(jobs[:_SHOWN]))
-
-    def _print(self, text: str) -> None:
-        if not self._quiet:
-            self._console.print(text, markup=False, soft_wrap=True)
-
-
-def jobs_table(jobs: Sequence[Job]) -> Table:
-    """One row per task and bucket; times in milliseconds."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("task", overflow="fold", min_width=14)
-    for column in ("rows", "share", "default", "best", "gain", "roofline", "tried"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("schedule", overflow="fold")
-    for job in jobs:
-        best = job.best()
-        name, rows = task_name(job.tunable, job.task), str(job.bucket)
-        if job.failure:
-            table.add_row(name, rows, "", "failed", "", "", "", str(len(job.measured)), job.failure)
-        elif best is None:
-            table.add_row(name, rows, f"{100 * job.share:.1f} %", "", "", "", "", "0", "")
-        else:
-            table.add_row(
-                name,
-                rows,
-                f"{100 * job.share:.1f} %",
-                f"{job.default_seconds * 1e3:.3f}",
-                f"{job.best_seconds * 1e3:.3f}",
-                f"{1 / job.best_ratio:.2f}x",
-                f"{100 * job.efficiency:.0f} %" if job.roofline else "",
-                str(len(job.measured)),
-                schedule_text(best[0], job.space.default),
-            )
-    return table
-
-
-def result_table(result: TuneResult) -> Table:
-    """The jobs that were measured, those with the largest share of the step time first."""
-    jobs = [job for job in result.jobs if job.measured]
-    table = jobs_table(sorted(jobs, key=lambda j: -j.share))
-    table.title, table.title_justify = "tuned kernels (milliseconds per call)", "left"
-    return table
-
-
-def conclusions(result: TuneResult, model: str, database: Path) -> list[str]:
-    """What a run comes to, and what to do next."""
-    lines = []
-    if result.interrupted:
-        lines.append("interrupted; what was measured is kept")
-    failed = ", ".join(f"{n} {status}" for status, n in sorted(result.failures.items()))
-    lines.append(
-        f"{result.trials} candidates tried in {result.seconds:.0f} s, {result.known} measurements known before"
-        + (f"; dropped: {failed}" if failed else "; none was wrong or failed")
-        + (f"; {result.restarts} processes restarted" if result.restarts else "")
-    )
-    if small := sum(not job.measured for job in result.jobs):
-        lines.append(
-            f"{small} more tasks together take too small a share of the step, or the budget was too short"
-        )
-    if result.limits is None:
-        lines.append("nothing is left to tune: every task is known from the records")
-    lines.append(f"expected step time: {100 * result.gain:.1f} % of that with default schedules")
-    lines.append(f"records: {database}; use them with: llmc compile {model} --records {database} -o DIR")
-    return lines
-
-
-def records_table(path: Path, records: Sequence[Record]) -> Table:
-    """What a database knows: per task and bucket the best time and how many candidates were tried."""
-    if not records:
-        table = grid(f"{path} holds no tuning records")
-        return table
-    table = Table(
-        title=f"{len(records)} tuning records in {path}", title_justify="left", box=None, pad_edge=False
-    )
-    for column in ("kernel", "task", "rows"):
-        table.add_column(column, overflow="fold")
-    for column in ("best", "speed-up", "tried", "failed"):
-        table.add_column(column, justify="right")
-    for column in ("machine", "TVM"):
-        table.add_column(column, overflow="fold")
-    groups: dict[tuple[str, int, str, str], list[Record]] = {}
-    for record in records:
-        groups.setdefault((record.task_key, record.low, record.device, record.tvm), []).append(record)
-    for (_, _, device, tvm), group in sorted(groups.items(), key=lambda item: item[0]):
-        good = [r for r in group if r.status is Status.OK]
-        best = min(good, key=lambda r: r.ratio, default=None)
-        first = group[0]
-        table.add_row(
-            first.rule,
-            " ".join(f"{k}={v}" for k, v in first.task.items()),
-            str(first.bucket),
-            f"{best.seconds * 1e3:.3f} ms" if best else "",
-            f"{1 / best.ratio:.2f}" if best and best.ratio else "",
-            str(len(group)),
-            str(len(group) - len(good)),
-            f"{first.preset}, {device}",
-            tvm,
-        )
-    return table
-
-
-def clock(seconds: float) -> str:
-    """``754 -> '12:34'``."""
-    return time.strftime("%M:%S" if seconds < 3600 else "%H:%M:%S", time.gmtime(max(0.0, seconds)))
+    return manifest

@@ -108,7 +108,7 @@ def compile_model(
             )
             if interrupted:  # what was found is in the database
                 raise KeyboardInterrupt
-        tuned = tuned_choice(backend, caps, known)
+        tuned = tuned_choice(backend, caps, known, progress)
         step = runner.run("lower", lower_graph, graph, spec, source, caps, target, runner, tuned)
         del graph
         built = runner.run("build", build_module, step, backend, caps, target, runner)

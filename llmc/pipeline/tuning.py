@@ -9,7 +9,7 @@ from llmc.caps import Capabilities
 from llmc.pipeline.lower import lower_graph
 from llmc.pipeline.source import limits_of
 from llmc.spec import CompileSpec
-from llmc.stages import StageRunner
+from llmc.stages import ProgressReporter, StageRunner
 from llmc.targets.backend import Backend
 
 if TYPE_CHECKING:
@@ -32,11 +32,17 @@ def known_records(spec: CompileSpec, backend: Backend, caps: Capabilities) -> li
     return [shipped_records()]
 
 
-def tuned_choice(backend: Backend, caps: Capabilities, known: list[list[Record]]) -> Tuned:
-    """The schedules that the records choose."""
-    from llmc.tune.sources import tuned_for
+def tuned_choice(
+    backend: Backend, caps: Capabilities, known: list[list[Record]], progress: ProgressReporter | None = None
+) -> Tuned:
+    """The schedules that the records choose; says which records do not count any more."""
+    from llmc.tune.sources import dropped_note, tuned_for
 
-    return tuned_for(backend, caps, known)
+    tuned = tuned_for(backend, caps, known)
+    note = dropped_note(tuned)
+    if note and progress is not None:
+        progress.note(note)
+    return tuned
 
 
 def tune_graph(

@@ -7,7 +7,7 @@ of different sizes; within a step, a kernel counts by its share of the time that
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,29 +135,47 @@ def jobs_of(
     Args:
         max_batch, max_step_tokens: bounds of the artifact; larger steps do not occur.
     """
+    return jobs_of_models([uses], tunables, caps, max_batch=max_batch, max_step_tokens=max_step_tokens)
+
+
+def jobs_of_models(
+    models: Iterable[Iterable[KernelUse]],
+    tunables: Sequence[Tunable],
+    caps: Capabilities,
+    *,
+    max_batch: int,
+    max_step_tokens: int,
+    steps: Container[int] = range(len(TRAFFIC)),
+) -> list[Job]:
+    """jobs_of for several models at a time: each has the same part of the traffic, whatever its size.
+
+    Args:
+        steps: indices of TRAFFIC that count.
+    """
     calls: dict[tuple[int, Any, Bucket], dict[int, float]] = {}
     rows_of: dict[tuple[int, Any, Bucket], int] = {}
-    for use in uses:
-        tunable = tunable_for(use, tunables)
-        if tunable is None:
-            continue
-        config = tunable.config_type.from_json(use.config)  # type: ignore[attr-defined]
-        task = tunable.task(config)
-        for number, shape in enumerate(TRAFFIC):
-            tokens = shape.tokens
-            if shape.function != use.function or tokens > (
-                max_batch if use.function == "decode" else max_step_tokens
-            ):
+    for place, uses in enumerate(models):
+        for use in uses:
+            found = tunable_for(use, tunables)
+            if found is None:
                 continue
-            # a prompt asks for the logits of its last token only
-            rows = (1 if use.rows == "R" and shape.function == "step" else tokens) * use.per
-            bucket = bucket_of(rows)
-            if bucket not in tunable.buckets(task):
-                continue
-            key = (tunables.index(tunable), task, bucket)
-            per_shape = calls.setdefault(key, {})
-            per_shape[number] = per_shape.get(number, 0.0) + use.calls
-            rows_of[key] = max(rows_of.get(key, 0), rows)
+            tunable, config = found
+            task = tunable.task(config)
+            for number, shape in enumerate(TRAFFIC):
+                tokens = shape.tokens
+                most = max_batch if use.function == "decode" else max_step_tokens
+                if number not in steps or shape.function != use.function or tokens > most:
+                    continue
+                # a prompt asks for the logits of its last token only
+                rows = (1 if use.rows == "R" and shape.function == "step" else tokens) * use.per
+                bucket = bucket_of(rows)
+                if bucket not in tunable.buckets(task):
+                    continue
+                key = (tunables.index(tunable), task, bucket)
+                per_shape = calls.setdefault(key, {})
+                numbered = place * len(TRAFFIC) + number
+                per_shape[numbered] = per_shape.get(numbered, 0.0) + use.calls
+                rows_of[key] = max(rows_of.get(key, 0), rows)
     jobs = []
     for (index, task, bucket), per_shape in calls.items():
         rows = rows_of[index, task, bucket]
@@ -165,11 +183,16 @@ def jobs_of(
     return jobs
 
 
-def tunable_for(use: KernelUse, tunables: Sequence[Tunable]) -> Tunable | None:
-    """The kernel class of a use; kernels that share a config differ in their names."""
-    fits = [t for t in tunables if t.config_type.__name__ == use.kind]
+def tunable_for(use: KernelUse, tunables: Sequence[Tunable]) -> tuple[Tunable, Any] | None:
+    """The kernel class of a use, and its config; classes that share a config differ in the kernels' names."""
+    fits = []
+    for tunable in tunables:
+        if tunable.config_type.__name__ == use.kind:
+            config = tunable.config_type.from_json(use.config)  # type: ignore[attr-defined]
+            if tunable.takes(config):
+                fits.append((tunable, config))
     if len(fits) > 1:
-        fits = [t for t in fits if use.name.startswith(t.name)]
+        fits = [fit for fit in fits if use.name.startswith(fit[0].name)]
     return fits[0] if fits else None
 
 
@@ -182,13 +205,18 @@ def shares(jobs: Sequence[Job]) -> None:
     for job in jobs:
         for number, calls in job.calls:
             totals[number] = totals.get(number, 0.0) + calls * _seconds(job)
-    present = sum(TRAFFIC[number].share for number in totals) or 1.0
+    present = sum(_traffic(number) for number in totals) or 1.0
     for job in jobs:
         job.share = sum(
-            TRAFFIC[number].share / present * calls * _seconds(job) / totals[number]
+            _traffic(number) / present * calls * _seconds(job) / totals[number]
             for number, calls in job.calls
             if totals[number]
         )
+
+
+def _traffic(number: int) -> float:
+    """Share of the time of a kind of step; those of further models are numbered on."""
+    return TRAFFIC[number % len(TRAFFIC)].share
 
 
 def _seconds(job: Job) -> float:

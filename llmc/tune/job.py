@@ -10,7 +10,7 @@ from typing import Any
 
 from llmc.caps import Capabilities
 from llmc.schedules.records import Record, Status, task_key
-from llmc.schedules.tunable import Bucket, Space, Tunable
+from llmc.schedules.tunable import Bucket, Space, Tunable, code_of
 
 IMPROVEMENT = 0.01  # a schedule counts as better if it saves this share of the time
 
@@ -34,7 +34,8 @@ class Job:
     Attributes:
         tunable, task, bucket, rows: what is tuned, and the number of rows that stands for the bucket.
         space: of its schedules.
-        calls: (traffic shape, calls of the kernel in it); see llmc.tune.extract.
+        code: what the kernel class generates (llmc.schedules.tunable.code_of).
+        calls: (number of a kind of step, calls of the kernel in it); see llmc.tune.extract.
         share: of the step time under the traffic, with default schedules.
         roofline: least possible seconds.
         default_seconds: of the default schedule; 0 until measured.
@@ -50,6 +51,7 @@ class Job:
     bucket: Bucket
     rows: int
     space: Space
+    code: str = ""
     calls: tuple[tuple[int, float], ...] = ()
     share: float = 0.0
     roofline: float = 0.0
@@ -70,7 +72,8 @@ class Job:
         caps: Capabilities,
         calls: tuple[tuple[int, float], ...] = (),
     ) -> Job:
-        return Job(tunable, task, bucket, rows, tunable.space(task, bucket, caps), calls)
+        space = tunable.space(task, bucket, caps)
+        return Job(tunable, task, bucket, rows, space, code_of(tunable, caps), calls)
 
     @cached_property
     def size(self) -> int:
@@ -84,7 +87,7 @@ class Job:
 
     def key(self, preset: str) -> str:
         """Equal to task_key of the job's records."""
-        return task_key(self.tunable.name, self.tunable.version, self.values, preset)
+        return task_key(self.tunable.name, self.tunable.version, self.code, self.values, preset)
 
     @property
     def name(self) -> str:
@@ -144,6 +147,7 @@ class Job:
             preset=preset,
             tvm=tvm,
             device=device,
+            code=self.code,
             status=outcome.status,
             seconds=outcome.seconds,
             ratio=outcome.ratio,

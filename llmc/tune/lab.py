@@ -1,13 +1,12 @@
-"""Where candidates are built and measured: build workers side by side, then one measuring process alone on the machine."""
+"""Where candidates are tried: built by processes side by side, then measured by one process alone on the machine."""
 
 from __future__ import annotations
 
-import os
-import select
-import tempfile
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -17,10 +16,10 @@ from llmc.errors import LlmcError
 from llmc.schedules.records import Status
 from llmc.schedules.tunable import key_of
 from llmc.targets.runner import Limits
+from llmc.tune.building import BuildPool
 from llmc.tune.job import Job, Outcome
 from llmc.tune.workers import Crashed, Hung, Worker, serve_command
 
-_BUILD_SECONDS = 60.0
 _PREPARE_SECONDS = 300.0
 _LIMITS_SECONDS = 120.0
 _MEASURE_SECONDS = 10.0  # beside 100 calls of the default schedule
@@ -48,40 +47,38 @@ class Lab(ABC):
         """End what runs."""
 
 
-class ProcessLab(Lab):
-    """The lab of a real target.
+class MeasuringLab(Lab):
+    """A lab with a measuring process; where libraries come from is its subclasses' matter.
 
     Args:
         target: as in ``--target``, with its preset.
-        builders: build processes; they rest while something is measured.
-        build_command, measure_command: of the processes.
+        command: of the measuring process.
+        seconds: that measuring one candidate may take beside 100 calls of the default schedule.
 
     Attributes:
-        restarts: how often a process had to be replaced.
+        spent: what the tuner waited for -> seconds; parts of the measuring process's time are indented.
     """
 
-    def __init__(
-        self,
-        target: str,
-        builders: int | None = None,
-        build_command: list[str] | None = None,
-        measure_command: list[str] | None = None,
-        build_seconds: float = _BUILD_SECONDS,
-        measure_seconds: float = _MEASURE_SECONDS,
-    ) -> None:
-        count = builders or max(1, min(8, os.cpu_count() or 1))
-        self._builders = [Worker(build_command or serve_command("build", target)) for _ in range(count)]
-        self._measurer = Worker(measure_command or serve_command("measure", target))
-        self._build_seconds, self._measure_seconds = build_seconds, measure_seconds
-        self._work = tempfile.TemporaryDirectory(prefix="llmc-tune-")
-        self._number = 0
+    def __init__(self, target: str, command: list[str] | None = None, seconds: float | None = None) -> None:
+        self._measurer = Worker(command or serve_command("measure", target))
+        self._measurer.start()
+        self._measure_seconds = seconds or _MEASURE_SECONDS
         self._prepared: tuple[str, int] | None = None
         self._last_default: Outcome | None = None
-        self._defaults: dict[str, Path] = {}
-        for worker in (*self._builders, self._measurer):
-            worker.start()  # all at once: each takes seconds to import tvm
+        self.spent: defaultdict[str, float] = defaultdict(float)
 
-    def __enter__(self) -> ProcessLab:
+    @abstractmethod
+    def _libraries(self, job: Job, schedules: Sequence[Any]) -> dict[Any, Path | Outcome]:
+        """Library of each schedule, for the job's bucket, or why there is none."""
+
+    @abstractmethod
+    def _default_library(self, job: Job) -> Path | Outcome:
+        """Library of the default schedule, for any number of rows."""
+
+    def _done_with(self, path: Path) -> None:
+        """A candidate's library is not needed any more."""
+
+    def __enter__(self) -> MeasuringLab:
         return self
 
     def __exit__(
@@ -91,15 +88,23 @@ class ProcessLab(Lab):
 
     @property
     def restarts(self) -> int:
-        return sum(worker.restarts for worker in (*self._builders, self._measurer))
+        """How often a process had to be replaced."""
+        return self._measurer.restarts
 
     def limits(self) -> Limits:
         try:
-            answer = self._measurer.ask({"do": "limits"}, _LIMITS_SECONDS)
+            with self._waiting("start"):
+                self._measurer.wait()
+            with self._waiting("limits"):
+                answer = self._measurer.ask({"do": "limits"}, _LIMITS_SECONDS)
         except (Crashed, Hung) as e:
             raise LlmcError(
                 "limits-unmeasured", f"The machine's limits could not be measured: the process {e}."
             ) from None
+        if "failure" in answer:
+            raise LlmcError(
+                "limits-unmeasured", f"The machine's limits could not be measured: {answer['failure']}."
+            )
         return Limits(answer["read"], answer["peak"])
 
     def default(self, job: Job) -> Outcome:
@@ -109,7 +114,8 @@ class ProcessLab(Lab):
     def measure(
         self, job: Job, schedules: Sequence[Any], seconds: float = 0.25
     ) -> Iterator[tuple[Any, Outcome]]:
-        built = self._build_all(job, schedules)
+        with self._waiting("build"):
+            built = self._libraries(job, schedules)
         limit = self._measure_seconds + seconds + _DEFAULT_CALLS * job.default_seconds
         try:
             for schedule in schedules:
@@ -126,37 +132,37 @@ class ProcessLab(Lab):
                     "schedule": asdict(schedule),
                     "path": str(path),
                     "seconds": seconds,
+                    "best": job.best_ratio if schedule not in job.measured else 0.0,
                 }
-                yield schedule, self._ask(question, limit)
+                with self._waiting("measure"):
+                    outcome = self._ask(question, limit)
+                yield schedule, outcome
         finally:
             for path in built.values():
                 if isinstance(path, Path):
-                    path.unlink(missing_ok=True)
+                    self._done_with(path)
 
     def close(self) -> None:
-        for worker in (*self._builders, self._measurer):
-            worker.close()
-        self._work.cleanup()
+        self._measurer.close()
 
     def _prepare(self, job: Job) -> Outcome:
         """Have the measuring process ready for the job; the outcome of its default schedule."""
         key = (key_of({"rule": job.tunable.name, "task": job.values}), job.rows)
         if self._prepared == key and self._last_default is not None:
             return self._last_default
-        if key[0] not in self._defaults:
-            # for any number of rows: one build serves all buckets
-            built = self._build_all(job, [job.space.default], whole=True)[job.space.default]
-            if isinstance(built, Outcome):
-                return built
-            self._defaults[key[0]] = built
+        with self._waiting("build"):
+            library = self._default_library(job)
+        if isinstance(library, Outcome):
+            return library
         question = {
             "do": "prepare",
             "rule": job.tunable.name,
             "task": job.values,
             "rows": job.rows,
-            "path": str(self._defaults[key[0]]),
+            "path": str(library),
         }
-        outcome = self._ask(question, _PREPARE_SECONDS)
+        with self._waiting("prepare"):
+            outcome = self._ask(question, _PREPARE_SECONDS)
         if outcome.status is Status.OK:
             self._prepared, self._last_default = key, outcome
         return outcome
@@ -173,52 +179,62 @@ class ProcessLab(Lab):
             return Outcome(Status.HUNG, note=str(e))
         if "failure" in answer:
             return Outcome(Status.CRASHED, note=answer["failure"])
+        for what, took in answer.get("spent", {}).items():
+            self.spent[f"  {what}"] += took
         fields = ("seconds", "ratio", "default", "error", "note")
         return Outcome(Status(answer["status"]), **{k: answer[k] for k in fields if k in answer})
 
-    def _build_all(
-        self, job: Job, schedules: Sequence[Any], whole: bool = False
-    ) -> dict[Any, Path | Outcome]:
-        """Library of each schedule, or why there is none; the builders work side by side."""
-        waiting = list(dict.fromkeys(schedules))
-        done: dict[Any, Path | Outcome] = {}
-        busy: dict[Worker, tuple[Any, Path, float]] = {}
-        idle = list(self._builders)
-        while waiting or busy:
-            while waiting and idle:
-                schedule, worker = waiting.pop(0), idle.pop()
-                self._number += 1
-                path = (
-                    Path(self._work.name) / f"candidate-{self._number}.so"
-                )  # never a name again: loaders cache
-                bucket = {"low": 0, "high": 0} if whole else {"low": job.bucket.low, "high": job.bucket.high}
-                question = {
-                    "rule": job.tunable.name,
-                    "task": job.values,
-                    "schedule": asdict(schedule),
-                    "path": str(path),
-                    **bucket,
-                }
-                worker.send(question)
-                busy[worker] = (schedule, path, time.monotonic() + self._build_seconds)
-            for worker in _ready(busy):
-                schedule, path, end = busy.pop(worker)
-                done[schedule] = self._built(worker, path, max(0.0, end - time.monotonic()))
-                idle.append(worker)
-        return done
-
-    def _built(self, worker: Worker, path: Path, seconds: float) -> Path | Outcome:
+    @contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        begin = time.monotonic()
         try:
-            answer = worker.receive(seconds)
-        except (Crashed, Hung) as e:
-            return Outcome(Status.UNBUILT, note=f"the compiler: {e}")
-        if "failure" in answer:
-            return Outcome(Status.UNBUILT, note=answer["failure"])
-        return path
+            yield
+        finally:
+            self.spent[what] += time.monotonic() - begin
 
 
-def _ready(busy: dict[Worker, tuple[Any, Path, float]]) -> list[Worker]:
-    """Workers that have answered, ended or run out of time; waits until there is one."""
-    left = max(0.0, min(end for _, _, end in busy.values()) - time.monotonic())
-    ready = list(select.select(list(busy), [], [], left)[0])
-    return ready or [min(busy, key=lambda worker: busy[worker][2])]
+class ProcessLab(MeasuringLab):
+    """The lab of a target at hand: build processes and the measuring process on this machine.
+
+    Args:
+        target: as in ``--target``, with its preset.
+        builders: build processes; they rest while something is measured.
+        build_command, measure_command, build_seconds, measure_seconds: see BuildPool and MeasuringLab.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        builders: int | None = None,
+        build_command: list[str] | None = None,
+        measure_command: list[str] | None = None,
+        build_seconds: float | None = None,
+        measure_seconds: float | None = None,
+    ) -> None:
+        super().__init__(target, measure_command, measure_seconds)
+        self._pool = BuildPool(target, builders, build_command, build_seconds)
+        self._defaults: dict[str, Path] = {}
+
+    @property
+    def restarts(self) -> int:
+        return super().restarts + self._pool.restarts
+
+    def _libraries(self, job: Job, schedules: Sequence[Any]) -> dict[Any, Path | Outcome]:
+        return self._pool.build(job, schedules)
+
+    def _default_library(self, job: Job) -> Path | Outcome:
+        # for any number of rows: one build serves all buckets
+        key = key_of({"rule": job.tunable.name, "task": job.values})
+        if key not in self._defaults:
+            built = self._pool.build(job, [job.space.default], whole=True)[job.space.default]
+            if isinstance(built, Outcome):
+                return built
+            self._defaults[key] = built
+        return self._defaults[key]
+
+    def _done_with(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        super().close()
+        self._pool.close()

@@ -7,6 +7,7 @@ ranks candidates of a task that it has never seen.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -17,7 +18,8 @@ import numpy as np
 from llmc.caps import Capabilities
 from llmc.errors import LlmcError
 from llmc.schedules.records import Record, Status
-from llmc.schedules.tunable import Bucket, Tunable
+from llmc.schedules.tunable import Tunable
+from llmc.schedules.tuned_choice import is_current
 
 Array = np.ndarray[Any, Any]
 FAILED = -1.5  # what a candidate that does not work counts as: 4.5 times slower
@@ -53,6 +55,11 @@ def require_xgboost() -> Any:
     return xgboost
 
 
+def has_xgboost() -> bool:
+    """Whether a cost model can be had."""
+    return importlib.util.find_spec("xgboost") is not None
+
+
 class CostModel:
     """Ranks the schedules of one kernel class.
 
@@ -80,15 +87,9 @@ class CostModel:
     def learn_records(self, records: Iterable[Record]) -> None:
         """Add what records of the class hold, of any task and device."""
         for record in records:
-            if record.rule != self.tunable.name or record.version != self.tunable.version:
-                continue
-            try:
+            if record.rule == self.tunable.name and is_current(record, self.tunable, self.caps):
                 task = self.tunable.from_values(record.task)
                 schedule = self.tunable.schedule_type(**record.schedule)
-                space = self.tunable.space(task, Bucket(record.low, record.high), self.caps)
-            except (ValueError, TypeError):  # of a class that has changed since
-                continue
-            if schedule in space:
                 self.learn(task, record.rows, schedule, record.ratio, ok=record.status is Status.OK)
 
     def features(self, task: Any, rows: int, schedule: Any) -> list[float]:

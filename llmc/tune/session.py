@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llmc.caps import Capabilities
 from llmc.errors import LlmcError
 from llmc.schedules.records import RecordFile
 from llmc.schedules.tuned_choice import shipped_records
-from llmc.targets.backend import Backend
+from llmc.targets.backend import Backend, get
+from llmc.tune.archive import Archive, ArchiveLab
+from llmc.tune.exporting import Exported, Told, export_candidates
 from llmc.tune.extract import KernelUse, jobs_of
+from llmc.tune.job import Job
 from llmc.tune.lab import ProcessLab
-from llmc.tune.model import require_xgboost
+from llmc.tune.model import has_xgboost, require_xgboost
 from llmc.tune.sources import soft_mismatches, tvm_version
 from llmc.tune.tuner import TuneProgress, Tuner, TuneResult
 
@@ -23,6 +26,11 @@ def check_tunable(backend: Backend, caps: Capabilities) -> None:
     Raises:
         LlmcError: the target has no tuner, this machine lacks features, or xgboost is not installed.
     """
+    _check_runnable(backend, caps)
+    require_xgboost()
+
+
+def _check_runnable(backend: Backend, caps: Capabilities) -> None:
     if backend.runner is None:
         raise LlmcError(
             "target-not-tunable",
@@ -34,9 +42,9 @@ def check_tunable(backend: Backend, caps: Capabilities) -> None:
         raise LlmcError(
             "cannot-tune-here",
             f"Tuning runs kernels, and this machine cannot run {caps.preset}: it lacks {', '.join(lacks)}.",
-            hint="Tune on such a machine and bring its records: --records FILE.",
+            hint="Tune on such a machine and bring its records (--records FILE), or build candidates for it here: "
+            "llmc tune MODEL --export-candidates FILE.",
         )
-    require_xgboost()
 
 
 def tune_kernels(
@@ -60,18 +68,25 @@ def tune_kernels(
         LlmcError: see check_tunable; the database is corrupt or cannot be written; nothing to tune.
     """
     check_tunable(backend, caps)
+    jobs = _jobs(uses, backend, caps, max_batch, max_step_tokens)
+    return tune_jobs(jobs, backend, caps, budget=budget, database=database, progress=progress)
+
+
+def tune_jobs(
+    jobs: Sequence[Job],
+    backend: Backend,
+    caps: Capabilities,
+    *,
+    budget: float,
+    database: Path,
+    progress: TuneProgress | None = None,
+) -> TuneResult:
+    """tune_kernels on jobs that are made already."""
     progress = progress or TuneProgress()
     records = RecordFile(database)
     said = soft_mismatches(list(records), backend, caps)
     if said:
         progress.phase(said)
-    jobs = jobs_of(uses, backend.tunables(), caps, max_batch=max_batch, max_step_tokens=max_step_tokens)
-    if not jobs:
-        raise LlmcError(
-            "nothing-to-tune",
-            "The model has no kernel whose schedule can be tuned.",
-            hint="An artifact of an older llmc lists none: compile it again.",
-        )
     with ProcessLab(caps.preset) as lab:
         tuner = Tuner(
             jobs,
@@ -84,3 +99,81 @@ def tune_kernels(
             progress=progress,
         )
         return tuner.run(budget)
+
+
+def export_kernels(
+    uses: Iterable[KernelUse],
+    backend: Backend,
+    caps: Capabilities,
+    *,
+    max_batch: int,
+    max_step_tokens: int,
+    path: Path,
+    each: int,
+    budget: float | None = None,
+    database: Path | None = None,
+    told: Told = lambda text: None,
+) -> Exported:
+    """Build candidates for the kernels of a model into the file `path`; the target's machine need not be at hand.
+
+    Args:
+        each, budget, told: see llmc.tune.exporting.
+        database: records that guide the choice of candidates, beside those shipped.
+
+    Raises:
+        LlmcError: nothing to tune, or the file cannot be written.
+    """
+    records = list(shipped_records())
+    if database is not None and database.exists():
+        records += list(RecordFile(database))
+        require_xgboost()
+    jobs = _jobs(uses, backend, caps, max_batch, max_step_tokens)
+    records = [record for record in records if record.preset == caps.preset]
+    return export_candidates(
+        jobs, caps, tvm_version(), path, each=each, budget=budget, records=records, told=told
+    )
+
+
+def measure_candidates(
+    path: Path, *, budget: float, database: Path, progress: TuneProgress | None = None
+) -> TuneResult:
+    """Measure the candidates of a file on this machine; measurements go to `database` as they are made.
+
+    The same rules as for tuning: each is checked before it is timed, and what is known is not measured again.
+
+    Raises:
+        LlmcError: the file is missing, corrupt or of another version; this machine cannot run what is in it.
+    """
+    archive = Archive(path)
+    try:
+        backend, caps = get(archive.preset)
+        _check_runnable(backend, caps)
+        archive.open(backend.tunables(), caps, tvm_version())
+        records = RecordFile(database)
+        with ArchiveLab(archive) as lab:
+            tuner = Tuner(
+                archive.jobs,
+                lab,
+                records,
+                caps,
+                tvm_version(),
+                backend.device(),
+                progress=progress or TuneProgress(),
+                use_model=has_xgboost(),
+            )
+            return tuner.run(budget)
+    finally:
+        archive.close()
+
+
+def _jobs(
+    uses: Iterable[KernelUse], backend: Backend, caps: Capabilities, max_batch: int, max_step_tokens: int
+) -> list[Job]:
+    jobs = jobs_of(uses, backend.tunables(), caps, max_batch=max_batch, max_step_tokens=max_step_tokens)
+    if not jobs:
+        raise LlmcError(
+            "nothing-to-tune",
+            "The model has no kernel whose schedule can be tuned.",
+            hint="An artifact of an older llmc lists none: compile it again.",
+        )
+    return jobs

@@ -10,7 +10,7 @@ from llmc import knobs
 from llmc.caps import Capabilities
 from llmc.errors import LlmcError
 from llmc.schedules.records import Record, RecordFile, read_records
-from llmc.schedules.tuned_choice import Tuned
+from llmc.schedules.tuned_choice import Tuned, is_current
 from llmc.targets.backend import Backend
 
 
@@ -21,7 +21,7 @@ def default_database() -> Path:
 
 def tuned_for(backend: Backend, caps: Capabilities, sources: Sequence[Sequence[Record]]) -> Tuned:
     """The schedules that records choose for a compile; later sources win over earlier ones."""
-    return Tuned(sources, caps.preset, tvm_version(), backend.device(), backend.tunables())
+    return Tuned(sources, caps, tvm_version(), backend.device(), backend.tunables())
 
 
 def records_for_compile(path: Path, backend: Backend, caps: Capabilities) -> list[Record]:
@@ -46,10 +46,12 @@ def records_for_compile(path: Path, backend: Backend, caps: Capabilities) -> lis
             hint="Compile for such a machine (--target), or tune on this one.",
         )
     version = tvm_version()
-    versions = {t.name: t.version for t in backend.tunables()}
-    usable = [r for r in here if r.tvm == version and versions.get(r.rule) == r.version]
+    kernels = {t.name: t for t in backend.tunables()}
+    usable = [
+        r for r in here if r.tvm == version and r.rule in kernels and is_current(r, kernels[r.rule], caps)
+    ]
     if not usable:
-        found = ", ".join(sorted({f"TVM {r.tvm}, {r.rule} version {r.version}" for r in here}))
+        found = ", ".join(sorted({f"TVM {r.tvm}, {r.rule} {r.version}.{r.code}" for r in here}))
         raise LlmcError(
             "records-other-version",
             f"The tuning records must be of TVM {version} and this llmc's kernels; {path} has {found}.",
@@ -76,18 +78,29 @@ def merge(into: Path, files: Sequence[Path]) -> tuple[int, int]:
 def soft_mismatches(records: Sequence[Record], backend: Backend, caps: Capabilities) -> str:
     """What a database holds that is measured again, in a sentence; "" if nothing."""
     version, device = tvm_version(), backend.device()
+    kernels = {t.name: t for t in backend.tunables()}
     others: Counter[str] = Counter()
     for record in records:
-        if record.preset != caps.preset:
+        if record.preset != caps.preset or record.rule not in kernels:
             continue
         if record.tvm != version:
             others[f"TVM {record.tvm}"] += 1
         elif record.device != device:
             others[record.device] += 1
+        elif not is_current(record, kernels[record.rule], caps):
+            others[f"another version of {record.rule}"] += 1
     if not others:
         return ""
     said = ", ".join(f"{count} of {name}" for name, count in sorted(others.items()))
-    return f"Records that only seed the search, because they were made elsewhere: {said}."
+    return f"Records that only seed the search, because they were made elsewhere or before a change: {said}."
+
+
+def dropped_note(tuned: Tuned) -> str:
+    """What a compile says about records that it left out because kernels have changed; "" if there are none."""
+    if not tuned.dropped:
+        return ""
+    said = ", ".join(f"{count} of {rule}" for rule, count in sorted(tuned.dropped.items()))
+    return f"Tuning records that are not used, because the kernels have changed since: {said}."
 
 
 def tvm_version() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,6 +62,8 @@ class TuneResult:
         seconds: of this run.
         interrupted: by Ctrl-C.
         limits: of the machine.
+        spent: what the run waited for -> seconds; parts of a measurement are indented.
+        curve: (seconds since the start, gain at that time) after each improvement of the search.
         gain: expected step time under the traffic with what was chosen, over that with default schedules.
     """
 
@@ -74,6 +76,14 @@ class TuneResult:
     interrupted: bool
     limits: Limits | None
     gain: float
+    spent: Mapping[str, float] = field(default_factory=dict)
+    curve: tuple[tuple[float, float], ...] = ()
+
+    def seconds_to(self, share: float) -> float:
+        """When so large a share of the time that the whole run saves was saved; 0 if it saves nothing."""
+        saved = [(t, 1 - gain) for t, gain in self.curve]
+        wanted = share * (1 - self.gain)
+        return next((t for t, s in saved if s >= wanted), self.seconds) if wanted > 0 else 0.0
 
 
 @dataclass
@@ -106,10 +116,11 @@ class Tuner:
         self._trials = 0
         self._failures: Counter[str] = Counter()
         self._spent = 0.0
+        self._curve: list[tuple[float, float]] = []
 
     def run(self, budget: float) -> TuneResult:
         """Tune for `budget` seconds, or until nothing is left to try; Ctrl-C ends it early and keeps what was found."""
-        begin = self.clock()
+        begin = self._begin = self.clock()
         self._end = begin + budget
         interrupted = False
         limits: Limits | None = None
@@ -138,6 +149,8 @@ class Tuner:
             interrupted=interrupted,
             limits=limits,
             gain=step_gain(self.jobs, self.caps.preset),
+            spent=dict(getattr(self.lab, "spent", {})),
+            curve=tuple(self._curve),
         )
         self.progress.finished(result)
         return result
@@ -176,9 +189,8 @@ class Tuner:
         for job in self.jobs:
             near: list[tuple[float, int, Record]] = []
             for record in best.values():
-                if record.rule != job.tunable.name or record.version != job.tunable.version:
-                    continue
-                if record.low != job.bucket.low:
+                # of other versions of the kernel too: a seed is a guess, which is measured
+                if record.rule != job.tunable.name or record.low != job.bucket.low:
                     continue
                 try:
                     far = distance(job, job.tunable.from_values(record.task), record.rows)
@@ -246,13 +258,17 @@ class Tuner:
             after = job.best()
             if after is not None and after != before:
                 self._tell_buckets(job, after[0])
+                gain = step_gain(self.jobs, self.caps.preset)
+                self._curve.append((self.clock() - self._begin, gain))
 
     def _propose(self, job: Job, count: int) -> list[Any]:
         score = None
         if self.use_model:
             model = self._models.setdefault(job.tunable.name, CostModel(job.tunable, self.caps))
             score = lambda schedules: model.predict(job.task, job.rows, schedules)  # noqa: E731
-        return propose(job, count, self._rng, score)
+        shared = job.tunable.shared
+        # those with the same layout one after the other: the weight is packed once
+        return sorted(propose(job, count, self._rng, score), key=lambda s: _shared(s, shared))
 
     def _try(self, job: Job, schedules: Sequence[Any], end: float, seconds: float = 0.25) -> None:
         """Measure candidates and write each down at once; stops at the end of the budget."""
@@ -282,9 +298,12 @@ class Tuner:
         return self.clock() + usual + _CALLS_PER_TRIAL * job.default_seconds < self._end
 
     def _tell_buckets(self, job: Job, schedule: Any) -> None:
-        """A new best is tried in the other buckets too: they share the weight's layout, and often the rest."""
+        """A new best is tried in the task's other buckets too, whose layout it shares, and in like tasks if it pays."""
+        pays = job.best_ratio < _WORTH_CONFIRMING
         for other in self.jobs:
-            if other is not job and other.tunable is job.tunable and other.task == job.task:
+            if other is job or other.tunable is not job.tunable:
+                continue
+            if other.task == job.task or (pays and other.bucket == job.bucket):
                 self._add_seed(other, other.space.nearest(_values(schedule)))
 
     def _complete(self) -> None:

@@ -77,10 +77,15 @@ class Worker:
 
     def receive(self, seconds: float) -> dict[str, Any]:
         """The next answer."""
+        self.wait()
+        return dict(json.loads(self._line(seconds)))
+
+    def wait(self) -> None:
+        """Wait until the process is ready for questions."""
+        self.start()
         if not self._started:
             self._line(self._start_seconds)
             self._started = True
-        return dict(json.loads(self._line(seconds)))
 
     def fileno(self) -> int:
         """For select: readable when an answer is there or the process has ended."""

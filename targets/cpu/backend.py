@@ -162,9 +162,10 @@ def tunables() -> tuple[Tunable, ...]:
     from llmc.schedules.tune_attention import TunableDecode, TunablePrefill
     from llmc.schedules.tune_experts import TunableExperts
     from llmc.schedules.tune_linear import TunableLinear
-    from llmc.schedules.tune_qlinear import TunableQuantLinear
+    from llmc.schedules.tune_qlinear import TunableIntLinear, TunableQuantLinear
 
-    return (TunableLinear(), TunableQuantLinear(), TunableExperts(), TunablePrefill(), TunableDecode())
+    linears = (TunableLinear(), TunableQuantLinear(), TunableIntLinear())
+    return (*linears, TunableExperts(), TunablePrefill(), TunableDecode())
 
 
 def runner(caps: Capabilities) -> Runner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,28 @@ class CpuRunner(Runner):
     def load(self, path: Path) -> Any:
         return tvm.runtime.load_module(str(path))["k"]
 
-    def place(self, arguments: Arguments) -> Sequence[Sequence[Any]]:
-        cold = sum(arguments.values[i].nbytes for i in arguments.cold)
-        copies = 1
-        if cold:
-            # several times the cache: the next turn finds nothing of the last one in it
-            copies = max(1, min(-(-_CACHES * cache_bytes() // cold), _MOST_BYTES // cold, _MOST_COPIES))
+    def copies(self, array: np.ndarray[Any, Any]) -> Sequence[Any]:
+        return _tensors(array, self._count(array.nbytes))
+
+    def place(
+        self, arguments: Arguments, cold: Mapping[int, Sequence[Any]] | None = None
+    ) -> Sequence[Sequence[Any]]:
+        made: dict[int, Sequence[Any]] = dict(cold or {})
+        missing = [i for i in arguments.cold if i not in made]
+        count = self._count(sum(arguments.values[i].nbytes for i in missing))
+        made.update({i: _tensors(arguments.values[i], count) for i in missing})
         held = [
-            v if isinstance(v, int) else _tensors(v, copies if i in arguments.cold else 1)
+            made[i] if i in made else v if isinstance(v, int) else _tensors(v, 1)
             for i, v in enumerate(arguments.values)
         ]
-        return [[v if isinstance(v, int) else v[n % len(v)] for v in held] for n in range(copies)]
+        lists = max((len(v) for v in made.values()), default=1)
+        return [[v if isinstance(v, int) else v[n % len(v)] for v in held] for n in range(lists)]
+
+    def _count(self, size: int) -> int:
+        """Copies of `size` bytes that are several times the cache: the next turn finds nothing of the last one in it."""
+        if not size:
+            return 1
+        return max(1, min(-(-_CACHES * cache_bytes() // size), _MOST_BYTES // size, _MOST_COPIES))
 
     def result(self, arguments: Arguments, placed: Sequence[Any]) -> np.ndarray[Any, Any]:
         out = placed[arguments.out]

@@ -20,7 +20,7 @@ from llmc.schedules.linear import LinearConfig, LinearSchedule
 from llmc.schedules.qlayout import quant_layout
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.records import Record
-from llmc.schedules.tunable import bucket_of
+from llmc.schedules.tunable import bucket_of, code_of
 from llmc.schedules.tune_qlinear import QuantLinearSchedule
 from llmc.schedules.tuned_choice import Tuned
 from llmc.targets.backend import get
@@ -48,12 +48,13 @@ def records(config, rows, schedule, name="linear", ratio=0.5):
         seconds=1.0,
         ratio=ratio,
         share=0.1,
+        code=code_of(tunable, CAPS),
         **BUILT_FOR,
     )
 
 
 def tuned(*known):
-    return Tuned([known], CAPS.preset, "1", "here", BACKEND.tunables())
+    return Tuned([known], CAPS, "1", "here", BACKEND.tunables())
 
 
 def kernel_config(module, name):
@@ -111,6 +112,9 @@ def test_kernels_of_one_weight_agree_in_its_layout():
 
 
 def test_a_quantized_weight_gets_its_records(monkeypatch):
+    layout = quant_layout(by_name("q8"), 48, 32, CAPS)
+    config = QuantLinearConfig(48, layout, "float32", "float32")
+    known = tuned(records(config, 1, QuantLinearSchedule(prefetch=512), "quant_linear"))
     seen = []
 
     def stand_in(config, caps):  # the real one takes seconds to build
@@ -126,9 +130,6 @@ def test_a_quantized_weight_gets_its_records(monkeypatch):
         return built[0]
 
     monkeypatch.setattr(tune_qlinear, "quant_linear", stand_in)
-    layout = quant_layout(by_name("q8"), 48, 32, CAPS)
-    config = QuantLinearConfig(48, layout, "float32", "float32")
-    known = tuned(records(config, 1, QuantLinearSchedule(prefetch=512), "quant_linear"))
     m = Model()
     w = m.param("w", 48, 32)
     x = m.param("x", 1, 8, 32)
@@ -145,7 +146,7 @@ def compiled():
     attention = AttentionConfig(4, 2, 16, 16, "float32", "float32", 16, 2, 0.25)
     linears = [LinearConfig(n, 64, *F32) for n in (32, 50, 64)]
     known = tuned(
-        *(records(c, 1, LinearSchedule(vectors=1, unroll=2, k_block=16)) for c in linears),
+        *(records(c, 1, LinearSchedule(vectors=1, unroll=2, prefetch=0)) for c in linears),
         *(
             records(c, 40, LinearSchedule(vectors=1, t_block=24, rows_tile=3, block_fast=True))
             for c in linears

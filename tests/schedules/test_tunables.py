@@ -19,7 +19,7 @@ from llmc.schedules.tune_experts import TunableExperts
 from llmc.schedules.tune_linear import TunableLinear
 from llmc.schedules.tune_qlinear import TunableQuantLinear
 from llmc.targets.backend import get
-from llmc.tune.serve import largest_error
+from llmc.tune.measuring import largest_error
 
 CAPS = get("cpu")[1]
 ATTENTION = AttentionConfig(4, 2, 16, 16, "float32", "float32", 16, 3, 0.25, window=20, token_major=True)

@@ -67,10 +67,12 @@ class Toy(Tunable):
     def build(self, config: Any, caps: Capabilities) -> Any:
         raise NotImplementedError
 
-    def case(self, task: Any, rows: int, rng: np.random.Generator) -> dict[str, Any]:
+    def inputs(self, task: Any, rows: int, rng: np.random.Generator) -> dict[str, Any]:
         raise NotImplementedError
 
-    def arguments(self, task: Any, schedule: Any, case: Any, caps: Capabilities) -> Arguments:
+    def arguments(
+        self, task: Any, schedule: Any, case: Any, caps: Capabilities, packed: Any = None
+    ) -> Arguments:
         raise NotImplementedError
 
     def reference(self, task: Any, case: Any) -> Any:

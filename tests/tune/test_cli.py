@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from llmc.cli.app import app
-from llmc.cli.tune import TuneView, clock, conclusions, jobs_table, records_table, result_table
+from llmc.cli.tune_view import TuneView, clock, conclusions, jobs_table, records_table, result_table
 from llmc.errors import LlmcError
 from llmc.schedules.records import RecordFile, Status, read_records
 from llmc.spec import CompileSpec, parse_budget

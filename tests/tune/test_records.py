@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from llmc.errors import LlmcError
+from llmc.schedules.linear import LinearConfig, LinearSchedule
 from llmc.schedules.records import Record, RecordFile, Status, header_line, read_records, record_line
-from llmc.schedules.tuned_choice import Tuned, choose, shipped_records
+from llmc.schedules.tunable import code_of
+from llmc.schedules.tune_experts import TunableExperts
+from llmc.schedules.tuned_choice import Tuned, choose, is_current, shipped_records
 from llmc.targets.backend import get
-from llmc.tune.sources import merge, records_for_compile, soft_mismatches, tvm_version
+from llmc.tune.sources import dropped_note, merge, records_for_compile, soft_mismatches, tvm_version
 from tests.tune.synthetic import CAPS, Toy, ToyConfig, ToySchedule
 
 TOY = Toy()
@@ -143,7 +146,7 @@ def test_configs_are_scheduled_by_records_of_this_machine():
     config = ToyConfig(64)
 
     def tile(*sources, device="here", **known):
-        tuned = Tuned(sources, "toy/one", "1", device, [TOY])
+        tuned = Tuned(sources, CAPS, "1", device, [TOY])
         return tuned.apply(replace(config, **known)).schedule.at(1).tile, len(tuned.used)
 
     assert tile([record(tile=4)]) == (4, 1)
@@ -156,7 +159,7 @@ def test_configs_are_scheduled_by_records_of_this_machine():
     assert tile([record(tile=4)], [record(0.9, tile=2)]) == (2, 1)
     assert tile([record(tile=4), record(0.1, tile=2, device="there")]) == (4, 1)
     assert tile([record(tile=2, device="there")]) == (2, 1)
-    assert Tuned([[record(tile=4)]], "toy/one", "1", "here", []).apply(config) is config
+    assert Tuned([[record(tile=4)]], CAPS, "1", "here", []).apply(config) is config
 
 
 def test_a_compile_refuses_records_that_it_cannot_use(tmp_path):
@@ -171,20 +174,51 @@ def test_a_compile_refuses_records_that_it_cannot_use(tmp_path):
     assert refused().ref == "records-missing"
     RecordFile(path).append([record()])
     assert refused().ref == "records-other-machine" and "toy/one" in refused().message
-    linear = replace(record(), rule="linear", preset="cpu/x86-64-v3")
+    tunable = next(t for t in backend.tunables() if t.name == "linear")
+    task = tunable.to_values(tunable.task(LinearConfig(64, 64, "float32", "float32", "float32")))
+    schedule = vars(LinearSchedule(prefetch=512))
+    linear = replace(record(), rule="linear", preset="cpu/x86-64-v3", task=task, schedule=schedule)
     RecordFile(path).append([linear])
     assert refused().ref == "records-other-version" and "TVM 1" in refused().message
     assert "measured" not in soft_mismatches([], backend, caps)
     assert "1 of TVM 1" in soft_mismatches(read_records(path), backend, caps)
-    usable = replace(linear, tvm=tvm_version())
-    RecordFile(path).append([usable])
-    assert records_for_compile(path, backend, caps) == [usable]
+    # of this TVM, but of another template
+    other = replace(linear, tvm=tvm_version(), device=backend.device(), code="0123456789abcdef")
+    RecordFile(path).append([other])
+    assert refused().ref == "records-other-version" and "linear 1.0123456789abcdef" in refused().message
+    assert "1 of another version of linear" in soft_mismatches([other], backend, caps)
+    current = replace(other, code=code_of(tunable, caps))
+    usable = [current, replace(current, schedule=vars(LinearSchedule(prefetch=0)))]
+    outside = replace(current, schedule=vars(LinearSchedule(prefetch=777)))
+    RecordFile(path).append([*usable, outside])
+    assert records_for_compile(path, backend, caps) == usable
+    tuned = Tuned([read_records(path)], caps, tvm_version(), "", backend.tunables())
+    assert tuned.dropped == {"linear": 2} and "2 of linear" in dropped_note(tuned)
+    assert dropped_note(Tuned()) == ""
 
 
-def test_shipped_records_are_readable():
-    names = {t.name for t in get("cpu")[0].tunables()}
+def test_code_of_a_kernel_class(monkeypatch):
+    """Equal for any number of threads and in any process; other for another template or another default."""
+    tunable, caps = TunableExperts(), get("cpu/x86-64-v3")[1]
+    code = code_of(tunable, caps)
+    assert len(code) == 16 and code_of(TunableExperts(), replace(caps, threads=64)) == code
+    assert code_of(tunable, get("cpu/aarch64")[1]) != code
+    assert code_of(TOY, CAPS) == ""
+
+    class Changed(TunableExperts):
+        def scheduled(self, config, schedule):
+            return super().scheduled(replace(config, has_bias=True), schedule)
+
+    assert code_of(Changed(), caps) != code
+
+
+def test_shipped_records_are_of_the_kernels_as_they_are():
+    """Records of kernels that have changed since are dropped by every compile: tools/ship_tuning.py makes new ones."""
+    backend = get("cpu")[0]
+    kernels = {t.name: t for t in backend.tunables()}
     for shipped in shipped_records():
-        assert shipped.rule in names and shipped.status is Status.OK
+        assert shipped.rule in kernels and shipped.status is Status.OK and not shipped.note
+        assert is_current(shipped, kernels[shipped.rule], get(shipped.preset)[1]), shipped.rule
 
 
 def test_lines_are_json(tmp_path: Path):

@@ -149,6 +149,31 @@ def test_known_tasks_cost_no_trial(tmp_path):
     assert same[0].best()[0] == jobs[0].best()[0] and result.gain == pytest.approx(same[0].best_ratio)
 
 
+def test_a_task_of_another_model_costs_no_trial(tmp_path):
+    path = tmp_path / "r"
+    tuner(toy_jobs(64, rows=(1,)), ToyLab(), path).run(2000)
+    shared, new = toy_jobs(64, 128, rows=(1,))
+    lab = ToyLab()
+    tuner([shared, new], lab, path).run(100)
+    assert shared.trials == 0 and new.trials > 20 and {name for name, _ in lab.log} >= {new.name}
+
+
+def test_a_find_is_tried_on_like_tasks_at_once(tmp_path):
+    jobs, lab = toy_jobs(64, 65, 66, rows=(1,)), ToyLab()
+    tuner(jobs, lab, tmp_path / "r").run(120)
+    for job in jobs:
+        tried = [s for name, s in lab.log if name == job.name]
+        others = {s for name, s in lab.log if name != job.name}
+        assert len(others & set(tried)) > 2
+
+
+def test_when_it_was_found(tmp_path):
+    result = tuner(toy_jobs(64, 4096), ToyLab(), tmp_path / "r").run(300)
+    seconds = [result.seconds_to(share) for share in (0.1, 0.5, 0.9)]
+    assert seconds == sorted(seconds) and 0 < seconds[0] < seconds[-1] <= 300
+    assert [t for t, _ in result.curve] == sorted(t for t, _ in result.curve)
+
+
 def test_similar_tasks_seed_the_search(tmp_path):
     path = tmp_path / "r"
     jobs = toy_jobs(64, rows=(1,))

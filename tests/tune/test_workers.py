@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +17,8 @@ from llmc.schedules.tune_linear import TunableLinear
 from llmc.targets.backend import get
 from llmc.tune.job import Job
 from llmc.tune.lab import ProcessLab
-from llmc.tune.serve import Builder, Measurer
+from llmc.tune.measuring import Measurer, Stopwatch
+from llmc.tune.serve import Builder
 from llmc.tune.workers import Crashed, Hung, Worker
 
 # answers a JSON line by what its field "do" or "schedule" asks for
@@ -83,7 +83,7 @@ def test_every_way_to_fail_is_an_outcome():
         tried = job()
         assert lab.default(tried).status is Status.OK
         found = dict(lab.measure(tried, schedules, seconds=0.1))
-        left = list(Path(lab._work.name).iterdir())
+        left = list(lab._pool.folder.iterdir())
         assert [found[s].status for s in schedules] == [
             Status.OK, Status.UNBUILT, Status.UNBUILT, Status.CRASHED, Status.HUNG, Status.WRONG, Status.OK,
         ]  # fmt: skip
@@ -91,7 +91,7 @@ def test_every_way_to_fail_is_an_outcome():
         assert found[schedules[3]].note == "signal 11" and "no answer within" in found[schedules[4]].note
         assert found[schedules[0]].ratio == 0.5 and found[schedules[0]].default == 1.0
         assert lab.restarts == 3 and len(left) == 1  # the default's library
-    assert not Path(lab._work.name).exists() and lab._measurer._process is None
+    assert not lab._pool.folder.exists() and lab._measurer._process is None
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_a_real_kernel_is_built_checked_and_timed(services, tmp_path):
         answer["status"] == "ok" and answer["seconds"] > 0 and answer["ratio"] > 0 and answer["default"] > 0
     )
     # weights are cold: copies of them together are larger than the last cache, or as many as are kept
-    lists = measure._job.default_placed
+    lists = measure._job._place(default, Stopwatch())[1]
     assert len(lists) == 256 or len(lists) * 128 * 96 * 4 > cache_bytes()
 
 
