@@ -31,6 +31,8 @@ def quant_tiles_from(config: QuantLinearConfig, caps: Capabilities, schedule: An
     Integers go through bytes; other codes only if activations are bf16 and stand in the weight's order.
     """
     layout = config.layout
+    if layout.outliers:  # columns that the vector kernel adds in floating point
+        return 0
     usable = layout.quads or (config.in_dtype == "bfloat16" and not layout.of.order)
     return int(schedule.tiles_from) if usable and caps.tiles is not TileUnit.NONE else 0
 
