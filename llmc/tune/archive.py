@@ -1,12 +1,13 @@
 """Candidates that one machine builds and another one measures, as one file.
 
-A zip file: ``candidates.json`` names the jobs and their candidates, ``libraries/N`` is what the target's runner loads. The
+A zip file: ``candidates.json`` names the jobs and their candidates, ``libraries/N.so`` is what the target's runner loads. The
 machine with the device needs no compiler for it; its measurements are ordinary records.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from llmc.tune.lab import MeasuringLab
 FORMAT = 1
 _HEADER = "llmc-candidates"
 _INDEX = "candidates.json"
+_LIBRARY = re.compile(r"libraries/\d+(\.\w+)?")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class ArchiveWriter:
         self._head = {_HEADER: FORMAT, "preset": preset, "tvm": tvm}
         self._jobs: list[dict[str, Any]] = []
         self._count = 0
-        self._defaults: dict[str, int] = {}
+        self._defaults: dict[str, str] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._zip = zipfile.ZipFile(self._part, "w", zipfile.ZIP_DEFLATED)
@@ -116,10 +118,12 @@ class ArchiveWriter:
         self._zip.close()
         self._part.unlink(missing_ok=True)
 
-    def _add(self, library: Path) -> int:
-        self._zip.write(library, f"libraries/{self._count}")
+    def _add(self, library: Path) -> str:
+        # with its suffix, by which loaders know what it is
+        name = f"{self._count}{library.suffix}"
+        self._zip.write(library, f"libraries/{name}")
         self._count += 1
-        return self._count - 1
+        return name
 
 
 def _task_of(job: Job) -> str:
@@ -144,7 +148,7 @@ class Archive:
             with zipfile.ZipFile(path) as held:
                 self._index = _checked(path, json.loads(held.read(_INDEX)))
                 for name in held.namelist():
-                    if name.startswith("libraries/") and name.removeprefix("libraries/").isdigit():
+                    if _LIBRARY.fullmatch(name):
                         held.extract(name, self._work.name)
         except FileNotFoundError:
             raise LlmcError("candidates-missing", f"There are no candidates at {path}.") from None
@@ -200,11 +204,11 @@ class Archive:
         job = Job(tunable, task, bucket, int(entry["rows"]), space, str(entry["code"]), calls)
         self.jobs.append(job)
         self._default_libraries[_task_of(job)] = self._path(entry["default"])
-        for schedule, number in listed.items():
-            self._libraries[_task_of(job), bucket.low, schedule] = self._path(number)
+        for schedule, name in listed.items():
+            self._libraries[_task_of(job), bucket.low, schedule] = self._path(name)
 
-    def _path(self, number: int) -> Path:
-        return Path(self._work.name) / "libraries" / str(int(number))
+    def _path(self, name: str) -> Path:
+        return Path(self._work.name) / "libraries" / Path(name).name
 
     def _of_another_version(self, required: str, found: str) -> LlmcError:
         return LlmcError(

@@ -266,9 +266,10 @@ class Tuner:
         if self.use_model:
             model = self._models.setdefault(job.tunable.name, CostModel(job.tunable, self.caps))
             score = lambda schedules: model.predict(job.task, job.rows, schedules)  # noqa: E731
-        shared = job.tunable.shared
-        # those with the same layout one after the other: the weight is packed once
-        return sorted(propose(job, count, self._rng, score), key=lambda s: _shared(s, shared))
+        found = propose(job, count, self._rng, score)
+        # those with the same layout one after the other, the most promising layout first: the weight is packed once
+        layouts = list(dict.fromkeys(_shared(s, job.tunable.shared) for s in found))
+        return sorted(found, key=lambda s: layouts.index(_shared(s, job.tunable.shared)))
 
     def _try(self, job: Job, schedules: Sequence[Any], end: float, seconds: float = 0.25) -> None:
         """Measure candidates and write each down at once; stops at the end of the budget."""
