@@ -22,7 +22,7 @@ from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
 from llmc.schedules.qlinear import QuantLinearConfig
 
-FEW = 32  # up to so many rows unpack in registers
+FEW = 48  # up to so many rows unpack in registers
 _PIECE = 256  # columns of a pass: 64 outputs of bytes are half of a first-level cache
 _FEW_PIECE = 128  # the same of bytes when the next one is on its way into the cache
 _LINES = 128  # bytes of the next pass that a tile of many rows asks for
