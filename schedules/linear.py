@@ -28,7 +28,9 @@ __all__ = [
 ]
 
 _ANY = 1 << 30  # more rows than any step has
-_FEW_ROWS = 16  # from 2 to so many rows a product waits for its weights, and takes several tiles of rows
+_FEW_ROWS = (
+    16  # up to so many rows a product waits for its weights, even where it takes several tiles of rows
+)
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ class LinearSchedule:
         t_block: rows of one task.
         unroll: k steps per turn of the inner loop; 0 = 4 for one row, else 1.
         prefetch: bytes that the weight stream is asked for ahead of its use; 0 = never.
-        few_bytes: for 2 to 16 rows, a weight block is cut into pieces of so many bytes, which stay in the first-level
-            cache for all tiles of rows; while they go through one piece the next comes from memory. 0 = no such cut.
+        few_bytes: for at most 16 rows in several tiles, a weight block is cut into pieces of so many bytes, which stay
+            in the first-level cache for all tiles; while they go through one piece the next comes from memory. 0 = no
+            such cut.
         block_fast: neighbouring tasks take the same rows and the next weight block, instead of the next rows.
         tiles_from: rows from which on a machine with tile registers uses them; 0 = never. What follows is for those:
         tile_rows, tile_columns, tile_blocks, tile_unroll, tile_prefetch, tile_wide: see TileSchedule in tile_product.py.
@@ -264,6 +267,14 @@ def weight_view(w: Any, size: int, pairs: bool) -> Any:
     return e.flat(w, size // 2, "int32") if pairs else e.flat(w, size)
 
 
+def _several_tiles(t: Any, tile: int) -> Any:
+    """Whether for_tiles takes several tiles for t rows, and these are few."""
+    several = t <= _FEW_ROWS
+    for rows in (tile, *row_sizes(tile)):
+        several = tirx.And(several, t != rows)
+    return several
+
+
 def row_sizes(largest: int) -> list[int]:
     """Row counts of the micro-kernels that cover any number of rows below `largest`, descending."""
     return [s for s in (16, 8, 4, 2, 1) if s < largest]
@@ -402,7 +413,7 @@ def _all_rows(
     small = (
         min(large, max(1, schedule.few_bytes // micro.step_bytes)) if cut and schedule.few_bytes else large
     )
-    few = tirx.And(t > 1, t <= _FEW_ROWS) if small < large and most != 1 else None
+    few = _several_tiles(t, tile) if small < large and most != 1 else None
     chunk = large if few is None else e.let(tirx.Select(few, e.i64(small), e.i64(large)))
     chunks = (steps + (chunk - 1)) // chunk
     row_blocks = (t + (t_block - 1)) // t_block
