@@ -7,6 +7,7 @@ a piece of the weight that is unpacked into the first-level cache once for all o
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from tvm import tirx
@@ -17,6 +18,7 @@ from llmc.schedules import emit as e
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.iactivations import IntActivations, quantize_rows
 from llmc.schedules.idot import IntDot
+from llmc.schedules.layout import usual_vectors
 from llmc.schedules.linear import for_tiles
 from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
@@ -67,8 +69,19 @@ class IntBlocks:
 
         With groups these are integer and float32 sums. Fewer rows, but no sums go through memory for every group.
         """
-        spare = self.caps.vector_registers - (self.vectors + 1) * self.dot.registers
-        return max(1, min(6, spare // (self.vectors * (2 if self.grouped else 1))))
+        vectors = self.width(2)
+        spare = self.caps.vector_registers - (vectors + 1) * self.dot.registers
+        return max(1, min(6, spare // (vectors * (2 if self.grouped else 1))))
+
+    def width(self, rows: int) -> int:
+        """Vectors of a block that so many rows take at a time; fewer than all where it is made for more registers."""
+        if rows == 1:
+            return min(self.vectors, self.caps.vector_registers // 2)
+        return min(self.vectors, usual_vectors(self.caps))
+
+    def parts(self, rows: int) -> AbstractContextManager[Any]:
+        """A loop over the parts of a block that so many rows take one after the other."""
+        return e.loop_or_once(self.vectors // self.width(rows))
 
     def rows(self, x: IntActivations, count: Any, most: int, base: Any, row_of: RowOf, write: Write) -> None:
         """Rows row_of(0 .. count - 1) times the block at byte `base`.
@@ -103,27 +116,31 @@ class IntBlocks:
             def tile_of(rows: int, start: Any) -> None:
                 index = [e.let(row_of(start + r)) for r in range(rows)]
                 bases = [e.let(i * x.stride + first // 4) for i in index]
-                sums = self._load(partial, start, rows)
+                starts = [e.let(i * layout.groups + first // layout.group) for i in index]
 
-                def units(part: Vectors, data: Any, columns: list[Any], count: Any) -> None:
+                def units(part: Vectors, data: Any, columns: list[Any], count: Any, row: Any) -> None:
                     with e.loop(count) as u:
                         unit = e.let(data + u * layout.unit_bytes)
                         for line in range(0, layout.unit_bytes if self.prefetch else 0, 64):
                             e.prefetch(self.codes.bytes, unit + self.prefetch + line)
-                        self._unit(x, part, unit, [e.let(c + u * (UNIT // 4)) for c in columns])
+                        self._unit(x, part, unit, [e.let(c + u * (UNIT // 4)) for c in columns], row)
 
-                if self.grouped:
-                    starts = [e.let(i * layout.groups + first // layout.group) for i in index]
-                    with e.loop(columns // layout.group) as g:
-                        part = self._starts(x, [at + g for at in starts])
-                        data = e.let(base + (first // layout.group + g) * layout.group_bytes)
-                        at = [e.let(b + g * (layout.group // 4)) for b in bases]
-                        units(part, data, at, layout.group // UNIT)
-                        tail = e.let(data + layout.group // UNIT * layout.unit_bytes)
-                        self._scale(sums, part, lambda v: self.codes.scale(tail, v * self.lanes, self.lanes))
-                else:
-                    units(sums, e.let(base + first // UNIT * layout.unit_bytes), bases, columns // UNIT)
-                self._keep(partial, start, sums)
+                with self.parts(rows) as number:
+                    row = e.let(number * (self.width(rows) * self.lanes))
+                    sums = self._load(partial, start, rows, row)
+                    if self.grouped:
+                        with e.loop(columns // layout.group) as g:
+                            part = self._starts(x, [at + g for at in starts])
+                            data = e.let(base + (first // layout.group + g) * layout.group_bytes)
+                            at = [e.let(b + g * (layout.group // 4)) for b in bases]
+                            units(part, data, at, layout.group // UNIT, row)
+                            tail = e.let(data + layout.group // UNIT * layout.unit_bytes)
+                            scale = lambda v: self.codes.scale(tail, row + v * self.lanes, self.lanes)  # noqa: E731
+                            self._scale(sums, part, scale)
+                    else:
+                        data = e.let(base + first // UNIT * layout.unit_bytes)
+                        units(sums, data, bases, columns // UNIT, row)
+                    self._keep(partial, start, sums, row)
 
             for_tiles(self.max_rows, count, tile_of)
         self._finish(x, partial, count, base, row_of, write)
@@ -142,13 +159,15 @@ class IntBlocks:
             def tile_of(rows: int, start: Any) -> None:
                 index = [e.let(row_of(start + r)) for r in range(rows)]
                 bases = [e.let(i * x.stride + first // 4) for i in index]
-                sums = self._load(partial, start, rows)
-                if self.grouped:
-                    groups = [e.let(i * layout.groups + first // layout.group) for i in index]
-                    self._tile(x, sums, bases, groups, piece, columns // layout.group)
-                else:
-                    self._products(x, sums, bases, piece.words, e.i64(0), columns // 4)
-                self._keep(partial, start, sums)
+                groups = [e.let(i * layout.groups + first // layout.group) for i in index]
+                with self.parts(rows) as number:
+                    row = e.let(number * (self.width(rows) * self.lanes))
+                    sums = self._load(partial, start, rows, row)
+                    if self.grouped:
+                        self._tile(x, sums, bases, groups, piece, columns // layout.group, row)
+                    else:
+                        self._products(x, sums, bases, piece.words, row, columns // 4)
+                    self._keep(partial, start, sums, row)
 
             for_tiles(self.max_rows, count, tile_of)
         self._finish(x, partial, count, base, row_of, write)
@@ -167,28 +186,31 @@ class IntBlocks:
                 e.store(partial, r * self.nb + v * self.lanes, start, self.lanes)
         return partial
 
-    def _load(self, partial: Any, start: Any, rows: int) -> Vectors:
+    def _load(self, partial: Any, start: Any, rows: int, row: Any) -> Vectors:
+        """Sums of rows of x so far: of a part of the block, which begins at its row `row`."""
         sums = self._scratch(rows, str(partial.dtype))
-        for r, row in enumerate(sums):
-            for v, vector in enumerate(row):
-                e.store(
-                    vector, 0, e.load(partial, (start + r) * self.nb + v * self.lanes, self.lanes), self.lanes
-                )
+        for vector, at in self._places(start, sums, row):
+            e.store(vector, 0, e.load(partial, at, self.lanes), self.lanes)
         return sums
 
-    def _keep(self, partial: Any, start: Any, sums: Vectors) -> None:
-        for r, row in enumerate(sums):
-            for v, vector in enumerate(row):
-                e.store(
-                    partial, (start + r) * self.nb + v * self.lanes, e.load(vector, 0, self.lanes), self.lanes
-                )
+    def _keep(self, partial: Any, start: Any, sums: Vectors, row: Any) -> None:
+        for vector, at in self._places(start, sums, row):
+            e.store(partial, at, e.load(vector, 0, self.lanes), self.lanes)
+
+    def _places(self, start: Any, sums: Vectors, row: Any) -> list[tuple[Any, Any]]:
+        """Vectors of sums, and where they are kept."""
+        return [
+            (vector, (start + r) * self.nb + row + v * self.lanes)
+            for r, vectors in enumerate(sums)
+            for v, vector in enumerate(vectors)
+        ]
 
     def _finish(
         self, x: IntActivations, partial: Any, count: Any, base: Any, row_of: RowOf, write: Write
     ) -> None:
         """Scale the sums of each row and write them."""
         with e.loop(count) as r:
-            acc = self._scratch(1, "float32")
+            acc = [[e.scratch(self.lanes) for _ in range(self.vectors)]]
             tail = e.let(base + self.layout.padded_k // UNIT * self.layout.unit_bytes)
             row = e.let(row_of(r))
             factor = e.let(e.splat(x.scales[row], self.lanes))
@@ -207,10 +229,10 @@ class IntBlocks:
         self._store(part, [[values[r]] * len(row) for r, row in enumerate(part)])
         return part
 
-    def _unit(self, x: IntActivations, part: Vectors, unit: Any, columns: list[Any]) -> None:
-        """part plus a unit's products; more than one row takes its words in a loop: less code."""
+    def _unit(self, x: IntActivations, part: Vectors, unit: Any, columns: list[Any], row: Any) -> None:
+        """part (from row `row` of the block on) plus a unit's products; more than one row of x takes words in a loop."""
         words = UNIT // 8 if self.nibbles else UNIT // 4
-        base = e.let(unit // 4)
+        base = e.let(unit // 4 + row)
         if len(columns) == 1:
             sums = [[e.load(vector, 0, self.lanes) for vector in row] for row in part]
             for j in range(words):
@@ -226,7 +248,7 @@ class IntBlocks:
         quads = 2 if self.nibbles else 1
         spread = [[self.dot.activations(x.data[c + (j * quads + h)]) for h in range(quads)] for c in columns]
         out: Vectors = [[] for _ in columns]
-        for v in range(self.vectors):
+        for v in range(len(sums[0])):
             word = e.let(e.load(self.words, base + j * self.nb + v * self.lanes, self.lanes))
             parts = [self.dot.weights(w) for w in self._quads(word)]
             for r in range(len(columns)):
@@ -245,21 +267,30 @@ class IntBlocks:
         return [e.let(T.bitwise_and(word, mask)), e.let(T.bitwise_and(high, mask))]
 
     def _tile(
-        self, x: IntActivations, acc: Vectors, bases: list[Any], groups: list[Any], piece: _Piece, count: Any
+        self,
+        x: IntActivations,
+        acc: Vectors,
+        bases: list[Any],
+        groups: list[Any],
+        piece: _Piece,
+        count: Any,
+        row: Any,
     ) -> None:
         """acc += `count` groups of a piece times those of some rows of x; integer sums of a group, then its scales.
 
         Args:
             bases: where the rows' columns of the piece begin in x.data.
             groups: where the rows' groups of the piece begin in x.starts.
+            row: of the block, where the sums begin.
         """
         quads = self.layout.group // 4
         with e.loop(count) as g:
             part = self._starts(x, [at + g for at in groups])
             begin = e.let(g * quads)
             rows = [e.let(at + begin) for at in bases]
-            self._products(x, part, rows, piece.words, e.let(begin * self.nb), quads)
-            self._scale(acc, part, lambda v: e.load(piece.scales, g * self.nb + v * self.lanes, self.lanes))
+            self._products(x, part, rows, piece.words, e.let(begin * self.nb + row), quads)
+            at = e.let(g * self.nb + row)
+            self._scale(acc, part, lambda v: e.load(piece.scales, at + v * self.lanes, self.lanes))
 
     def _products(
         self, x: IntActivations, sums: Vectors, bases: list[Any], source: Any, begin: Any, quads: Any
@@ -268,7 +299,7 @@ class IntBlocks:
         lanes = self.lanes
         with e.loop(quads) as q:
             weights = []
-            for v in range(self.vectors):
+            for v in range(len(sums[0])):
                 word = e.let(e.load(source, begin + q * self.nb + v * lanes, lanes))
                 weights.append(self.dot.weights(word))
             for base, row in zip(bases, sums, strict=True):
@@ -302,14 +333,14 @@ class IntBlocks:
 
     def _scale(self, acc: Vectors, part: Vectors, scale: Callable[[int], Any]) -> None:
         """acc += part * scale."""
-        for v in range(self.vectors):
+        for v in range(len(acc[0])):
             factor = e.let(scale(v))
             for total, sums in zip(acc, part, strict=True):
                 value = tirx.Cast(e.vec("float32", self.lanes), e.load(sums[v], 0, self.lanes)) * factor
                 e.store(total[v], 0, e.load(total[v], 0, self.lanes) + value, self.lanes)
 
     def _scratch(self, rows: int, dtype: str) -> Vectors:
-        return [[e.scratch(self.lanes, dtype) for _ in range(self.vectors)] for _ in range(rows)]
+        return [[e.scratch(self.lanes, dtype) for _ in range(self.width(rows))] for _ in range(rows)]
 
     def _store(self, vectors: Vectors, values: Vectors) -> None:
         for row, new in zip(vectors, values, strict=True):

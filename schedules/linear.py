@@ -14,7 +14,7 @@ from llmc.schedules import emit as e
 from llmc.schedules.choice import ByRows
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.gather import EmbeddingConfig, GatherConfig, embedding, gather_rows
-from llmc.schedules.layout import BlockedLayout, linear_layout
+from llmc.schedules.layout import BlockedLayout, linear_layout, own_vectors, usual_vectors
 
 __all__ = [
     "EmbeddingConfig",
@@ -152,15 +152,27 @@ class MicroKernel:
 
     def max_rows(self) -> int:
         """Rows whose accumulators fit in the registers beside the weights of one step and a broadcast."""
-        weights = self.vectors * (2 if self.pairs and not self.dot else 1)
-        return max(1, min(6, (self.caps.vector_registers - weights - 2) // self.vectors))
+        vectors = self.width(2)
+        weights = vectors * (2 if self.pairs and not self.dot else 1)
+        return max(1, min(6, (self.caps.vector_registers - weights - 2) // vectors))
+
+    def width(self, rows: int) -> int:
+        """Vectors of a block that so many rows take at a time: all, but of blocks made for a machine with more registers.
+
+        One row uses each weight once, so that only its sums have to stay in registers.
+        """
+        registers = self.caps.vector_registers
+        if own_vectors(self.layout, self.dtype, self.caps) is not None:
+            return self.vectors
+        most = registers // 2 if rows == 1 else usual_vectors(self.caps)
+        return max(v for v in range(1, most + 1) if self.vectors % v == 0)
 
     def accumulate(
         self, acc: list[list[Any]], rows: int, row_base: list[Any], w_base: Any, steps: int
     ) -> None:
         """acc[r][v] += x[row r] . w for k steps [0, steps); bases are in elements of the views.
 
-        The caller has laid `row_base` and `w_base` at the first step.
+        The caller has laid `row_base` and `w_base` at the first step, and at the first of the accumulators' outputs.
         """
         unroll = self.unroll or (4 if rows == 1 else 1)
         whole = steps // unroll
@@ -171,18 +183,29 @@ class MicroKernel:
             with e.loop(whole * unroll, steps) as j:
                 self._step(acc, rows, row_base, w_base, j)
 
+    def sums(self, rows: int, row_base: list[Any], w_base: Any, steps: int) -> list[list[Any]]:
+        """accumulate from zero, over whole blocks however many vectors fit into registers."""
+        width, lanes = self.width(rows), self.lanes
+        whole = self.new_accumulators(rows)
+        for at in range(0, self.vectors, width):
+            acc = [row[at : at + width] for row in whole]
+            for vector in (v for row in acc for v in row):
+                e.store(vector, 0, e.splat(0.0, lanes), lanes)
+            self.accumulate(acc, rows, row_base, w_base + at * lanes, steps)
+        return whole
+
     def _step(self, acc: list[list[Any]], rows: int, row_base: list[Any], w_base: Any, j: Any) -> None:
-        lanes, nb = self.lanes, self.layout.n_block
+        lanes, nb, vectors = self.lanes, self.layout.n_block, len(acc[0])
         at = w_base + j * nb
         if self.prefetch_ahead:
             line = 64 // (self.step_bytes // nb)
-            for i in range(0, nb, line):
+            for i in range(0, vectors * lanes, line):
                 e.prefetch(self.w, at + self.prefetch_ahead * nb + i)
-        loads = [e.let(e.load(self.w, at + v * lanes, lanes)) for v in range(self.vectors)]
+        loads = [e.let(e.load(self.w, at + v * lanes, lanes)) for v in range(vectors)]
         if self.dot:
             for r in range(rows):
                 a = e.let(e.splat(self._pair(row_base[r], j), lanes))
-                for v in range(self.vectors):
+                for v in range(vectors):
                     self._update(acc[r][v], lambda c, v=v, a=a: e.dot_bf16(c, a, loads[v]))
         elif self.pairs:
             even = [e.let(e.pair_even(w, lanes)) for w in loads]
@@ -191,13 +214,13 @@ class MicroKernel:
                 pair = e.let(self._pair(row_base[r], j))
                 for half, weights in ((e.pair_even(pair, 1), even), (e.pair_odd(pair, 1), odd)):
                     a = e.let(e.splat(half, lanes))
-                    for v in range(self.vectors):
+                    for v in range(vectors):
                         self._update(acc[r][v], lambda c, v=v, a=a, ws=weights: c + a * ws[v])
         else:
             wide = [e.let(e.widen(w, self.dtype, lanes)) for w in loads]
             for r in range(rows):
                 a = e.let(e.splat(e.widen(self.x[row_base[r] + j], self.dtype, 1), lanes))
-                for v in range(self.vectors):
+                for v in range(vectors):
                     self._update(acc[r][v], lambda c, v=v, a=a: c + a * wide[v])
 
     def _update(self, acc: Any, f: Any) -> None:
@@ -212,8 +235,9 @@ class MicroKernel:
         high = tirx.Select(2 * j + 1 < self.k, tirx.Cast("int32", self.x[inside]), tirx.IntImm("int32", 0))
         return T.bitwise_or(low, T.shift_left(high, tirx.IntImm("int32", 16)))
 
-    def new_accumulators(self, rows: int) -> list[list[Any]]:
-        return [[e.scratch(self.lanes) for _ in range(self.vectors)] for _ in range(rows)]
+    def new_accumulators(self, rows: int, width: int = 0) -> list[list[Any]]:
+        """Of `width` vectors of a block (0 = all)."""
+        return [[e.scratch(self.lanes) for _ in range(width or self.vectors)] for _ in range(rows)]
 
 
 def row_view(x: Any, size: Any, k: int, pairs: bool) -> tuple[Any, int]:
@@ -369,27 +393,29 @@ def _all_rows(
         first = e.let((task // blocks if schedule.block_fast else task % row_blocks) * t_block)
         count = e.let(T.min(e.i64(t_block), t - first))
         # with an activation too: its polynomial is then in the code once, not per row of the tiles
-        partial = e.workspace(t_block * nb) if chunks > 1 or cfg.activation else None
+        in_parts = any(micro.width(rows) < micro.vectors for rows in (1, tile))
+        partial = e.workspace(t_block * nb) if chunks > 1 or cfg.activation or in_parts else None
 
         def tile_of(rows: int, start: Any, begin: Any, size: Any) -> None:
             """`rows` rows from `start` of the task over k steps [begin, begin + size)."""
-            acc = micro.new_accumulators(rows)
-            for r in range(rows):
-                for v in range(micro.vectors):
-                    value = e.splat(0.0, lanes)
-                    if partial is not None:
-                        value = e.load(partial, (start + r) * nb + v * lanes, lanes)
-                    e.store(acc[r][v], 0, value, lanes)
+            width = micro.width(rows)
             bases = [e.let((first + start + r) * args.x_stride + begin) for r in range(rows)]
-            micro.accumulate(acc, rows, bases, e.let((block * steps + begin) * nb), size)
-            if partial is None:
-                out = [e.let(first + start + r) for r in range(rows)]
-                store_rows(epilogue, micro, acc, out, block, args.y, args.bias, args.residual)
-                return
-            for r in range(rows):
-                for v in range(micro.vectors):
-                    at = (start + r) * nb + v * lanes
-                    e.store(partial, at, e.load(acc[r][v], 0, lanes), lanes)
+            with e.loop_or_once(micro.vectors // width) as part:
+                acc = micro.new_accumulators(rows, width)
+                of = part * (width * lanes)
+                sums = [
+                    (acc[r][v], (start + r) * nb + of + v * lanes) for r in range(rows) for v in range(width)
+                ]
+                for vector, at in sums:
+                    value = e.splat(0.0, lanes) if partial is None else e.load(partial, at, lanes)
+                    e.store(vector, 0, value, lanes)
+                micro.accumulate(acc, rows, bases, e.let((block * steps + begin) * nb + of), size)
+                if partial is None:
+                    out = [e.let(first + start + r) for r in range(rows)]
+                    store_rows(epilogue, micro, acc, out, block, args.y, args.bias, args.residual)
+                    return
+                for vector, at in sums:
+                    e.store(partial, at, e.load(vector, 0, lanes), lanes)
 
         def all_rows(begin: Any, size: Any) -> None:
             for_tiles(tile, count, lambda rows, start: tile_of(rows, start, begin, size))

@@ -7,8 +7,7 @@ piece of columns with one scale is summed up in registers, and then added, scale
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
-from llmc.schedules.layout import BlockedLayout
+from llmc.schedules.layout import BlockedLayout, usual_vectors
 from llmc.schedules.linear import MicroKernel
 from llmc.schedules.qactivations import Activations, prepare
 from llmc.schedules.qcodes import QuantCodes
@@ -136,7 +135,7 @@ class QuantBlocks:
 
         with e.loop(self.pieces) as p:
             place = codes.place(base, p)
-            with _loop_or_once(self.vectors // width) as part_of:
+            with e.loop_or_once(self.vectors // width) as part_of:
                 row = e.let(part_of * (width * lanes)) if width < self.vectors else e.i64(0)
                 part = [[e.scratch(lanes) for _ in range(width)] for _ in range(size)]
                 for vector in (v for r in part for v in r):
@@ -208,8 +207,9 @@ class QuantBlocks:
         shifts = e.workspace(per_chunk * nb) if x.sums is not None else None
         micro = self.micro(x, unpacked)
         # long pieces have no totals in registers, and so place for twice as many vectors
-        width = self.vectors if layout.piece >= _LONG else -(-self.vectors // 2)
-        in_registers = self.vectors if layout.piece >= _LONG else 2 * width
+        fit = min(self.vectors, usual_vectors(self.caps))
+        width = fit if layout.piece >= _LONG else -(-fit // 2)
+        in_registers = fit if layout.piece >= _LONG else 2 * width
         # sums, totals, weights, a row's value; 6 rows with 32 registers
         tile = (self.caps.vector_registers - width - 2) // in_registers // 2 * 2
         totals = e.workspace(-(-most // tile) * tile * nb)
@@ -235,16 +235,18 @@ class QuantBlocks:
             with e.loop(tiles) as i:
                 # the last tile is filled up with its last row, whose further totals are not used
                 rows = [e.let(row_of(T.min(i * tile + r, count - 1))) for r in range(tile)]
-                for v in range(0, self.vectors, width):
-                    at = e.let(i * (tile * nb) + v * lanes)
-                    kept = Unpacked(unpacked, scales, shifts, steps, first, inside)
-                    self._tile(x, kept, rows, v, min(width, self.vectors - v), totals, at)
+                kept = Unpacked(unpacked, scales, shifts, steps, first, inside)
+                with e.loop_or_once(self.vectors // fit) as part:
+                    for v in range(0, fit, width):
+                        row = part * (fit * lanes) + v * lanes
+                        at = e.let(i * (tile * nb) + row)
+                        self._tile(x, kept, rows, row, min(width, fit - v), totals, at)
         self._write_rows(micro, totals, count, write)
 
     def _tile(
-        self, x: Activations, kept: Unpacked, rows: list[Any], first: int, width: int, totals: Any, at: Any
+        self, x: Activations, kept: Unpacked, rows: list[Any], first: Any, width: int, totals: Any, at: Any
     ) -> None:
-        """Some rows times `width` vectors of unpacked columns, from vector `first` on, added to the totals at `at`.
+        """Some rows times `width` vectors of unpacked columns, from output `first` on, added to the totals at `at`.
 
         Totals stay in registers too, unless pieces are long: stores take more time than the products of a short piece.
         """
@@ -258,7 +260,7 @@ class QuantBlocks:
             for rv in all_:
                 e.store(part[rv], 0, e.splat(0.0, lanes), lanes)
             starts = [e.let(row * x.stride + (kept.first + q) * kept.steps) for row in rows]
-            base = e.let((q * kept.steps) * nb + first * lanes)
+            base = e.let((q * kept.steps) * nb + first)
             with e.loop(kept.steps) as s:
                 weights = [e.let(e.load(kept.data, base + s * nb + v * lanes, lanes)) for v in range(width)]
                 for r, start in enumerate(starts):
@@ -268,7 +270,7 @@ class QuantBlocks:
                         new = e.dot_bf16(old, a, weights[v]) if x.dot else old + a * weights[v]
                         e.store(part[r, v], 0, new, lanes)
             for v in range(width):
-                to = e.let(q * nb + (first + v) * lanes)
+                to = e.let(q * nb + first + v * lanes)
                 scale = e.let(e.load(kept.scales, to, lanes))
                 shift = None if kept.shifts is None else e.let(e.load(kept.shifts, to, lanes))
                 for r, row in enumerate(rows):
@@ -316,12 +318,3 @@ def choose(ways: Sequence[tuple[int, Callable[[], None]]], count: Any, otherwise
 def by_size(sizes: Sequence[int], count: Any, body: Callable[[int], None]) -> None:
     """body(size) for the smallest of the ascending sizes that is at least `count`; the largest is."""
     choose([(size, partial(body, size)) for size in sizes[:-1]], count, partial(body, sizes[-1]))
-
-
-@contextmanager
-def _loop_or_once(turns: int) -> Iterator[Any]:
-    if turns == 1:
-        yield e.i64(0)
-        return
-    with e.loop(turns) as i:
-        yield i

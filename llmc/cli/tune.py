@@ -18,6 +18,7 @@ from llmc.artifact import MANIFEST
 from llmc.cli.format import grid
 from llmc.cli.progress import ConsoleReporter, reporter
 from llmc.errors import LlmcError
+from llmc.runtime.levels import choose_level
 from llmc.schedules.records import Record, Status, read_records
 from llmc.spec import CompileSpec, parse_budget
 from llmc.targets.backend import get
@@ -121,7 +122,10 @@ def _tune_artifact(
     from llmc.tune.extract import KernelUse
     from llmc.tune.session import tune_kernels
 
-    manifest = inspect(path).manifest
+    whole = inspect(path).manifest
+    asked = str(options.get("target") or "")
+    named = asked if asked in {level.target.preset for level in whole.levels} else ""
+    manifest = whole.at(choose_level(whole, named)) if whole.lower_levels else whole
     given = [key for key, value in options.items() if value is not None and key != "target"]
     if given or options.get("target") not in (None, manifest.target.target, manifest.target.preset):
         raise LlmcError(
