@@ -27,8 +27,15 @@ WIDE, NARROW = capabilities("x86-64-v4-bf16"), capabilities("x86-64-v3")
 here = pytest.mark.skipif("x86-64-v3" not in PRESETS, reason="this machine has no AVX2")
 ROWS = (1, 2, 3, 7, 13, 40)
 # (scheme, n, k): one group, several, groups of half a piece; bytes, bit planes, quads
-QUANTIZED = [("q4g32", 70, 96), ("q8", 130, 67), ("w4a8", 70, 300), ("w8a8", 130, 167)]
-MORE = [("q4g64a", 64, 130), ("q3g64", 40, 192), ("q6g128a", 70, 256), ("nf4", 33, 128), ("mxfp4", 130, 33)]
+QUANTIZED = [("q4g32", 70, 96), ("q8", 130, 67), ("w4a8", 70, 300)]
+MORE = [
+    ("w8a8", 130, 167),
+    ("q4g64a", 64, 130),
+    ("q3g64", 40, 192),
+    ("q6g128a", 70, 256),
+    ("nf4", 33, 128),
+    ("mxfp4", 130, 33),
+]
 MORE += [("q4k", 70, 512), ("q5g16o", 64, 100), ("w4a8g128", 64, 512)]
 
 
