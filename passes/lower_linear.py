@@ -15,9 +15,10 @@ from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph, PackedParam
 from llmc.passes.weight_layouts import WeightLayouts
 from llmc.quant.schemes import by_name
+from llmc.schedules.choice import ByRows
 from llmc.schedules.kernels import builders
 from llmc.schedules.layout import BlockedLayout, own_vectors
-from llmc.schedules.linear import LinearConfig
+from llmc.schedules.linear import LinearConfig, LinearSchedule
 from llmc.schedules.qlayout import QuantLayout, quant_layout
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.tune_qlinear import QuantKernel
@@ -162,14 +163,13 @@ class LowerLinear:
         decided = self.layouts.blocked(info.sources, dtype, gated=attrs.gated)
         if decided is not None:
             vectors = own_vectors(decided, dtype, self.caps)
-            # a layout that is not among this machine's own makes a task of its own for the tuner
-            config = replace(config, layout=decided if vectors is None else None)
-            shared = {} if vectors is None else {"vectors": vectors}
+            if vectors is None:  # not among this machine's own: a task of its own for the tuner
+                config = replace(config, layout=decided)
+            else:
+                config = replace(config, schedule=ByRows((LinearSchedule(vectors=vectors),)))
+                shared = {"vectors": vectors}
         config = self.tuned.apply(config, shared=shared)
-        layout = decided or config.weight_layout(self.caps)
-        if config.weight_layout(self.caps) != layout:  # nothing is known of schedules with these vectors
-            config = replace(config, layout=layout)
-        return config, layout, config.packed_shape(self.caps)
+        return config, config.weight_layout(self.caps), config.packed_shape(self.caps)
 
     def _match_all(self, graph: Graph, weights: set[Any]) -> dict[Any, tuple[_Match, list[Any]]]:
         """result variable -> (match, variables that the kernel absorbs)."""

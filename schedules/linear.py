@@ -385,9 +385,8 @@ def _all_rows(
     tile = min(schedule.rows_tile or micro.max_rows(), most or _ANY)
     t_block = -(-min(schedule.t_block, most or _ANY) // tile) * tile
     # columns of an odd k are paired up from the row's beginning: such rows are not cut
-    parts = micro.vectors // micro.width(
-        tile
-    )  # a wide block's piece takes no more of the cache than an own one's
+    # a piece of a block that is taken in parts takes no more of the cache than that of an own one
+    parts = micro.vectors // micro.width(tile)
     chunk = steps if kp == 2 and k % 2 else min(steps, max(1, schedule.k_block // kp // parts))
     chunks = -(-steps // chunk)
     row_blocks = (t + (t_block - 1)) // t_block
