@@ -123,8 +123,8 @@ def compile_model(
         if spec.eval_text:
             ran = level_here(backend, levels) or levels[0]
             at = levels.index(ran)
-            text = (writer, source, made, stream, spec, params, runner, manifest.levels[at].name)
-            report = runner.run("evaluate", evaluate_artifact, reports[at], *text)
+            on_text = (writer, source, made, stream, spec, params, runner, manifest.levels[at].name)
+            report = runner.run("evaluate", evaluate_artifact, reports[at], *on_text)
             reports = (*reports[:at], report, *reports[at + 1 :])
         manifest = dataclasses.replace(with_quality(manifest, reports), files={})
         manifest = writer.finish(best.built.executable, manifest)
