@@ -1,6 +1,7 @@
 """The artifact: the only thing that compiler and runtime share.
 
 DIR/model.so                 host code; carries the manifest too (symbol llmc_manifest)
+DIR/model-LEVEL.so           the same functions for processors with fewer features, if compiled for several levels
 DIR/weights-00001.safetensors ...
 DIR/manifest.json            this module's Manifest
 DIR/tokenizer.json ...       tokenizer files, copied from the checkpoint
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ from llmc.errors import LlmcError
 from llmc.kv_plan import KVPlan
 
 # raised by every change of what a manifest holds or means; tests/test_manifest.py notices new fields (docs/design/004)
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 LIBRARY = "model.so"
 TUNING = "tuning.jsonl"
@@ -132,6 +134,11 @@ class TargetInfo:
     mcpu: str
     features: tuple[str, ...]
 
+    @property
+    def level(self) -> str:
+        """The preset without the target's name, e.g. ``x86-64-v3``."""
+        return self.preset.partition("/")[2]
+
 
 @dataclass(frozen=True)
 class LayerQuality:
@@ -231,8 +238,41 @@ class DeviceCode:
 
 
 @dataclass(frozen=True)
+class Level:
+    """Code of the functions for one level of processor features; the weights are the same for all levels.
+
+    `library` is its file; the other fields are what the manifest's of that name are for model.so.
+    """
+
+    library: str
+    target: TargetInfo
+    functions: tuple[FunctionEntry, ...]
+    quality: QualityReport
+    tuning_records: tuple[dict[str, Any], ...] = ()
+    tasks: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.target.level
+
+
+def library_name(level: str) -> str:
+    """File of a lower level's code."""
+    return f"model-{level}.so"
+
+
+def is_library(name: str) -> bool:
+    """Whether a file of an artifact with this name holds the code of a level."""
+    return re.fullmatch(r"model(-[\w-]+)?\.so", name) is not None
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """Everything the runtime must know. `files` maps file names to sha256 (model.so and weights; not itself)."""
+    """Everything the runtime must know. `files` maps file names to sha256 (libraries and weights; not itself).
+
+    Target, functions, quality, tuning_records and tasks are those of model.so: of the only level, or of the best one.
+    `lower_levels` are the others, best first.
+    """
 
     schema: int
     llmc_version: str
@@ -251,6 +291,35 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)  # torch, transformers, ... that compiled it
     files: dict[str, str] = field(default_factory=dict)
     device: DeviceCode | None = None  # only of targets whose kernels run beside the host
+    lower_levels: tuple[Level, ...] = ()
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """All levels, best first."""
+        own = Level(LIBRARY, self.target, self.functions, self.quality, self.tuning_records, self.tasks)
+        return (own, *self.lower_levels)
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Files with the code of a level each."""
+        return (LIBRARY, *(level.library for level in self.lower_levels))
+
+    def at(self, level: Level) -> Manifest:
+        """The manifest as if that level were the only one; its library carries this one."""
+        return dataclasses.replace(
+            self,
+            target=level.target,
+            functions=level.functions,
+            quality=level.quality,
+            tuning_records=level.tuning_records,
+            tasks=level.tasks,
+            lower_levels=(),
+        )
+
+    def without_libraries(self) -> Manifest:
+        """Without the hashes of libraries, which no library can carry."""
+        files = {name: digest for name, digest in self.files.items() if name not in self.libraries}
+        return dataclasses.replace(self, files=files)
 
     def as_text(self) -> str:
         """JSON, stable key order; what a target does not have is left out."""

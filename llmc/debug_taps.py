@@ -22,8 +22,8 @@ def run(
     """Prefill `token_ids` in one step through the paged kernels and return the hidden states.
 
     Args:
-        stored: the artifact of this graph; its weights are mapped. Without one (or for a weight that it has in another
-            layout) the source's are packed and held in memory.
+        stored: the artifact of this graph; its weights are mapped, in their layouts. Without one the source's are packed
+            and held in memory.
 
     Returns:
         module path of each decoder layer -> float32 [n, d].
@@ -36,6 +36,7 @@ def run(
     from llmc.passes.plan_kv_cache import PlanKVCache
     from llmc.passes.quantize_weights import QuantizeWeights
     from llmc.passes.step_module import LoweredGraph
+    from llmc.passes.weight_layouts import WeightLayouts
     from llmc.quant.stored import stored_schemes
     from llmc.targets.backend import get
     from llmc.targets.codegen import build_executable
@@ -48,7 +49,8 @@ def run(
     graph = capture(source, taps=True)
     lowered = LoweredGraph.from_model(graph)
     quantize = QuantizeWeights.of(spec, stored_schemes(source.weights), untied=bool(source.untied))
-    for _, graph_pass in order.graph_phase(caps, quantize, disabled=spec.disable_passes):
+    decided = WeightLayouts((entry, entry.layout) for entry in (stored.entries if stored else ()))
+    for _, graph_pass in order.graph_phase(caps, quantize, None, spec.disable_passes, decided):
         lowered = graph_pass(lowered)
     n = len(token_ids)
     kv_dtype = spec.kv_dtype.value if spec.kv_dtype else None

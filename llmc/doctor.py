@@ -234,9 +234,10 @@ def _targets(findings: list[Finding]) -> list[Finding]:
     section = "targets"
     out = []
     try:
-        from llmc.targets.cpu.backend import detect
+        from llmc.targets.cpu.backend import BACKEND, detect
 
-        machine, machine_ok = f"cpu/{detect()}", True
+        runs = [p for p in BACKEND.presets if not BACKEND.missing(BACKEND.capabilities(p))]
+        machine, machine_ok = f"cpu/{detect()}, runs the levels {', '.join(runs)}", True
     except Exception as e:
         machine, machine_ok = str(e), False
     blocked = sorted(bad & set(REQUIRED))

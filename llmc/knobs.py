@@ -27,6 +27,11 @@ def cxx() -> str:
     return os.environ.get("LLMC_CXX", "")
 
 
+def level() -> str:
+    """LLMC_LEVEL: the level of processor features to load (default: the best that this machine runs)."""
+    return os.environ.get("LLMC_LEVEL", "")
+
+
 def fault() -> str:
     """LLMC_FAULT: name of a fault to inject in tests, e.g. ``disk-full``; never set in production."""
     return os.environ.get("LLMC_FAULT", "")

@@ -69,7 +69,8 @@ class CompileSpec:
 
     Attributes:
         model: Hugging Face folder or hub id; ``<python object>`` when compiled from the Python API.
-        target: ``cpu`` or a preset such as ``cpu/x86-64-v4`` or ``cpu/aarch64``.
+        target: ``cpu`` or a preset such as ``cpu/x86-64-v4`` or ``cpu/aarch64``; several are joined with commas
+            (``cpu/x86-64-v3,x86-64-v4-bf16``, ``cuda/sm_80,sm_90``); ``cpu/x86-64`` is all levels of x86-64.
         dtype: of weights and activations; None = the checkpoint's.
         kv_dtype: of the cache pages; None = the same as dtype.
         page_size: tokens per cache page, a multiple of 16.

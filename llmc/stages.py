@@ -31,7 +31,19 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 # the stages of a compile, in order; pipeline/compile.py runs exactly these
-STAGES = ("search", "capture", "tune", "lower", "build", "calibrate", "pack", "write", "verify", "evaluate")
+STAGES = (
+    "search",
+    "capture",
+    "rewrite",
+    "tune",
+    "lower",
+    "build",
+    "calibrate",
+    "pack",
+    "write",
+    "verify",
+    "evaluate",
+)
 
 
 @dataclass(frozen=True)

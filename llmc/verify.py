@@ -18,7 +18,7 @@ import torch
 from llmc.artifact import QualityReport
 from llmc.errors import LlmcError
 from llmc.frontend.graph import SourceModel
-from llmc.reference import reference_logits
+from llmc.reference import ReferenceResult, reference_logits
 from llmc.spec import Verify
 from llmc.verify_compare import (
     EPSILON,
@@ -31,6 +31,7 @@ from llmc.verify_compare import (
 )
 
 TapsRunner = Callable[[Sequence[int]], Mapping[str, np.ndarray]]
+Reference = Callable[..., ReferenceResult]
 
 # three quarters are prefilled: decoding crosses the end of a page of 16 or 32 tokens
 _SAMPLE = 40
@@ -85,6 +86,7 @@ def verify(
     seed: int = 0,
     taps_runner: TapsRunner | None = None,
     unquantized: SourceModel | None = None,
+    reference: Reference | None = None,
 ) -> QualityReport:
     """Compare an artifact with the model that it was compiled from.
 
@@ -99,6 +101,7 @@ def verify(
         seed: of the random tokens.
         taps_runner: gives the artifact's hidden states after each layer, to find the first one that is off.
         unquantized: the model before its weights were quantized; the distance to it is reported, without a bound.
+        reference: what runs the source model; None = reference_logits.
 
     Raises:
         LlmcError: "verify-failed" with the first diverging layer; "source-not-finite" if the source itself gives NaN.
@@ -121,15 +124,16 @@ def verify(
     artifact = [model.logits(prompts[0].ids, prefill=prompts[0].prefill)]
     if len(prompts) > 1:
         artifact += model.logits_batch([p.ids for p in prompts[1:]], prefill=[p.prefill for p in prompts[1:]])
+    run = reference or reference_logits
     runs = []
     for prompt, logits in zip(prompts, artifact, strict=True):
-        exact = _finite(reference_logits(source, prompt.ids, "float32").logits, source, "float32")
+        exact = _finite(run(source, prompt.ids, "float32").logits, source, "float32")
         rounded = None
         if coarse != "float32":
-            rounded = reference_logits(source, prompt.ids, dtype, kv_dtype=kv_dtype).logits
+            rounded = run(source, prompt.ids, dtype, kv_dtype=kv_dtype).logits
             rounded = _finite(rounded, source, coarse)
         elif getattr(source.weights, "int8_inputs", None):
-            rounded = reference_logits(source, prompt.ids, dtype, jitter=_JITTER).logits
+            rounded = run(source, prompt.ids, dtype, jitter=_JITTER).logits
         runs.append(_Rows(prompt, np.asarray(logits, np.float32), exact, rounded))
     comparison = _compare(runs, source, coarse)
     if comparison.findings:
@@ -148,16 +152,15 @@ def verify(
         note=note,
     )
     if unquantized is not None:
-        report = _with_distance(report, runs, unquantized)
+        report = _with_distance(report, runs, unquantized, run)
     return replace(report, seconds=round(time.perf_counter() - start, 3))
 
 
-def _with_distance(report: QualityReport, runs: Sequence[_Rows], unquantized: SourceModel) -> QualityReport:
+def _with_distance(
+    report: QualityReport, runs: Sequence[_Rows], unquantized: SourceModel, run: Reference
+) -> QualityReport:
     """The report with what quantizing the weights has changed."""
-    exact = [
-        _finite(reference_logits(unquantized, r.prompt.ids, "float32").logits, unquantized, "float32")
-        for r in runs
-    ]
+    exact = [_finite(run(unquantized, r.prompt.ids, "float32").logits, unquantized, "float32") for r in runs]
     change = distance(np.concatenate([r.artifact for r in runs]), np.concatenate(exact))
     return replace(
         report, quant_relative_error=change[0], quant_kl_mean=change[1], quant_top1_agreement=change[2]

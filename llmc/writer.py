@@ -29,7 +29,7 @@ from types import FrameType
 from typing import Any
 
 from llmc import knobs
-from llmc.artifact import LIBRARY, MANIFEST, TOKENIZER_FILES, TUNING, Manifest, sha256_file
+from llmc.artifact import LIBRARY, MANIFEST, TOKENIZER_FILES, TUNING, Manifest, is_library, sha256_file
 from llmc.errors import LlmcError
 from llmc.link import embed_manifest, export_objects, link_library, link_objects, require_cxx
 from llmc.shards import SHARD_BYTES, PackedTensor, ShardWriter, disk_errors
@@ -81,7 +81,8 @@ def check_output(output: Path) -> None:
 
 def _is_ours(name: str) -> bool:
     known = (_SHARD_NAME, _KERNELS_NAME)
-    return name in (MANIFEST, LIBRARY, TUNING, *TOKENIZER_FILES) or any(k.fullmatch(name) for k in known)
+    fixed = name in (MANIFEST, TUNING, *TOKENIZER_FILES) or is_library(name)
+    return fixed or any(k.fullmatch(name) for k in known)
 
 
 class ArtifactWriter:
@@ -106,7 +107,7 @@ class ArtifactWriter:
         self._committed = False
         self._old_handler: Any = None
         self._work: tempfile.TemporaryDirectory[str] | None = None
-        self._exported: tuple[Any, list[Path]] | None = None
+        self._exported: dict[str, tuple[Any, list[Path]]] = {}
 
     def __enter__(self) -> ArtifactWriter:
         check_output(self.output)
@@ -150,42 +151,54 @@ class ArtifactWriter:
             with disk_errors(self.folder / name):
                 (self.folder / name).write_bytes(data)
 
-    def finish(self, executable: Any, manifest: Manifest) -> Manifest:
-        """Link model.so with the manifest inside, write manifest.json, and return what that holds.
+    def add_library(self, name: str, executable: Any) -> None:
+        """Code of a lower level, which finish() links; the executable is not needed any more."""
+        with disk_errors(self.folder):
+            self._export(name, executable)
+        self._exported[name] = (None, self._exported[name][1])
 
-        The manifest inside model.so lists the hashes of all files but model.so and manifest.json;
-        manifest.json also that of model.so. May be called again, e.g. once the quality report is known.
+    def finish(self, executable: Any, manifest: Manifest) -> Manifest:
+        """Link the libraries with the manifest inside, write manifest.json, and return what that holds.
+
+        The manifest inside a library lists the hashes of all files but libraries and manifest.json; manifest.json also
+        those of libraries. May be called again, e.g. once the quality report is known.
 
         Args:
-            executable: tvm's compiled module.
+            executable: tvm's compiled module for model.so; those of lower levels were given to add_library.
             manifest: complete but for `files`; quality.seconds is left out of the artifact.
         """
         known = {name: digest for shards in self._shards for name, digest in shards.files.items()}
         with disk_errors(self.folder):
-            names = sorted(p.name for p in self.folder.iterdir() if p.name not in (LIBRARY, MANIFEST))
+            ours = (*manifest.libraries, MANIFEST)
+            names = sorted(p.name for p in self.folder.iterdir() if p.name not in ours)
             self.files = {name: known.get(name) or sha256_file(self.folder / name) for name in names}
             # a measured time would make two compiles of one spec differ
             quality = dataclasses.replace(manifest.quality, seconds=None)
             inner = dataclasses.replace(manifest, files=dict(self.files), quality=quality)
-            library = self.folder / LIBRARY
-            library.unlink(missing_ok=True)
             triple = manifest.target.triple
             require_cxx(triple)
-            objects = self._export(executable)
-            embedded = embed_manifest(inner.as_text(), objects[0].parent, triple=triple)
-            link_objects([embedded, *objects], library, triple=triple)
-            outer = dataclasses.replace(inner, files={**self.files, LIBRARY: sha256_file(library)})
+            self._export(LIBRARY, executable)
+            hashes = dict(self.files)
+            for level in inner.levels:
+                library = self.folder / level.library
+                library.unlink(missing_ok=True)
+                objects = self._exported[level.library][1]
+                embedded = embed_manifest(inner.at(level).as_text(), objects[0].parent, triple=triple)
+                link_objects([embedded, *objects], library, triple=triple)
+                hashes[level.library] = sha256_file(library)
+            outer = dataclasses.replace(inner, files=hashes)
             (self.folder / MANIFEST).write_text(outer.as_text() + "\n", encoding="utf-8")
         return outer
 
-    def _export(self, executable: Any) -> list[Path]:
-        """Object files of the executable, made once: LLVM's code generation is the expensive part of finish()."""
-        if self._exported is None or self._exported[0] is not executable:
-            if self._work is not None:
-                self._work.cleanup()
+    def _export(self, name: str, executable: Any) -> None:
+        """Object files of a library, made once: LLVM's code generation is the expensive part of finish()."""
+        if name in self._exported and self._exported[name][0] is executable:
+            return
+        if self._work is None:
             self._work = tempfile.TemporaryDirectory(prefix="llmc-link-")
-            self._exported = (executable, export_objects(executable, Path(self._work.name)))
-        return self._exported[1]
+        # a folder with the same name in every compile would do; one that is new keeps no file of an earlier executable
+        folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self._work.name))
+        self._exported[name] = (executable, export_objects(executable, folder))
 
     def commit(self) -> None:
         """Put the folder in place of the output; what was there before is removed only after that."""

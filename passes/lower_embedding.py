@@ -12,6 +12,7 @@ from llmc import ir
 from llmc.caps import Capabilities
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph, PackedParam
+from llmc.passes.weight_layouts import WeightLayouts
 from llmc.quant.schemes import by_name
 from llmc.schedules.gather import EmbeddingConfig
 from llmc.schedules.kernels import builders
@@ -29,8 +30,9 @@ class LowerEmbedding:
     Runs after LowerLinear, which decides what is packed. Weights without a packed copy are gathered from their rows.
     """
 
-    def __init__(self, caps: Capabilities) -> None:
+    def __init__(self, caps: Capabilities, layouts: WeightLayouts | None = None) -> None:
         self.caps = caps
+        self.layouts = layouts or WeightLayouts()
 
     def __call__(self, lowered: LoweredGraph) -> LoweredGraph:
         func = lowered.module["main"]
@@ -57,7 +59,8 @@ class LowerEmbedding:
             ids, dtype = value.args[1], str(value.ty.dtype)
             if info.scheme:
                 config = QuantEmbeddingConfig(
-                    layout=quant_layout(by_name(info.scheme), info.shape[0], info.shape[1], self.caps),
+                    layout=self.layouts.quantized(info.sources)
+                    or quant_layout(by_name(info.scheme), info.shape[0], info.shape[1], self.caps),
                     dtype=dtype,
                     ids_dtype=str(ids.ty.dtype),
                     lead=len(ids.ty.shape) - 1,

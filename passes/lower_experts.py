@@ -14,11 +14,12 @@ from llmc.errors import LlmcError
 from llmc.ops import EXPERT_LINEAR, ExpertLinearAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph
+from llmc.passes.weight_layouts import WeightLayouts
 from llmc.quant.schemes import by_name
 from llmc.schedules.choice import ByRows
 from llmc.schedules.experts import ExpertConfig
 from llmc.schedules.kernels import builders
-from llmc.schedules.layout import BlockedLayout, linear_layout
+from llmc.schedules.layout import BlockedLayout, linear_layout, own_vectors
 from llmc.schedules.qexperts import QuantExpertConfig
 from llmc.schedules.qlayout import QuantLayout, quant_layout
 from llmc.schedules.tune_experts import ExpertKernel, ExpertSchedule
@@ -34,9 +35,12 @@ class LowerExperts:
     Runs beside LowerLinear, before LegalizeOps, which does not know the op.
     """
 
-    def __init__(self, caps: Capabilities, tuned: Tuned | None = None) -> None:
+    def __init__(
+        self, caps: Capabilities, tuned: Tuned | None = None, layouts: WeightLayouts | None = None
+    ) -> None:
         self.caps = caps
         self.tuned = tuned or Tuned()
+        self.layouts = layouts or WeightLayouts()
 
     def __call__(self, lowered: LoweredGraph) -> LoweredGraph:
         func = lowered.module["main"]
@@ -77,7 +81,9 @@ class LowerExperts:
             )
             layout: BlockedLayout | QuantLayout
             if info.scheme:
-                layout = packing = quant_layout(by_name(info.scheme), n, k, self.caps)
+                layout = packing = self.layouts.quantized(info.sources) or quant_layout(
+                    by_name(info.scheme), n, k, self.caps
+                )
                 shape: tuple[int, ...] = (experts, *packing.packed_shape)
                 if packing.quads:  # as LowerLinear
                     common["prefetch"] = 0
@@ -92,9 +98,15 @@ class LowerExperts:
             else:
                 config = ExpertConfig(experts=experts, n=n, k=k, weight_dtype=dtype, **common)
                 key = (weight, attrs.transposed)
+                given = self.layouts.blocked(info.sources, dtype)
+                vectors = None if given is None else own_vectors(given, dtype, self.caps)
+                if given is not None and vectors is None:
+                    config = replace(config, layout=given)
+                elif vectors is not None:
+                    decided[key] = {"vectors": vectors}
                 tuned = ExpertKernel(config, self._schedules(config, decided.get(key)))
                 decided.setdefault(key, {"vectors": tuned.schedule.choices[0].vectors})
-                layout = blocked = linear_layout(dtype, self.caps, decided[key]["vectors"])
+                layout = blocked = given or linear_layout(dtype, self.caps, decided[key]["vectors"])
                 shape = (experts, *blocked.packed_shape(n, k))
                 kernel = kernels.get(
                     tuned,

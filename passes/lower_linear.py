@@ -13,10 +13,12 @@ from llmc.caps import Capabilities
 from llmc.ops import LINEAR, LinearAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph, PackedParam
+from llmc.passes.weight_layouts import WeightLayouts
 from llmc.quant.schemes import by_name
+from llmc.schedules.choice import ByRows
 from llmc.schedules.kernels import builders
-from llmc.schedules.layout import BlockedLayout
-from llmc.schedules.linear import LinearConfig
+from llmc.schedules.layout import BlockedLayout, own_vectors
+from llmc.schedules.linear import LinearConfig, LinearSchedule
 from llmc.schedules.qlayout import QuantLayout, quant_layout
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.tune_qlinear import QuantKernel
@@ -55,9 +57,12 @@ class LowerLinear:
     whose operand is not a plain weight is left to the generic schedules.
     """
 
-    def __init__(self, caps: Capabilities, tuned: Tuned | None = None) -> None:
+    def __init__(
+        self, caps: Capabilities, tuned: Tuned | None = None, layouts: WeightLayouts | None = None
+    ) -> None:
         self.caps = caps
         self.tuned = tuned or Tuned()
+        self.layouts = layouts or WeightLayouts()
 
     def __call__(self, lowered: LoweredGraph) -> LoweredGraph:
         func = lowered.module["main"]
@@ -124,7 +129,9 @@ class LowerLinear:
         has_bias, lead = match.bias is not None, len(match.x.ty.shape) - 2
         has_residual = match.residual is not None
         if info.scheme:
-            packed = quant_layout(by_name(info.scheme), n, k, self.caps, gated=attrs.gated)
+            packed = self.layouts.quantized(info.sources, gated=attrs.gated) or quant_layout(
+                by_name(info.scheme), n, k, self.caps, gated=attrs.gated
+            )
             # integer kernels leave prefetching to the machine: docs/design/008 has the figures
             quantized = QuantLinearConfig(
                 n=n,
@@ -153,10 +160,16 @@ class LowerLinear:
             gate_second=attrs.gate_second,
             has_residual=has_residual,
         )
+        decided = self.layouts.blocked(info.sources, dtype, gated=attrs.gated)
+        if decided is not None:
+            vectors = own_vectors(decided, dtype, self.caps)
+            if vectors is None:  # not among this machine's own: a task of its own for the tuner
+                config = replace(config, layout=decided)
+            else:
+                config = replace(config, schedule=ByRows((LinearSchedule(vectors=vectors),)))
+                shared = {"vectors": vectors}
         config = self.tuned.apply(config, shared=shared)
-        layout = config.weight_layout(self.caps)
-        config = replace(config, layout=layout)
-        return config, layout, config.packed_shape(self.caps)
+        return config, config.weight_layout(self.caps), config.packed_shape(self.caps)
 
     def _match_all(self, graph: Graph, weights: set[Any]) -> dict[Any, tuple[_Match, list[Any]]]:
         """result variable -> (match, variables that the kernel absorbs)."""

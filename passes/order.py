@@ -33,6 +33,7 @@ from llmc.passes.share_tensors import ShareTensors
 from llmc.passes.specialize_decode import SpecializeDecode
 from llmc.passes.step_module import LoweredGraph, StepModule
 from llmc.passes.view_reshapes import ViewReshapes
+from llmc.passes.weight_layouts import WeightLayouts
 from llmc.passes.widen_logits import WidenLogits
 from llmc.schedules.generic import DefaultSchedule
 from llmc.schedules.tuned_choice import Tuned
@@ -46,11 +47,14 @@ def graph_phase(
     quantize: QuantizeWeights | None = None,
     tuned: Tuned | None = None,
     disabled: Collection[str] = (),
+    layouts: WeightLayouts | None = None,
 ) -> list[GraphPass]:
-    """On the graph of one sequence, while operators are still recognisable; without the passes in `disabled`.
+    """On the graph of one sequence, while operators are still recognisable; without the passes in `disabled`."""
+    return [*rewrite_phase(quantize, disabled), *kernel_phase(caps, tuned, disabled, layouts)]
 
-    `tuned` has measured schedules.
-    """
+
+def rewrite_phase(quantize: QuantizeWeights | None = None, disabled: Collection[str] = ()) -> list[GraphPass]:
+    """The part of graph_phase that is the same for all machines."""
     passes: list[GraphPass] = [
         # before the fusions, which join weights of one scheme only
         *([("QuantizeWeights", quantize)] if quantize else []),
@@ -69,12 +73,27 @@ def graph_phase(
         ("FuseAddNorm", FuseAddNorm()),
         # after FuseQKV: heads are read where its matmul wrote them
         ("FuseRoPE", FuseRoPE()),
+    ]
+    return [named for named in passes if named[0] not in disabled]
+
+
+def kernel_phase(
+    caps: Capabilities,
+    tuned: Tuned | None = None,
+    disabled: Collection[str] = (),
+    layouts: WeightLayouts | None = None,
+) -> list[GraphPass]:
+    """The rest of graph_phase: operators become kernels for a machine.
+
+    `tuned` has measured schedules, `layouts` how weights lie that are packed already.
+    """
+    passes: list[GraphPass] = [
         ("LowerNorm", LowerNorm(caps)),
-        ("LowerLinear", LowerLinear(caps, tuned)),
-        ("LowerExperts", LowerExperts(caps, tuned)),
+        ("LowerLinear", LowerLinear(caps, tuned, layouts)),
+        ("LowerExperts", LowerExperts(caps, tuned, layouts)),
         ("LowerTopK", LowerTopK(caps)),
         # after LowerLinear: a tied embedding reads the head's packed weight
-        ("LowerEmbedding", LowerEmbedding(caps)),
+        ("LowerEmbedding", LowerEmbedding(caps, layouts)),
         # last: what the passes above take of a weight is no arithmetic any more
         ("FoldWeights", FoldWeights()),
     ]

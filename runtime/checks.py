@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmc import host
-from llmc.artifact import LIBRARY, MANIFEST, DeviceImage, Manifest, TargetInfo, sha256_file
+from llmc.artifact import LIBRARY, MANIFEST, DeviceImage, Manifest, is_library, sha256_file
 from llmc.errors import LlmcError
 from llmc.runtime.cuda import choose_image
 from llmc.runtime.embedded import read_embedded
+from llmc.runtime.levels import choose_level
 
 AGAIN = "Copy the artifact again or compile the model again."
 
 
 @dataclass(frozen=True)
 class ArtifactFiles:
-    """A checked artifact: its manifest, where its files are, and which device code fits this machine."""
+    """A checked artifact: where its files are, the library and device code that fit this machine, and their manifest."""
 
     folder: Path
     library: Path
@@ -31,15 +30,18 @@ class ArtifactFiles:
         return self.folder / name if name in self.manifest.files else None
 
 
-def open_artifact(path: Path, *, tvm_version: str, check_hashes: bool = True) -> ArtifactFiles:
-    """Read the manifest of a folder or a model.so and check everything that can be checked without running code.
+def open_artifact(
+    path: Path, *, tvm_version: str, check_hashes: bool = True, level: str = ""
+) -> ArtifactFiles:
+    """Read the manifest of a folder or a library and check everything that can be checked without running code.
 
-    With manifest.json present it and the copy inside model.so must agree, so that no byte of it goes unchecked.
+    With manifest.json present it and the copy inside the library must agree, so that no byte of it goes unchecked.
 
     Args:
-        path: artifact folder or its library.
+        path: artifact folder; or one of its libraries, which is one level only.
         tvm_version: of the installed TVM.
         check_hashes: compare the sha256 of every file (reads all weights once).
+        level: which level of a folder to take; "" = the best one that this machine runs.
 
     Raises:
         LlmcError: see the functions below.
@@ -52,7 +54,8 @@ def open_artifact(path: Path, *, tvm_version: str, check_hashes: bool = True) ->
             hint="Give a folder that llmc compile wrote.",
         )
     folder, library = (path, path / LIBRARY) if path.is_dir() else (path.parent, path)
-    written = _written_manifest(folder) if library.name == LIBRARY else None
+    # a library by another name counts alone
+    written = _written_manifest(folder) if is_library(library.name) else None
     if written is None and path.is_dir() and not library.exists():
         raise LlmcError(
             "artifact-missing",
@@ -61,19 +64,34 @@ def open_artifact(path: Path, *, tvm_version: str, check_hashes: bool = True) ->
         )
     manifest = written or Manifest.from_text(read_embedded(library), str(library))
     check_versions(manifest, tvm_version)
-    check_machine(manifest.target)
+    if written is not None and not path.is_dir():
+        manifest = _of_library(written, library)
+    chosen = choose_level(manifest, level)
+    manifest = manifest.at(chosen)
     image = choose_image(manifest)
     check_files(folder, manifest, check_hashes=check_hashes)
     if written is not None:
+        library = folder / chosen.library if path.is_dir() else library
         embedded = Manifest.from_text(read_embedded(library), str(library))
-        files = {name: digest for name, digest in written.files.items() if name != LIBRARY}
-        if embedded != dataclasses.replace(written, files=files):
+        if embedded != written.without_libraries().at(chosen):
             raise LlmcError(
                 "manifest-mismatch",
                 f"{folder / MANIFEST} and the manifest inside {library.name} differ: one of them was changed.",
                 hint=AGAIN,
             )
     return ArtifactFiles(folder, library, manifest, image)
+
+
+def _of_library(written: Manifest, library: Path) -> Manifest:
+    """The manifest of the level that a library is."""
+    for level in written.levels:
+        if level.library == library.name:
+            return written.at(level)
+    raise LlmcError(
+        "manifest-mismatch",
+        f"{library} is not among the libraries of the artifact beside it ({', '.join(written.libraries)}).",
+        hint=AGAIN,
+    )
 
 
 def _written_manifest(folder: Path) -> Manifest | None:
@@ -109,38 +127,6 @@ def check_versions(manifest: Manifest, tvm_version: str) -> None:
             f"The artifact needs TVM {manifest.tvm_version}; TVM {tvm_version} is installed.",
             hint=f"Compile the model again, or pip install apache-tvm=={manifest.tvm_version}.",
         )
-
-
-def check_machine(target: TargetInfo) -> None:
-    """Processor architecture, operating system and processor features; permission to use these where one is needed.
-
-    Raises:
-        LlmcError: the artifact is for another machine, or the system refuses.
-    """
-    wanted, found = host.architecture(target.triple.split("-")[0]), host.architecture()
-    if wanted != found:
-        raise LlmcError(
-            "wrong-architecture",
-            f"The artifact is for {wanted} ({target.preset}); this machine is {found}.",
-            hint=f"Compile the model with a --target for {found}.",
-        )
-    wanted, found = host.system_of(target.triple), host.system()
-    if wanted != found:
-        raise LlmcError(
-            "wrong-system",
-            f"The artifact is for {wanted} ({target.triple}); this machine runs {found}.",
-            hint=f"Compile the model on or for {found}.",
-        )
-    here = host.features()
-    missing = sorted(set(target.features) - here) if here is not None else []
-    if missing:
-        raise LlmcError(
-            "cpu-features",
-            f"The artifact ({target.preset}) needs the processor features {', '.join(target.features)}; "
-            f"this processor lacks {', '.join(missing)}.",
-            hint="Compile the model on this machine, or with a lower --target preset.",
-        )
-    host.require_permission(target.features)
 
 
 def check_files(folder: Path, manifest: Manifest, *, check_hashes: bool) -> None:

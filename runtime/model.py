@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, overload
 
 import numpy as np
 
-from llmc import host
+from llmc import host, knobs
 from llmc.artifact import Manifest
 from llmc.errors import LlmcError
 from llmc.runtime import cuda, memory
@@ -39,23 +39,27 @@ def load(
     kv_pages: int | None = None,
     max_memory: int | str | None = None,
     check_hashes: bool = True,
+    level: str | None = None,
 ) -> Model:
     """Load an artifact.
 
     Args:
-        path: the folder that ``llmc compile`` wrote, or its model.so.
+        path: the folder that ``llmc compile`` wrote, or its model.so (of several levels: that one alone).
         threads: worker threads; the first load of a process decides. Default: the cores of this machine.
         kv_pages: pages in the KV cache, per group of layers.
         max_memory: bytes (or e.g. "6GB") that weights and KV cache may take together. Default: the cache may grow
             to half of the memory that is available, and never beyond max_batch sequences of max_seq_len tokens.
         check_hashes: compare the sha256 of every file with the manifest's (reads all weights once).
+        level: of an artifact with code for several levels of processors, the one to run, e.g. ``x86-64-v3``. Default:
+            what LLMC_LEVEL says, else the best that this machine runs.
 
     Raises:
         LlmcError: damaged or incomplete, compiled for another machine or TVM version, too little memory.
     """
     if kv_pages is not None and max_memory is not None:
         raise LlmcError("memory-options", "Give kv_pages or max_memory, not both.")
-    files = open_artifact(Path(path), tvm_version=tvm_version(), check_hashes=check_hashes)
+    wanted = knobs.level() if level is None else level
+    files = open_artifact(Path(path), tvm_version=tvm_version(), check_hashes=check_hashes, level=wanted)
     manifest = files.manifest
     _check_functions(manifest)
     use_threads(threads)

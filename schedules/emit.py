@@ -201,7 +201,7 @@ def loop(start: Any, stop: Any = None, **kw: Any) -> Any:
 
 @contextmanager
 def loop_or_once(turns: int) -> Iterator[Any]:
-    """A serial loop, or for one turn its body with the number 0."""
+    """A serial loop; a single turn is no loop, and its index a constant."""
     if turns == 1:
         yield i64(0)
         return

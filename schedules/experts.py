@@ -83,13 +83,9 @@ def expert_linear(cfg: ExpertConfig, caps: Capabilities) -> Any:
                 first, end = e.let(begin[expert]), e.let(begin[expert + 1])
 
                 def tile_of(size: int, start: Any) -> None:
-                    acc = micro.new_accumulators(size)
-                    for row in acc:
-                        for vector in row:
-                            e.store(vector, 0, e.splat(0.0, micro.lanes), micro.lanes)
                     at = [e.let(order[start + r]) for r in range(size)]
                     bases = [e.let(row * stride) for row in at]
-                    micro.accumulate(acc, size, bases, e.let((expert * blocks + block) * steps * nb), steps)
+                    acc = micro.sums(size, bases, e.let((expert * blocks + block) * steps * nb), steps)
                     write_rows(micro, acc, at, block, n, bf, cfg.in_dtype, yf, cfg.out_dtype, expert * n)
 
                 with e.loop((end - first) // tile) as i:

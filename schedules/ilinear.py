@@ -7,6 +7,7 @@ a piece of the weight that is unpacked into the first-level cache once for all o
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from tvm import tirx
@@ -17,6 +18,7 @@ from llmc.schedules import emit as e
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.iactivations import IntActivations, Outliers, quantize_rows
 from llmc.schedules.idot import IntDot
+from llmc.schedules.layout import usual_vectors
 from llmc.schedules.linear import for_tiles
 from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
@@ -69,8 +71,19 @@ class IntBlocks:
 
         With groups these are integer and float32 sums. Fewer rows, but no sums go through memory for every group.
         """
-        spare = self.caps.vector_registers - (self.vectors + 1) * self.dot.registers
-        return max(1, min(6, spare // (self.vectors * (2 if self.grouped else 1))))
+        vectors = self.width(2)
+        spare = self.caps.vector_registers - (vectors + 1) * self.dot.registers
+        return max(1, min(6, spare // (vectors * (2 if self.grouped else 1))))
+
+    def width(self, rows: int) -> int:
+        """Vectors of a block that so many rows take at a time; fewer than all where it is made for more registers."""
+        if rows == 1:
+            return min(self.vectors, self.caps.vector_registers // 2)
+        return min(self.vectors, usual_vectors(self.caps))
+
+    def parts(self, rows: int) -> AbstractContextManager[Any]:
+        """A loop over the parts of a block that so many rows take one after the other."""
+        return e.loop_or_once(self.vectors // self.width(rows))
 
     @property
     def _few_rows(self) -> int:
@@ -80,7 +93,7 @@ class IntBlocks:
     def _few_vectors(self, rows: int) -> int:
         """Vectors of outputs of such a tile."""
         if not self.nibbles:
-            return self.vectors
+            return self.width(rows)
         return next(v for v in (4, 2, 1) if self.vectors % v == 0 and (v * rows <= self._few_rows or v == 1))
 
     def rows(self, x: IntActivations, count: Any, most: int, base: Any, row_of: RowOf, write: Write) -> None:
@@ -184,16 +197,19 @@ class IntBlocks:
             def tile_of(rows: int, start: Any) -> None:
                 index = [e.let(row_of(start + r)) for r in range(rows)]
                 bases = [e.let(i * x.stride + first // 4) for i in index]
-                sums = self._load(partial, start, rows)
                 after = base + self._bytes_to(first + size) + start // self.max_rows * _LINES
                 for line in range(0, _LINES, 64):
                     e.prefetch(self.codes.bytes, after + line)
-                if self.grouped:
-                    groups = [e.let(i * layout.groups + first // layout.group) for i in index]
-                    self._tile(x, sums, bases, groups, piece, columns // layout.group)
-                else:
-                    self._products(x, sums, bases, piece.words, e.i64(0), columns // 4)
-                self._keep(partial, start, sums)
+                groups = [e.let(i * layout.groups + first // layout.group) for i in index]
+                with self.parts(rows) as number:
+                    width = self.width(rows)
+                    row = e.let(number * (width * self.lanes))
+                    sums = self._load(partial, start, rows, row, width)
+                    if self.grouped:
+                        self._tile(x, sums, bases, groups, piece, columns // layout.group, row)
+                    else:
+                        self._products(x, sums, bases, piece.words, row, columns // 4)
+                    self._keep(partial, start, sums, row)
 
             for_tiles(self.max_rows, count, tile_of)
         self._finish(x, partial, count, base, row_of, write)
@@ -239,7 +255,7 @@ class IntBlocks:
     ) -> None:
         """Scale the sums of each row, add its outliers and write them."""
         with e.loop(count) as r:
-            acc = self._scratch(1, "float32")
+            acc = [[e.scratch(self.lanes) for _ in range(self.vectors)]]
             tail = e.let(base + self.layout.padded_k // UNIT * self.layout.unit_bytes)
             row = e.let(row_of(r))
             factor = e.let(e.splat(x.scales[row], self.lanes))
@@ -313,21 +329,30 @@ class IntBlocks:
         return [e.let(T.bitwise_and(word, mask)), e.let(T.bitwise_and(high, mask))]
 
     def _tile(
-        self, x: IntActivations, acc: Vectors, bases: list[Any], groups: list[Any], piece: _Piece, count: Any
+        self,
+        x: IntActivations,
+        acc: Vectors,
+        bases: list[Any],
+        groups: list[Any],
+        piece: _Piece,
+        count: Any,
+        row: Any,
     ) -> None:
         """acc += `count` groups of a piece times those of some rows of x; integer sums of a group, then its scales.
 
         Args:
             bases: where the rows' columns of the piece begin in x.data.
             groups: where the rows' groups of the piece begin in x.starts.
+            row: of the block, where the sums begin.
         """
         quads = self.layout.group // 4
         with e.loop(count) as g:
-            part = self._starts(x, [at + g for at in groups])
+            part = self._starts(x, [at + g for at in groups], len(acc[0]))
             begin = e.let(g * quads)
             rows = [e.let(at + begin) for at in bases]
-            self._products(x, part, rows, piece.words, e.let(begin * self.nb), quads)
-            self._scale(acc, part, lambda v: e.load(piece.scales, g * self.nb + v * self.lanes, self.lanes))
+            self._products(x, part, rows, piece.words, e.let(begin * self.nb + row), quads)
+            at = e.let(g * self.nb + row)
+            self._scale(acc, part, lambda v: e.load(piece.scales, at + v * self.lanes, self.lanes))
 
     def _products(
         self, x: IntActivations, sums: Vectors, bases: list[Any], source: Any, begin: Any, quads: Any
@@ -336,7 +361,7 @@ class IntBlocks:
         lanes = self.lanes
         with e.loop(quads) as q:
             weights = []
-            for v in range(self.vectors):
+            for v in range(len(sums[0])):
                 word = e.let(e.load(source, begin + q * self.nb + v * lanes, lanes))
                 weights.append(self.dot.weights(word))
             for base, row in zip(bases, sums, strict=True):

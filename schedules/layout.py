@@ -109,5 +109,21 @@ def linear_layout(dtype: str, caps: Capabilities, vectors: int = 0) -> BlockedLa
     """
     if caps.simt:
         return BlockedLayout(8, 4 if dtype == "float32" else 8)
-    vectors = vectors or (4 if caps.vector_registers >= 32 else 2)
+    vectors = vectors or usual_vectors(caps)
     return BlockedLayout(vectors * caps.lanes_f32, 2 if dtype == "bfloat16" else 1)
+
+
+def usual_vectors(caps: Capabilities) -> int:
+    """Vectors of outputs that kernels take at a time: with six rows of activations they fill the registers."""
+    return 4 if caps.vector_registers >= 32 else 2
+
+
+def own_vectors(layout: BlockedLayout, dtype: str, caps: Capabilities) -> int | None:
+    """The `vectors` by which linear_layout gives this layout; None = its blocks are made for another machine's registers.
+
+    Up to twice the usual number the tuner tries for a machine's own sake.
+    """
+    vectors, rest = divmod(layout.n_block, caps.lanes_f32)
+    if rest or vectors > 2 * usual_vectors(caps) or linear_layout(dtype, caps, vectors) != layout:
+        return None
+    return 0 if vectors == usual_vectors(caps) else vectors

@@ -14,7 +14,7 @@ from llmc.schedules import emit as e
 from llmc.schedules.choice import ByRows
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.gather import EmbeddingConfig, GatherConfig, embedding, gather_rows
-from llmc.schedules.layout import BlockedLayout, linear_layout
+from llmc.schedules.layout import BlockedLayout, linear_layout, own_vectors, usual_vectors
 
 __all__ = [
     "EmbeddingConfig",
@@ -168,8 +168,20 @@ class MicroKernel:
 
     def max_rows(self) -> int:
         """Rows whose accumulators fit in the registers beside the weights of one step and a broadcast."""
-        weights = self.vectors * (2 if self.pairs and not self.dot else 1)
-        return max(1, min(6, (self.caps.vector_registers - weights - 2) // self.vectors))
+        vectors = self.width(2)
+        weights = vectors * (2 if self.pairs and not self.dot else 1)
+        return max(1, min(6, (self.caps.vector_registers - weights - 2) // vectors))
+
+    def width(self, rows: int) -> int:
+        """Vectors of a block that so many rows take at a time: all, but of blocks made for a machine with more registers.
+
+        One row uses each weight once, so that only its sums have to stay in registers.
+        """
+        registers = self.caps.vector_registers
+        if own_vectors(self.layout, self.dtype, self.caps) is not None:
+            return self.vectors
+        most = registers // 2 if rows == 1 else usual_vectors(self.caps)
+        return max(v for v in range(1, most + 1) if self.vectors % v == 0)
 
     def accumulate(
         self,
@@ -182,7 +194,7 @@ class MicroKernel:
     ) -> None:
         """acc[r][v] += x[row r] . w for k steps [0, steps); bases are in elements of the views.
 
-        The caller has laid `row_base` and `w_base` at the first step.
+        The caller has laid `row_base` and `w_base` at the first step, and at the first of the accumulators' outputs.
 
         Args:
             fetch: where the elements of w that are asked for at the first step begin, and how far on at each further
@@ -200,6 +212,17 @@ class MicroKernel:
             with e.loop(whole * unroll, steps) as j:
                 self._step(acc, rows, row_base, w_base, j, fetch)
 
+    def sums(self, rows: int, row_base: list[Any], w_base: Any, steps: int) -> list[list[Any]]:
+        """accumulate from zero, over whole blocks however many vectors fit into registers."""
+        width, lanes = self.width(rows), self.lanes
+        whole = self.new_accumulators(rows)
+        for at in range(0, self.vectors, width):
+            acc = [row[at : at + width] for row in whole]
+            for vector in (v for row in acc for v in row):
+                e.store(vector, 0, e.splat(0.0, lanes), lanes)
+            self.accumulate(acc, rows, row_base, w_base + at * lanes, steps)
+        return whole
+
     def _step(
         self,
         acc: list[list[Any]],
@@ -209,19 +232,19 @@ class MicroKernel:
         j: Any,
         fetch: tuple[Any, Any],
     ) -> None:
-        lanes, nb = self.lanes, self.layout.n_block
+        lanes, nb, vectors = self.lanes, self.layout.n_block, len(acc[0])
         at = w_base + j * nb
         if self.prefetch_ahead:
             line = 64 // (self.step_bytes // nb)
             # one row waits for memory alone; more rows compute, and the first level cannot hold enough of what comes
             level = 1 if rows == 1 else 2
-            for i in range(0, nb, line):
+            for i in range(0, vectors * lanes, line):
                 e.prefetch(self.w, fetch[0] + j * fetch[1] + i, level=level)
-        loads = [e.let(e.load(self.w, at + v * lanes, lanes)) for v in range(self.vectors)]
+        loads = [e.let(e.load(self.w, at + v * lanes, lanes)) for v in range(vectors)]
         if self.dot:
             for r in range(rows):
                 a = e.let(e.splat(self._pair(row_base[r], j), lanes))
-                for v in range(self.vectors):
+                for v in range(vectors):
                     self._update(acc[r][v], lambda c, v=v, a=a: e.dot_bf16(c, a, loads[v]))
         elif self.pairs:
             even = [e.let(e.pair_even(w, lanes)) for w in loads]
@@ -230,13 +253,13 @@ class MicroKernel:
                 pair = e.let(self._pair(row_base[r], j))
                 for half, weights in ((e.pair_even(pair, 1), even), (e.pair_odd(pair, 1), odd)):
                     a = e.let(e.splat(half, lanes))
-                    for v in range(self.vectors):
+                    for v in range(vectors):
                         self._update(acc[r][v], lambda c, v=v, a=a, ws=weights: c + a * ws[v])
         else:
             wide = [e.let(e.widen(w, self.dtype, lanes)) for w in loads]
             for r in range(rows):
                 a = e.let(e.splat(e.widen(self.x[row_base[r] + j], self.dtype, 1), lanes))
-                for v in range(self.vectors):
+                for v in range(vectors):
                     self._update(acc[r][v], lambda c, v=v, a=a: c + a * wide[v])
 
     def _update(self, acc: Any, f: Any) -> None:
@@ -251,8 +274,9 @@ class MicroKernel:
         high = tirx.Select(2 * j + 1 < self.k, tirx.Cast("int32", self.x[inside]), tirx.IntImm("int32", 0))
         return T.bitwise_or(low, T.shift_left(high, tirx.IntImm("int32", 16)))
 
-    def new_accumulators(self, rows: int) -> list[list[Any]]:
-        return [[e.scratch(self.lanes) for _ in range(self.vectors)] for _ in range(rows)]
+    def new_accumulators(self, rows: int, width: int = 0) -> list[list[Any]]:
+        """Of `width` vectors of a block (0 = all)."""
+        return [[e.scratch(self.lanes) for _ in range(width or self.vectors)] for _ in range(rows)]
 
 
 def row_view(x: Any, size: Any, k: int, pairs: bool) -> tuple[Any, int]:
@@ -409,7 +433,9 @@ def _all_rows(
     t_block = -(-min(schedule.t_block, most or _ANY) // tile) * tile
     # columns of an odd k are paired up from the row's beginning: such rows are not cut
     cut = not (kp == 2 and k % 2)
-    large = min(steps, max(1, schedule.k_block // kp)) if cut else steps
+    # a piece of a block that is taken in parts takes no more of the cache than that of an own one
+    parts = micro.vectors // micro.width(tile)
+    large = min(steps, max(1, schedule.k_block // kp // parts)) if cut else steps
     small = (
         min(large, max(1, schedule.few_bytes // micro.step_bytes)) if cut and schedule.few_bytes else large
     )
@@ -423,7 +449,8 @@ def _all_rows(
         count = e.let(T.min(e.i64(t_block), t - first))
         # with an activation too: its polynomial is then in the code once, not per row of the tiles
         one_pass = isinstance(chunks, int) and chunks == 1
-        partial = None if one_pass and not cfg.activation else e.workspace(t_block * nb)
+        in_parts = any(micro.width(rows) < micro.vectors for rows in (1, tile))
+        partial = None if one_pass and not cfg.activation and not in_parts else e.workspace(t_block * nb)
 
         def fetch_of(rows: int, start: Any, at: Any, size: Any) -> tuple[Any, Any] | None:
             """What `rows` rows from `start` ask for: with few rows, their share of the piece behind this one."""
@@ -438,24 +465,25 @@ def _all_rows(
 
         def tile_of(rows: int, start: Any, begin: Any, size: Any) -> None:
             """`rows` rows from `start` of the task over k steps [begin, begin + size)."""
-            acc = micro.new_accumulators(rows)
-            for r in range(rows):
-                for v in range(micro.vectors):
-                    value = e.splat(0.0, lanes)
-                    if partial is not None:
-                        value = e.load(partial, (start + r) * nb + v * lanes, lanes)
-                    e.store(acc[r][v], 0, value, lanes)
+            width = micro.width(rows)
             bases = [e.let((first + start + r) * args.x_stride + begin) for r in range(rows)]
-            at = e.let((block * steps + begin) * nb)
-            micro.accumulate(acc, rows, bases, at, size, fetch_of(rows, start, at, size))
-            if partial is None:
-                out = [e.let(first + start + r) for r in range(rows)]
-                store_rows(epilogue, micro, acc, out, block, args.y, args.bias, args.residual)
-                return
-            for r in range(rows):
-                for v in range(micro.vectors):
-                    at = (start + r) * nb + v * lanes
-                    e.store(partial, at, e.load(acc[r][v], 0, lanes), lanes)
+            with e.loop_or_once(micro.vectors // width) as part:
+                acc = micro.new_accumulators(rows, width)
+                of = part * (width * lanes)
+                sums = [
+                    (acc[r][v], (start + r) * nb + of + v * lanes) for r in range(rows) for v in range(width)
+                ]
+                for vector, at in sums:
+                    value = e.splat(0.0, lanes) if partial is None else e.load(partial, at, lanes)
+                    e.store(vector, 0, value, lanes)
+                from_ = e.let((block * steps + begin) * nb + of)
+                micro.accumulate(acc, rows, bases, from_, size, fetch_of(rows, start, from_, size))
+                if partial is None:
+                    out = [e.let(first + start + r) for r in range(rows)]
+                    store_rows(epilogue, micro, acc, out, block, args.y, args.bias, args.residual)
+                    return
+                for vector, at in sums:
+                    e.store(partial, at, e.load(vector, 0, lanes), lanes)
 
         def all_rows(begin: Any, size: Any) -> None:
             for_tiles(tile, count, lambda rows, start: tile_of(rows, start, begin, size))

@@ -15,6 +15,7 @@ from llmc.caps import Capabilities
 from llmc.errors import LlmcError
 from llmc.quant.schemes import OUTLIER_BITS, SCALE_BYTES, Code, Scheme, by_name
 from llmc.quant.weight import QuantizedWeight
+from llmc.schedules.layout import usual_vectors
 
 Array = np.ndarray[Any, Any]
 
@@ -433,7 +434,7 @@ def quant_layout(scheme: Scheme, n: int, k: int, caps: Capabilities, *, gated: b
             f"{scheme.name} sums products of bytes in 32 bits, which holds up to {INT_COLUMNS} inputs; found {n} x {k}.",
             hint="Give this weight another scheme, such as q8, by a rule.",
         )
-    n_block = WARP_ROWS if caps.simt else (4 if caps.vector_registers >= 32 else 2) * caps.lanes_f32
+    n_block = WARP_ROWS if caps.simt else usual_vectors(caps) * caps.lanes_f32
     rows = -(-n // (n_block // 2)) * n_block if gated else n
     in_quads = caps.simt and scheme.bits == 8 and not scheme.activation_bits
     return QuantLayout(scheme.any_order.name, n_block, rows, k, in_quads)

@@ -12,7 +12,7 @@ from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.choice import ByRows, segments
 from llmc.schedules.experts import ExpertConfig, expert_linear
-from llmc.schedules.layout import linear_layout
+from llmc.schedules.layout import BlockedLayout, linear_layout, usual_vectors
 from llmc.schedules.tile_experts import expert_tiles_from, tile_expert_linear
 from llmc.schedules.tunable import (
     BUCKETS,
@@ -51,12 +51,17 @@ class ExpertKernel(NamedTuple):
         """The config of each schedule."""
         out = []
         for choice in self.schedule.choices:
-            layout = linear_layout(self.config.weight_dtype, caps, choice.vectors)
+            layout = _layout(self.config, choice, caps)
             fields: dict[str, Any] = dict(
                 rows_tile=choice.rows_tile, unroll=choice.unroll, prefetch=choice.prefetch
             )
             out.append(replace(self.config, layout=layout, **fields))
         return out
+
+
+def _layout(config: ExpertConfig, schedule: ExpertSchedule, caps: Capabilities) -> BlockedLayout:
+    """The layout that is given, or the schedule's."""
+    return config.layout or linear_layout(config.weight_dtype, caps, schedule.vectors)
 
 
 def expert_linear_by_rows(kernel: ExpertKernel, caps: Capabilities) -> Any:
@@ -80,9 +85,10 @@ class TunableExperts(Tunable):
 
     def task(self, config: ExpertConfig) -> ExpertConfig:
         plain = ExpertSchedule()
-        return replace(
-            config, layout=None, rows_tile=plain.rows_tile, unroll=plain.unroll, prefetch=plain.prefetch
-        )
+        return replace(config, rows_tile=plain.rows_tile, unroll=plain.unroll, prefetch=plain.prefetch)
+
+    def parsed(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "layout": BlockedLayout(**values["layout"]) if values.get("layout") else None}
 
     def samples(self, caps: Capabilities) -> tuple[ExpertConfig, ...]:
         return (self.task(ExpertConfig(2, 128, 128, "bfloat16", "bfloat16", "bfloat16")),)
@@ -91,7 +97,7 @@ class TunableExperts(Tunable):
         return BUCKETS
 
     def space(self, task: ExpertConfig, bucket: Bucket, caps: Capabilities) -> Space:
-        registers, usual = caps.vector_registers, 4 if caps.vector_registers >= 32 else 2
+        registers, usual = caps.vector_registers, usual_vectors(caps)
 
         def valid(schedule: ExpertSchedule) -> bool:
             vectors, tile = schedule.vectors or usual, schedule.rows_tile
@@ -100,7 +106,7 @@ class TunableExperts(Tunable):
             return not (too_wide or tile == auto or (tile and tile * vectors + vectors + 1 > registers))
 
         knobs = (
-            Knob("vectors", (1, 2, 0, 6, 8) if usual == 4 else (1, 0, 3, 4)),
+            Knob("vectors", (0,) if task.layout else (1, 2, 0, 6, 8) if usual == 4 else (1, 0, 3, 4)),
             Knob("rows_tile", (0, 1, 2, 3, 4, 5, 6, 8, 12) if bucket.high != 1 else (0,)),
             Knob("unroll", (0, 2, 4, 8)),
             Knob("prefetch", (0, 512, 1024, 2304, 4096, 8192)),
@@ -135,7 +141,7 @@ class TunableExperts(Tunable):
     def pack(
         self, task: ExpertConfig, schedule: ExpertSchedule, weights: dict[str, Array], caps: Capabilities
     ) -> Array:
-        return linear_layout(task.weight_dtype, caps, schedule.vectors).pack(weights["weight"])
+        return _layout(task, schedule, caps).pack(weights["weight"])
 
     def arguments(
         self,
@@ -170,7 +176,7 @@ class TunableExperts(Tunable):
     def terms(
         self, task: ExpertConfig, schedule: ExpertSchedule, rows: int, caps: Capabilities
     ) -> dict[str, float]:
-        layout = linear_layout(task.weight_dtype, caps, schedule.vectors)
+        layout = _layout(task, schedule, caps)
         vectors = layout.n_block // caps.lanes_f32
         auto = max(1, min(6, (caps.vector_registers - vectors - 2) // vectors))
         active = task.experts * (1 - (1 - 1 / task.experts) ** rows)

@@ -11,6 +11,7 @@ import numpy as np
 
 from llmc.caps import Capabilities
 from llmc.schedules.choice import ByRows
+from llmc.schedules.layout import BlockedLayout, usual_vectors
 from llmc.schedules.linear import LinearConfig, LinearSchedule
 from llmc.schedules.qlayout import turns
 from llmc.schedules.tile_linear import linear_by_rows, tiles_from
@@ -43,7 +44,10 @@ class TunableLinear(Tunable):
     shared = ("vectors",)
 
     def task(self, config: LinearConfig) -> LinearConfig:
-        return replace(config, lead=0, layout=None, schedule=ByRows((LinearSchedule(),)))
+        return replace(config, lead=0, schedule=ByRows((LinearSchedule(),)))
+
+    def parsed(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "layout": BlockedLayout(**values["layout"]) if values.get("layout") else None}
 
     def samples(self, caps: Capabilities) -> tuple[LinearConfig, ...]:
         made = []
@@ -55,9 +59,10 @@ class TunableLinear(Tunable):
         return BUCKETS
 
     def space(self, task: LinearConfig, bucket: Bucket, caps: Capabilities) -> Space:
-        registers, usual = caps.vector_registers, 4 if caps.vector_registers >= 32 else 2
+        registers, usual = caps.vector_registers, usual_vectors(caps)
         most = bucket.high or _WHOLE
         large = most > 16
+        vectors = (1, 2, 0, 6, 8) if usual == 4 else (1, 0, 3, 4)
 
         def valid(schedule: LinearSchedule) -> bool:
             vectors = schedule.vectors or usual
@@ -71,7 +76,8 @@ class TunableLinear(Tunable):
             return not (schedule.block_fast and schedule.t_block >= most)
 
         knobs = (
-            Knob("vectors", (1, 2, 0, 6, 8) if usual == 4 else (1, 0, 3, 4)),
+            # a layout that is given: the blocks suit another machine
+            Knob("vectors", (0,) if task.layout else vectors),
             Knob("rows_tile", (0, *(r for r in (1, 2, 3, 4, 5, 6, 8, 12) if r <= most))),
             Knob("k_block", self._pieces(task.k)),
             Knob("t_block", (24, 48, 96, 144, 240, 384, 520) if large else (240,)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +61,10 @@ class Backend:
         device: name of the device that the tuner would measure on.
         library: PrimFunc, TVM target, Capabilities, path -> writes the one file that the runner's `load` takes.
         build: module in VM form, target, Capabilities -> code.
-        several: presets may be joined with commas into one artifact.
+        several: presets may be joined with commas into one artifact, in any order.
+        levels: each of several presets then is a level with code of its own, of which one is chosen when the artifact is
+            loaded; else `capabilities` is what all of them have. The order of `presets` says which level is the better one.
+        groups: short names for several presets.
         on_device: code runs on a device that the compiling machine need not have; what must be run is then left out.
     """
 
@@ -76,6 +79,8 @@ class Backend:
     library: Callable[[Any, Any, Capabilities, Path], None] = write_library
     build: Callable[[Any, Any, Capabilities], Built] = build_host
     several: bool = False
+    levels: bool = False
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     on_device: bool = False
 
     def __post_init__(self) -> None:
@@ -110,10 +115,25 @@ def names() -> tuple[str, ...]:
 
 
 def get(target: str) -> tuple[Backend, Capabilities]:
-    """Resolve ``cpu`` or ``cpu/x86-64-v4`` to its backend and capabilities.
+    """Resolve ``cpu`` or ``cpu/x86-64-v4`` to its backend and capabilities; of several levels, the one that runs here.
 
     Raises:
         LlmcError: unknown target or preset, with the names that exist.
+    """
+    backend, levels = get_levels(target)
+    return backend, level_here(backend, levels) or levels[0]
+
+
+def level_here(backend: Backend, levels: tuple[Capabilities, ...]) -> Capabilities | None:
+    """The best of some levels, ordered so, that this machine can run; None = it can run none of them."""
+    return next((caps for caps in levels if not backend.missing(caps)), None)
+
+
+def get_levels(target: str) -> tuple[Backend, tuple[Capabilities, ...]]:
+    """Resolve ``cpu/x86-64-v3,x86-64-v4`` or ``cpu/x86-64`` to the backend and the capabilities of each level, best first.
+
+    Raises:
+        LlmcError: unknown target or preset, with the names that exist; levels of several processor architectures.
     """
     name, _, preset = target.partition("/")
     if name not in _TARGETS:
@@ -124,11 +144,23 @@ def get(target: str) -> tuple[Backend, Capabilities]:
             hint="Use --target cpu, or cpu/PRESET.",
         )
     backend: Backend = importlib.import_module(_TARGETS[name]).BACKEND
-    parts = preset.split(",") if backend.several else [preset]
-    if preset and not set(parts) <= set(backend.presets):
+    parts = [part.removeprefix(f"{name}/") for part in preset.split(",")] if backend.several else [preset]
+    if preset and not set(parts) <= {*backend.presets, *backend.groups}:
         raise LlmcError(
             "unknown-preset",
-            f"Target {name} has the presets {', '.join(backend.presets)}; found {preset!r}.",
-            hint=f"Use --target {name} for the machine at hand.",
+            f"Target {name} has the presets {', '.join([*backend.presets, *backend.groups])}; found {preset!r}.",
+            hint=f"Use --target {name} for the machine at hand"
+            + (f"; several are joined with commas: {name}/A,B." if backend.several else "."),
         )
-    return backend, backend.capabilities(preset)
+    if not backend.levels or not preset:
+        return backend, (backend.capabilities(",".join(parts)),)
+    wanted = {one for part in parts for one in backend.groups.get(part, (part,))}
+    levels = tuple(backend.capabilities(one) for one in backend.presets if one in wanted)
+    triples = sorted({caps.triple.partition("-")[0] for caps in levels})
+    if len(triples) > 1:
+        raise LlmcError(
+            "mixed-levels",
+            f"The levels of one artifact must be of one processor architecture; {preset!r} names {' and '.join(triples)}.",
+            hint="Compile an artifact for each.",
+        )
+    return backend, levels

@@ -44,16 +44,11 @@ class Count:
 
 def lowered(model: Any, dtype: str, **options: Any) -> Any:
     """The StepModule of a model, as the pipeline makes it."""
-    from llmc import pipeline
+    from llmc.pipeline import lower_model
     from llmc.spec import CompileSpec
-    from llmc.stages import StageRunner
-    from llmc.targets.backend import get
 
     spec = CompileSpec.from_json({"model": "tiny", "dtype": dtype, "max_batch": 2, **options})
-    backend, caps = get(spec.target)
-    with StageRunner(spec) as runner:
-        source, graph = pipeline._capture(model, spec)
-        return pipeline._lower(graph, spec, source, caps, backend.tvm_target(caps), runner)
+    return lower_model(model, spec)[1]
 
 
 def count(model_type: str, dtypes: tuple[str, ...] = DTYPES) -> Count:

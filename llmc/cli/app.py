@@ -14,6 +14,7 @@ import typer
 from llmc import __version__
 from llmc.cli.guard import guard
 
+_LEVEL_HELP = "Of several levels of processor features, the one to run (default: the best that runs here)."
 app = typer.Typer(
     name="llmc",
     no_args_is_help=True,
@@ -52,7 +53,8 @@ def compile(
     target: Annotated[
         str | None,
         typer.Option(
-            help="cpu (this machine, the default), or a preset such as cpu/x86-64-v3 or cuda/sm_80,sm_90."
+            help="cpu (this machine, the default), or presets such as cpu/x86-64-v3,x86-64-v4-bf16 (an artifact with a "
+            "level for each; cpu/x86-64: all of x86) or cuda/sm_80,sm_90."
         ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="f32, bf16 or f16 (default: the checkpoint's).")] = None,
@@ -210,6 +212,7 @@ def run(
         int | None, typer.Option(help="KV-cache pages (default: as many as --max-memory allows).")
     ] = None,
     max_memory: Annotated[str | None, typer.Option(help="Memory for weights and KV cache, e.g. 2GB.")] = None,
+    level: Annotated[str | None, typer.Option(help=_LEVEL_HELP)] = None,
 ) -> None:
     """Generate text from an artifact, streaming it to stdout.
 
@@ -226,6 +229,7 @@ def run(
             threads=threads,
             kv_pages=kv_pages,
             max_memory=max_memory,
+            level=level,
             max_tokens=max_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -288,6 +292,7 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(help="Draw the roofline there (.png, .svg); implies --roofline.")
     ] = None,
+    level: Annotated[str | None, typer.Option(help=_LEVEL_HELP)] = None,
 ) -> None:
     """Measure how fast an artifact reads prompts and generates tokens on this machine."""
     with guard():
@@ -303,6 +308,7 @@ def bench(
             roofline=roofline,
             json_file=json,
             plot=plot,
+            level=level,
         )
 
 

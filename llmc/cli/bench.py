@@ -39,6 +39,7 @@ def run_bench(
     roofline: bool,
     json_file: Path | None,
     plot: Path | None,
+    level: str | None = None,
 ) -> None:
     """Measure, print tables, write files.
 
@@ -53,7 +54,7 @@ def run_bench(
         if path is not None and not path.parent.is_dir():
             raise LlmcError("no-folder", f"{path} cannot be written: there is no folder {path.parent}.")
     load_average = os.getloadavg()[0]
-    model = load(artifact, threads=threads)
+    model = load(artifact, threads=threads, level=level)
     sizes = choose_sizes(model, prompt, tokens, rounds, batch, room=profile_room() if roofline else 0)
     used = use_threads(None)
     # a table that goes to a file or a pipe is not cut to a terminal's width

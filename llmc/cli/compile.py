@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from llmc.artifact import MANIFEST, Manifest, QualityReport, TextQuality
+from llmc.artifact import MANIFEST, Manifest, QualityReport, TextQuality, is_library
 from llmc.cli.format import grid, human_bytes, human_count
 from llmc.cli.progress import reporter
 from llmc.errors import LlmcError
@@ -146,10 +146,12 @@ def summary_table(output: Path, finished: list[Timing]) -> Table:
         "model", f"{manifest.model.architecture}, {human_count(manifest.model.parameters)} parameters"
     )
     table.add_row("target", manifest.target.preset)
+    for level in manifest.lower_levels:
+        table.add_row("and", f"{level.target.preset}: {quality_text(level.quality)}")
+    code = sum(size for name, size in sizes.items() if is_library(name))
     table.add_row(
         "size",
-        f"{human_bytes(sum(sizes.values()))} (weights {human_bytes(weights)}, code "
-        f"{human_bytes(sizes.get('model.so', 0))})",
+        f"{human_bytes(sum(sizes.values()))} (weights {human_bytes(weights)}, code {human_bytes(code)})",
     )
     table.add_row("KV cache", f"{human_bytes(manifest.kv_plan.bytes_per_token())} per token")
     table.add_row(

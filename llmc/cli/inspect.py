@@ -17,6 +17,7 @@ from llmc.cli.kernels import kernel_tables
 from llmc.errors import LlmcError
 from llmc.inspect import ArtifactReport, inspect
 from llmc.kv_plan import KVKind
+from llmc.runtime.levels import choose_level, missing_features
 
 # how a quantized weight's layout begins; see llmc/schedules/qlayout.py
 _QUANTIZED = re.compile(r"quant\((\w+),n=\d+,of=(\d+)x(\d+)\)")
@@ -58,6 +59,7 @@ def run_inspect(
         return
     for table in (
         overview(report),
+        *([levels_table(report.manifest)] if report.manifest.lower_levels else []),
         functions_table(report.manifest),
         kv_table(report.manifest),
         params_table(report.manifest, all_params),
@@ -97,6 +99,30 @@ def overview(report: ArtifactReport) -> Table:
     if bits := bits_per_weight(m):
         table.add_row("weights", bits)
     table.add_row("created", m.created)
+    return table
+
+
+def levels_table(manifest: Manifest) -> Table:
+    """Levels of processor features, best first; which one this machine takes, and what the check said of each."""
+    taken, problem = "", ""
+    try:
+        taken = choose_level(manifest).name
+    except LlmcError as e:
+        problem = e.message
+    table = _table("levels", "level", "library", "needs", "here", "tuning", "quality")
+    for level in manifest.levels:
+        missing = missing_features(level.target)
+        lacks = f"lacks {', '.join(missing)}" if missing else "not known" if missing is None else "can run"
+        table.add_row(
+            level.name,
+            level.library,
+            " ".join(level.target.features),
+            "[bold]taken[/bold]" if level.name == taken else lacks,
+            f"{len(level.tuning_records)} records" if level.tuning_records else "default schedules",
+            quality_text(level.quality),
+        )
+    if problem:
+        table.caption, table.caption_justify = problem, "left"
     return table
 
 

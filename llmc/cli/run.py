@@ -24,6 +24,7 @@ def run_generate(
     threads: int | None,
     kv_pages: int | None,
     max_memory: str | None,
+    level: str | None = None,
     **sampling: Any,
 ) -> None:
     """Stream the continuation of `prompt` to stdout; one line about it goes to stderr.
@@ -33,7 +34,7 @@ def run_generate(
         prompt: text, ``-`` for stdin, or token ids separated by commas or spaces with `token_ids`.
         chat: the prompt is a user's message in the model's chat format.
         token_ids: the prompt is ids, and ids are printed.
-        threads, kv_pages, max_memory: see llmc.load.
+        threads, kv_pages, max_memory, level: see llmc.load.
         sampling: see Model.generate.
 
     Raises:
@@ -46,7 +47,7 @@ def run_generate(
     ids = _parse_ids(prompt) if token_ids else None
     from llmc.runtime.model import load
 
-    model = load(artifact, threads=threads, kv_pages=kv_pages, max_memory=max_memory)
+    model = load(artifact, threads=threads, kv_pages=kv_pages, max_memory=max_memory, level=level)
     if ids is not None:
         result = model.generate(ids, **sampling)
         print(" ".join(str(i) for i in result.token_ids), flush=True)

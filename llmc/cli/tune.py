@@ -15,6 +15,7 @@ from llmc.artifact import MANIFEST
 from llmc.cli.progress import reporter
 from llmc.cli.tune_view import TuneView, conclusions, records_table, result_table
 from llmc.errors import LlmcError
+from llmc.runtime.levels import choose_level
 from llmc.schedules.records import read_records
 from llmc.spec import CompileSpec, parse_budget
 from llmc.targets.backend import get
@@ -229,7 +230,10 @@ def _decided(path: Path, options: dict[str, Any]) -> Manifest:
     """
     from llmc.inspect import inspect
 
-    manifest = inspect(path).manifest
+    whole = inspect(path).manifest
+    asked = str(options.get("target") or "")
+    named = asked if asked in {level.target.preset for level in whole.levels} else ""
+    manifest = whole.at(choose_level(whole, named)) if whole.lower_levels else whole
     given = [key for key, value in options.items() if value is not None and key != "target"]
     if given or options.get("target") not in (None, manifest.target.target, manifest.target.preset):
         raise LlmcError(

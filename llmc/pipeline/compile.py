@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.artifact import TUNING, Manifest
 from llmc.evaluate_text import check_text
-from llmc.pipeline.lower import build_module, capture_graph, lower_graph
-from llmc.pipeline.manifest import manifest_of
+from llmc.pipeline.levels import LevelCompiler
+from llmc.pipeline.lower import capture_graph, rewrite_graph
+from llmc.pipeline.manifest import manifest_of, with_quality
 from llmc.pipeline.quality import evaluate_artifact, not_checkable, verify_artifact
 from llmc.pipeline.source import spec_of
-from llmc.pipeline.tuning import known_records, tune_graph, tuned_choice
+from llmc.pipeline.tuning import known_records, tune_graph
 from llmc.pipeline.weights import calibrate_source, pack_weights, search_schemes
 from llmc.quant.schemes import NONE
-from llmc.spec import CompileSpec, Verify
+from llmc.spec import CompileSpec
 from llmc.stages import STAGES, ProgressReporter, StageRunner
-from llmc.targets.backend import Built, get
+from llmc.targets.backend import Built, get_levels, level_here
 from llmc.writer import ArtifactWriter, check_output
 
 if TYPE_CHECKING:
     from llmc.frontend.graph import SourceModel
     from llmc.quant.choose import QuantSearch
-    from llmc.schedules.tuned_choice import Tuned
+    from llmc.schedules.records import Record
     from llmc.tune.tuner import TuneProgress
 
 
@@ -72,13 +74,11 @@ def compile_model(
     spec = spec_of(model, spec, fields)
     output = Path(output).expanduser()
     check_output(output)
-    backend, caps = get(spec.target)
-    unchecked = not_checkable(backend, caps, spec)
-    if (spec.verify is not Verify.OFF and not spec.meta_weights and not unchecked) or spec.eval_text:
-        backend.require_host(caps)
+    backend, levels = get_levels(spec.target)
+    unchecked = not_checkable(backend, levels, spec)
     for text in filter(None, (spec.calib_text, spec.eval_text)):
         check_text(Path(text))
-    known = known_records(spec, backend, caps)
+    known = known_records(spec, backend, levels)
     left_out = {
         "tune": spec.tune is None,
         "search": not spec.searches,
@@ -97,46 +97,51 @@ def compile_model(
     done: Path | None = None
     search: QuantSearch | None = None
     with runner, ArtifactWriter(output) as writer:
-        target = backend.tvm_target(caps)
         if spec.searches:
             search = runner.run("search", search_schemes, model, spec, runner)
             spec = spec.with_(quant=NONE, quant_rules=search.rules())
         source, graph = runner.run("capture", capture_graph, model, spec)
+        rewritten = runner.run("rewrite", rewrite_graph, graph, spec, source, runner)
+        del graph
         if spec.tune is not None:
-            known, interrupted = runner.run(
-                "tune", tune_graph, graph, spec, source, backend, caps, tune_progress
-            )
+            args = (rewritten, spec, source, backend, levels, known, tune_progress)
+            known, interrupted = runner.run("tune", tune_graph, *args)
             if interrupted:  # what was found is in the database
                 raise KeyboardInterrupt
-        tuned = tuned_choice(backend, caps, known, progress)
-        step = runner.run("lower", lower_graph, graph, spec, source, caps, target, runner, tuned)
-        del graph
-        built = runner.run("build", build_module, step, backend, caps, target, runner)
+        compiler = LevelCompiler(rewritten, spec, source, backend, known, runner)
+        best = compiler.compile(levels[0])
+        lower, used = compiler.compile_lower(levels[1:], best, writer)
+        del rewritten, compiler
         made, stream = source, None
         if spec.calibrates():
-            made, stream = runner.run("calibrate", calibrate_source, step, source, spec, runner)
-        params = runner.run("pack", pack_weights, step, made, writer, runner)
-        manifest = manifest_of(spec, source, caps, step, params, built, tuned)
-        manifest = runner.run("write", write_files, writer, built, manifest, source, tuned)
-        quality = unchecked or runner.run("verify", verify_artifact, writer, source, made, spec, step, params)
+            made, stream = runner.run("calibrate", calibrate_source, best.step, source, spec, runner)
+        params = runner.run("pack", pack_weights, best.step, made, writer, runner)
+        manifest = manifest_of(spec, source, best, lower, params)
+        manifest = runner.run("write", write_files, writer, best.built, manifest, source, used)
+        check = (writer, source, made, spec, best.step, manifest, unchecked)
+        reports = runner.run("verify", verify_artifact, *check)
         if spec.eval_text:
-            args = (quality, writer, source, made, stream, spec, params, runner)
-            quality = runner.run("evaluate", evaluate_artifact, *args)
-        manifest = writer.finish(built.executable, dataclasses.replace(manifest, quality=quality, files={}))
+            ran = level_here(backend, levels) or levels[0]
+            at = levels.index(ran)
+            on_text = (writer, source, made, stream, spec, params, runner, manifest.levels[at].name)
+            report = runner.run("evaluate", evaluate_artifact, reports[at], *on_text)
+            reports = (*reports[:at], report, *reports[at + 1 :])
+        manifest = dataclasses.replace(with_quality(manifest, reports), files={})
+        manifest = writer.finish(best.built.executable, manifest)
         writer.commit()
         done = output
     return CompileResult(done, manifest if done else None, runner, search)
 
 
 def write_files(
-    writer: ArtifactWriter, built: Built, manifest: Manifest, source: SourceModel, tuned: Tuned
+    writer: ArtifactWriter, built: Built, manifest: Manifest, source: SourceModel, used: Mapping[str, Record]
 ) -> Manifest:
     """Tokenizer files, tuning records, device code, model.so and manifest, into the temporary folder."""
     from llmc.schedules.records import header_line, record_line
 
     writer.copy_tokenizer(source.folder)
     writer.add_files(built.files)
-    if tuned.used:
-        text = header_line() + "".join(map(record_line, tuned.used.values()))
+    if used:
+        text = header_line() + "".join(map(record_line, used.values()))
         writer.add_files({TUNING: text.encode()})
     return writer.finish(built.executable, manifest)

@@ -13,7 +13,8 @@ from llmc.targets.backend import Backend, Built, get
 
 if TYPE_CHECKING:
     from llmc.frontend.graph import ModelGraph, SourceModel
-    from llmc.passes.step_module import StepModule
+    from llmc.passes.step_module import LoweredGraph, StepModule
+    from llmc.passes.weight_layouts import WeightLayouts
     from llmc.schedules.tuned_choice import Tuned
 
 
@@ -32,21 +33,33 @@ def capture_graph(model: Any, spec: CompileSpec, *, taps: bool = False) -> tuple
     return source, capture(shaped, taps=taps, max_seq_len=spec.max_seq_len)
 
 
+def rewrite_graph(
+    graph: ModelGraph, spec: CompileSpec, source: SourceModel, runner: StageRunner
+) -> LoweredGraph:
+    """Graph passes that are the same for all machines."""
+    from llmc.passes import order
+    from llmc.passes.quantize_weights import QuantizeWeights
+    from llmc.passes.step_module import LoweredGraph
+    from llmc.quant.stored import stored_schemes
+
+    quantize = QuantizeWeights.of(spec, stored_schemes(source.weights), untied=bool(source.untied))
+    phase = order.rewrite_phase(quantize, spec.disable_passes)
+    return run_passes(runner, "rewrite", phase, LoweredGraph.from_model(graph))
+
+
 def lower_graph(
-    graph: ModelGraph,
+    rewritten: LoweredGraph,
     spec: CompileSpec,
     source: SourceModel,
     caps: Capabilities,
     target: Any,
     runner: StageRunner,
     tuned: Tuned | None = None,
+    layouts: WeightLayouts | None = None,
 ) -> StepModule:
-    """Graph passes, KV plan, step functions, schedules."""
+    """Kernels for a machine, KV plan, step functions, schedules; weights that are packed already lie by `layouts`."""
     from llmc.passes import order
     from llmc.passes.plan_kv_cache import PlanKVCache
-    from llmc.passes.quantize_weights import QuantizeWeights
-    from llmc.passes.step_module import LoweredGraph
-    from llmc.quant.stored import stored_schemes
 
     limits = limits_of(spec, source)
     plan_cache = PlanKVCache(
@@ -54,10 +67,8 @@ def lower_graph(
         kv_dtype=spec.kv_dtype.value if spec.kv_dtype else None,
         max_seq_len=limits.max_seq_len,
     )
-    start = LoweredGraph.from_model(graph)
-    quantize = QuantizeWeights.of(spec, stored_schemes(source.weights), untied=bool(source.untied))
-    phase = order.graph_phase(caps, quantize, tuned, spec.disable_passes)
-    lowered = run_passes(runner, "lower", phase, start)
+    phase = order.kernel_phase(caps, tuned, spec.disable_passes, layouts)
+    lowered = run_passes(runner, "lower", phase, rewritten)
     plan = plan_cache(lowered)
     step = runner.run_pass("lower", "MakeStepFunction", order.make_step(caps, plan, tuned), lowered)
     bounds = {"T": limits.max_step_tokens, "B": limits.max_batch, "R": limits.max_step_tokens}
@@ -83,6 +94,7 @@ def lower_model(model: Any, spec: CompileSpec) -> tuple[SourceModel, StepModule,
         LlmcError: as compile_model does up to that stage.
     """
     backend, caps = get(spec.target)
-    runner = StageRunner(spec, stages=("capture", "lower"))
+    runner = StageRunner(spec, stages=("capture", "rewrite", "lower"))
     source, graph = capture_graph(model, spec)
-    return source, lower_graph(graph, spec, source, caps, backend.tvm_target(caps), runner), caps
+    rewritten = rewrite_graph(graph, spec, source, runner)
+    return source, lower_graph(rewritten, spec, source, caps, backend.tvm_target(caps), runner), caps

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import llmc
-from llmc.artifact import SCHEMA, FunctionEntry, Manifest, ModelInfo, ParamEntry, TargetInfo
-from llmc.caps import Capabilities
-from llmc.pipeline.quality import NO_CHECK
+from llmc.artifact import LIBRARY, SCHEMA, Level, Manifest, ModelInfo, ParamEntry, QualityReport
+from llmc.pipeline.levels import CompiledLevel
 from llmc.pipeline.source import limits_of
 from llmc.spec import CompileSpec
-from llmc.targets.backend import Built
 from llmc.writer import created
 
 if TYPE_CHECKING:
     from llmc.frontend.graph import SourceModel
     from llmc.passes.step_module import StepModule
-    from llmc.schedules.tuned_choice import Tuned
 
 
 def manifest_of(
     spec: CompileSpec,
     source: SourceModel,
-    caps: Capabilities,
-    step: StepModule,
+    best: CompiledLevel,
+    lower: tuple[Level, ...],
     params: tuple[ParamEntry, ...],
-    built: Built,
-    tuned: Tuned,
 ) -> Manifest:
+    """The manifest of an artifact with these levels, not checked yet."""
     import tvm
-
-    from llmc.passes.count_kernels import CountKernels
-    from llmc.tune.extract import kernel_uses
 
     def versions() -> dict[str, str]:
         import torch
@@ -39,8 +33,7 @@ def manifest_of(
 
         return {"torch": torch.__version__, "transformers": transformers.__version__}
 
-    kernels = CountKernels()(step)
-    functions = tuple(FunctionEntry(n, step.inputs, (step.output,), kernels[n]) for n in ("step", "decode"))
+    step, level = best.step, best.entry(LIBRARY)
     return Manifest(
         schema=SCHEMA,
         llmc_version=llmc.__version__,
@@ -48,16 +41,27 @@ def manifest_of(
         created=created(),
         spec=spec.to_json(),
         model=_model_info(source, step),
-        target=TargetInfo(caps.target, caps.preset, caps.triple, caps.mcpu, caps.features),
+        target=level.target,
         limits=limits_of(spec, source),
         kv_plan=step.kv_plan,
-        functions=functions,
+        functions=level.functions,
         params=params,
-        quality=NO_CHECK,
-        tuning_records=tuple(record.to_json() for record in tuned.used.values()),
-        tasks=tuple(use.to_json() for use in kernel_uses(step.module)),
+        quality=level.quality,
+        tuning_records=level.tuning_records,
+        tasks=level.tasks,
         versions=versions(),
-        device=built.device,
+        device=best.built.device,
+        lower_levels=lower,
+    )
+
+
+def with_quality(manifest: Manifest, reports: tuple[QualityReport, ...]) -> Manifest:
+    """The manifest with what the check said of each of its levels."""
+    lower = zip(manifest.lower_levels, reports[1:], strict=True)
+    return dataclasses.replace(
+        manifest,
+        quality=reports[0],
+        lower_levels=tuple(dataclasses.replace(level, quality=report) for level, report in lower),
     )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from llmc.artifact import ParamEntry, QualityReport, StoredParams
+from llmc.artifact import Level, Manifest, ParamEntry, QualityReport, StoredParams
 from llmc.caps import Capabilities
+from llmc.errors import LlmcError
 from llmc.spec import CompileSpec, Verify
 from llmc.stages import StageRunner
 from llmc.targets.backend import Backend
@@ -19,19 +20,32 @@ if TYPE_CHECKING:
     from llmc.frontend.graph import SourceModel
     from llmc.passes.step_module import StepModule
     from llmc.quant.orthogonal import Rotation
+    from llmc.verify import Reference
 
 NO_CHECK = QualityReport(mode=Verify.OFF.value, note="not checked against the source model")
 
 
-def not_checkable(backend: Backend, caps: Capabilities, spec: CompileSpec) -> QualityReport | None:
-    """What the manifest says if the artifact cannot be run here and its target allows for that; None = it can."""
-    if not backend.on_device or spec.verify is Verify.OFF:
-        return None
-    lacks = backend.missing(caps)
-    if not lacks:
-        return None
-    note = f"NOT CHECKED against the source model: this machine cannot run {caps.preset} code; {', '.join(lacks)}"
-    return QualityReport(mode=Verify.OFF.value, note=note)
+def not_checkable(
+    backend: Backend, levels: tuple[Capabilities, ...], spec: CompileSpec
+) -> dict[str, QualityReport]:
+    """Preset -> what the manifest says of a level that this machine cannot run.
+
+    Raises:
+        LlmcError: it can run none of them, and the target does not allow for that; with what the lowest one needs.
+    """
+    needed = spec.verify is not Verify.OFF and not spec.meta_weights
+    found = {}
+    for caps in levels:
+        if lacks := backend.missing(caps):
+            note = (
+                f"NOT CHECKED against the source model: this machine cannot run {caps.preset} code; "
+                + ("" if backend.on_device else "it lacks ")
+                + ", ".join(lacks)
+            )
+            found[caps.preset] = QualityReport(mode=Verify.OFF.value, note=note)
+    if len(found) == len(levels) and ((needed and not backend.on_device) or spec.eval_text):
+        backend.require_host(levels[-1])
+    return found if needed else {}
 
 
 def verify_artifact(
@@ -40,35 +54,81 @@ def verify_artifact(
     made: SourceModel,
     spec: CompileSpec,
     step: StepModule,
-    params: tuple[ParamEntry, ...],
-) -> QualityReport:
-    """Compare the artifact with the source model in float32; raises if it is off.
+    manifest: Manifest,
+    skipped: Mapping[str, QualityReport],
+) -> tuple[QualityReport, ...]:
+    """Compare each level of the artifact with the source model in float32; raises if one is off.
 
     A quantized artifact is compared with the source model that has the artifact's weights: a kernel's error is not
     hidden by that of quantization. How far it is from the source itself is reported.
+
+    Args:
+        skipped: preset -> report of a level that cannot be run.
     """
     if spec.verify is Verify.OFF:
-        return NO_CHECK
+        return (NO_CHECK,) * len(manifest.levels)
     if source.weights is None:
-        return dataclasses.replace(NO_CHECK, note="no weights, nothing to check")
+        return (dataclasses.replace(NO_CHECK, note="no weights, nothing to check"),) * len(manifest.levels)
     from llmc.quantized_source import quantized_source
+
+    same = quantized_source(made, step.params, manifest.params, writer.folder)
+    reference = _remembering_reference()
+    return tuple(
+        skipped.get(level.target.preset)
+        or _verify_level(writer, source, made, same, spec, manifest, level, reference)
+        for level in manifest.levels
+    )
+
+
+def _verify_level(
+    writer: ArtifactWriter,
+    source: SourceModel,
+    made: SourceModel,
+    same: SourceModel,
+    spec: CompileSpec,
+    manifest: Manifest,
+    level: Level,
+    reference: Reference,
+) -> QualityReport:
     from llmc.runtime.model import load
     from llmc.verify import verify
 
-    stored = StoredParams(writer.folder, params)
+    stored = StoredParams(writer.folder, manifest.params)
+    of_level = spec.with_(target=level.target.preset)
     # the files were hashed while they were written
-    model = load(writer.folder, check_hashes=False)
-    same = quantized_source(made, step.params, params, writer.folder)
-    report = verify(
-        model,
-        same,
-        unquantized=None if same is source else source,
-        mode=spec.verify,
-        dtype=spec.dtype.value if spec.dtype else source.dtype,
-        taps_runner=lambda ids: run_taps(made, spec, ids, stored),
-    )
+    model = load(writer.folder, check_hashes=False, level=level.name)
+    try:
+        report = verify(
+            model,
+            same,
+            unquantized=None if same is source else source,
+            mode=spec.verify,
+            dtype=spec.dtype.value if spec.dtype else source.dtype,
+            taps_runner=lambda ids: run_taps(made, of_level, ids, stored),
+            reference=reference,
+        )
+    except LlmcError as e:
+        if not manifest.lower_levels:
+            raise
+        message = f"The level {level.name} failed its check: {e.message}"
+        raise LlmcError(e.ref, message, hint=e.hint, context=e.context) from None
     # how long it took differs from run to run, and the artifact's bytes may not
     return dataclasses.replace(report, seconds=None)
+
+
+def _remembering_reference() -> Reference:
+    """reference_logits that runs the source once for all levels: they are asked the same."""
+    from llmc.reference import ReferenceResult, reference_logits
+
+    found: dict[object, ReferenceResult] = {}
+
+    def run(source: SourceModel, ids: Sequence[int], dtype: str, **options: Any) -> ReferenceResult:
+        key = (id(source), tuple(ids), dtype, tuple(sorted(options.items())))
+        if key not in found:
+            found[key] = reference_logits(source, ids, dtype, **options)
+        return found[key]
+
+    return run
 
 
 def evaluate_artifact(
@@ -80,17 +140,20 @@ def evaluate_artifact(
     spec: CompileSpec,
     params: tuple[ParamEntry, ...],
     runner: StageRunner,
+    level: str,
 ) -> QualityReport:
-    """Compare the artifact with the source model on a text; raises if it is worse than the spec allows."""
+    """Compare a level of the artifact with the source model on a text; raises if it is worse than the spec allows."""
     from llmc.gate import check_gate, text_quality
     from llmc.runtime.model import load
 
     # the files were hashed while they were written
-    model = load(writer.folder, check_hashes=False)
+    model = load(writer.folder, check_hashes=False, level=level)
     stored = StoredParams(writer.folder, params)
 
+    of_level = spec.with_(target=f"{spec.target.partition('/')[0]}/{level}")
+
     def taps(ids: Sequence[int]) -> Mapping[str, np.ndarray]:
-        found = run_taps(made, spec, ids, stored)
+        found = run_taps(made, of_level, ids, stored)
         return found if stream is None else {path: stream.undone(x) for path, x in found.items()}
 
     text = text_quality(

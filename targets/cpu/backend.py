@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # psABI micro-architecture levels in /proc/cpuinfo's names (https://gitlab.com/x86-psABIs/x86-64-ABI)
 _V3 = ("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_V4_VNNI = (*_V4, "avx512_vnni")
 _V4_BF16 = (*_V4, "avx512_bf16", "avx512_vnni")
 _V4_AMX = (*_V4_BF16, "amx_bf16", "amx_int8", "amx_tile")
 
@@ -51,6 +52,16 @@ _PRESETS: dict[str, dict[str, Any]] = {
         vector_bytes=64,
         vector_registers=32,
         has_bf16_dot=True,
+        has_lookup=True,
+        byte_dot=ByteDot.UNSIGNED_SIGNED,
+    ),
+    "x86-64-v4-vnni": dict(
+        machine="x86_64",
+        mcpu="x86-64-v4",
+        mattr=("+avx512vnni", "-prefer-256-bit"),
+        features=_V4_VNNI,
+        vector_bytes=64,
+        vector_registers=32,
         has_lookup=True,
         byte_dot=ByteDot.UNSIGNED_SIGNED,
     ),
@@ -189,4 +200,7 @@ BACKEND = Backend(
     tunables=tunables,
     runner=runner,
     device=device,
+    several=True,
+    levels=True,
+    groups={"x86-64": tuple(name for name, facts in _PRESETS.items() if facts["machine"] == "x86_64")},
 )

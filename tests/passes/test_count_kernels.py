@@ -14,7 +14,7 @@ from tvm.relax.vm_build import _vmcodegen
 from llmc.kernel_work import Formula, Workload
 from llmc.passes import order
 from llmc.passes.count_kernels import CountKernels
-from llmc.pipeline.lower import capture_graph, lower_graph
+from llmc.pipeline.lower import capture_graph, lower_graph, rewrite_graph
 from llmc.spec import CompileSpec
 from llmc.stages import StageRunner
 from llmc.targets.backend import get
@@ -31,7 +31,8 @@ def lowered(model_type: str, dtype: str, **options: object):
     backend, caps = get(spec.target)
     with StageRunner(spec) as runner:
         source, graph = capture_graph(model, spec)
-        step = lower_graph(graph, spec, source, caps, backend.tvm_target(caps), runner)
+        rewritten = rewrite_graph(graph, spec, source, runner)
+        step = lower_graph(rewritten, spec, source, caps, backend.tvm_target(caps), runner)
     return spec, step
 
 
