@@ -44,10 +44,9 @@ class QuantLinearSchedule:
 
 
 @dataclass(frozen=True)
-class IntLinearSchedule:
+class IntLinearSchedule(QuantLinearSchedule):
     """The same for kernels with integer products, which leave prefetching to the machine: docs/design/008."""
 
-    t_block: int = 240
     prefetch: int = 0
 
 
@@ -94,8 +93,7 @@ class TunableQuantLinear(Tunable):
         return tuple(self.task(config) for config in made)
 
     def task(self, config: QuantLinearConfig) -> QuantLinearConfig:
-        plain = self.schedule_type()
-        return replace(config, lead=0, t_block=plain.t_block, prefetch=plain.prefetch)
+        return replace(config, lead=0, **vars(self.schedule_type()))
 
     def parsed(self, values: dict[str, Any]) -> dict[str, Any]:
         return {**values, "layout": QuantLayout(**values["layout"])}
@@ -123,7 +121,8 @@ class TunableQuantLinear(Tunable):
     def schedules_of(self, config: Any) -> ByRows[Any]:
         if isinstance(config, QuantKernel):
             return config.schedule
-        return ByRows((self.schedule_type(config.t_block, config.prefetch),))
+        named = {f.name: getattr(config, f.name) for f in fields(self.schedule_type)}
+        return ByRows((self.schedule_type(**named),))
 
     def build(self, config: QuantKernel, caps: Capabilities) -> Any:
         return quant_linear_by_rows(config, caps)
