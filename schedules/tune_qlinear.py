@@ -100,6 +100,8 @@ class TunableQuantLinear(Tunable):
     config_type = QuantLinearConfig
     schedule_type: ClassVar[type] = QuantLinearSchedule
     schemes: ClassVar[tuple[str, ...]] = ("q8", "q4g32")  # of samples
+    t_blocks: ClassVar[tuple[int, ...]] = (24, 48, 96, 144, 240, 384, 512)
+    prefetches: ClassVar[tuple[int, ...]] = (0, 256, 512, 1024, 1536, 2304, 3072, 4096, 6144, 8192)
 
     def takes(self, config: Any) -> bool:
         return super().takes(config) and not config.layout.of.activation_bits
@@ -129,8 +131,8 @@ class TunableQuantLinear(Tunable):
     def space(self, task: QuantLinearConfig, bucket: Bucket, caps: Capabilities) -> Space:
         large = not bucket.high or bucket.high > 16
         knobs = (
-            Knob("t_block", (24, 48, 96, 144, 240, 384, 512) if large else (240,)),
-            Knob("prefetch", (0, 256, 512, 1024, 1536, 2304, 3072, 4096, 6144, 8192)),
+            Knob("t_block", self.t_blocks if large else (240,)),
+            Knob("prefetch", self.prefetches),
         )
         space = Space(self.default(task, caps), knobs)
         if not quant_tiles_from(task, caps, space.default):
@@ -253,6 +255,7 @@ class TunableIntLinear(TunableQuantLinear):
     name = "int_linear"
     schedule_type = IntLinearSchedule
     schemes = ("w8a8", "w4a8")
+    prefetches = (0, 512, 1024, 2304, 4096)  # fewer: these kernels take up to 8 s to build
 
     def takes(self, config: Any) -> bool:
         return type(config) is self.config_type and bool(config.layout.of.activation_bits)

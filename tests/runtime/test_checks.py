@@ -14,7 +14,8 @@ import pytest
 from llmc import host
 from llmc.artifact import LIBRARY, MANIFEST, Limits, Manifest
 from llmc.errors import LlmcError
-from llmc.runtime.checks import check_machine, open_artifact
+from llmc.runtime.checks import open_artifact
+from llmc.runtime.levels import choose_level
 from llmc.runtime.embedded import read_embedded
 from llmc.runtime.library import tvm_version
 from llmc.runtime.model import load, parse_bytes
@@ -164,7 +165,7 @@ def test_tile_registers_need_the_systems_permission(
     monkeypatch.setattr(host, "features", lambda: here | {"amx_tile"})
     answers = [0, 1]
     monkeypatch.setattr(host, "_request_tiles", lambda: answers.pop(0))
-    check_machine(target)
+    choose_level(inspect(folder).manifest)
     assert answers == [1]  # it was asked for, and granted
     with pytest.raises(LlmcError, match=r"tile registers of amx_tile; .*not permitted\..*\[tiles-refused\]"):
         load(folder)
