@@ -15,8 +15,8 @@ from llmc import host
 from llmc.artifact import LIBRARY, MANIFEST, Limits, Manifest
 from llmc.errors import LlmcError
 from llmc.runtime.checks import open_artifact
-from llmc.runtime.levels import choose_level
 from llmc.runtime.embedded import read_embedded
+from llmc.runtime.levels import choose_level
 from llmc.runtime.library import tvm_version
 from llmc.runtime.model import load, parse_bytes
 from tests.runtime.compiled import copy_artifact, rewrite_manifest
@@ -159,13 +159,14 @@ def test_tile_registers_need_the_systems_permission(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copy_artifact(artifact, tmp_path / "a")
-    target = dataclasses.replace(check(folder).target, features=("amx_tile",))
+    manifest = check(folder)
+    target = dataclasses.replace(manifest.target, features=("amx_tile",))
     rewrite_manifest(folder, target=target)
     here = host.features() or frozenset()
     monkeypatch.setattr(host, "features", lambda: here | {"amx_tile"})
     answers = [0, 1]
     monkeypatch.setattr(host, "_request_tiles", lambda: answers.pop(0))
-    choose_level(inspect(folder).manifest)
+    choose_level(dataclasses.replace(manifest, target=target))
     assert answers == [1]  # it was asked for, and granted
     with pytest.raises(LlmcError, match=r"tile registers of amx_tile; .*not permitted\..*\[tiles-refused\]"):
         load(folder)
