@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 
@@ -25,6 +26,11 @@ def source_date_epoch() -> int | None:
 def cxx() -> str:
     """LLMC_CXX: the C++ driver that links model.so (default: g++, clang++ or c++, the first on PATH)."""
     return os.environ.get("LLMC_CXX", "")
+
+
+def emulator() -> list[str]:
+    """LLMC_EMULATOR: command of a Python that runs as on the target's processor; see llmc.emulated."""
+    return shlex.split(os.environ.get("LLMC_EMULATOR", ""))
 
 
 def fault() -> str:

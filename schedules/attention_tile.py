@@ -23,6 +23,7 @@ from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
 from llmc.schedules.attention_pages import PageReader, in_groups
+from llmc.schedules.matrix_tile import multiply_bf16
 from llmc.schedules.rope import RopeOperands, rotate_query
 from llmc.schedules.vmath import exp_nonpositive, tanh
 
@@ -297,8 +298,14 @@ class Tile(PageReader):
                     b = right_vectors[v]
                     e.store(acc[r][v], 0, e.dot_bf16(c, a, b) if self.dot else c + a * b, lanes)
 
-        with e.loop(steps) as j:
-            step(j, lambda v: right(j, v))
+        if self.dot and self.caps.has_bf16_mma and self.row_tile > 1 and last is None:
+            multiply_bf16(acc, steps, lambda r, j: _two(left(r, j)), right)
+            if not isinstance(steps, int) or steps % 2:
+                with T.If(e.i64(steps) % 2 == 1), T.Then():
+                    step(steps - 1, lambda v: right(steps - 1, v))
+        else:
+            with e.loop(steps) as j:
+                step(j, lambda v: right(j, v))
         if last is not None:
             step(steps, last)
         for r in range(self.row_tile):
@@ -370,9 +377,14 @@ class Tile(PageReader):
         e.store(self.total, r * lanes, e.load(total, 0, lanes), lanes)
 
 
+def _two(element: Any) -> Any:
+    """An element of a buffer and the one behind it."""
+    return e.load(element.buffer, element.indices[0], 2)
+
+
 def uses_dot(cfg: AttentionConfig, caps: Capabilities) -> bool:
     """True if both products run on bf16 pairs; queries of a wider type are not rounded for that."""
-    return caps.has_bf16_dot and caps.lanes_f32 == 16 and cfg.dtype == cfg.kv_dtype == "bfloat16"
+    return caps.has_bf16_dot and cfg.dtype == cfg.kv_dtype == "bfloat16"
 
 
 def can_be_direct(cfg: AttentionConfig, caps: Capabilities) -> bool:

@@ -19,6 +19,7 @@ from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.layout import BlockedLayout
 from llmc.schedules.linear import MicroKernel
+from llmc.schedules.matrix_tile import multiply_bf16
 from llmc.schedules.qactivations import Activations, prepare
 from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
@@ -147,7 +148,7 @@ class QuantBlocks:
                     first = e.let((p * self.steps + s) * step_columns)
                     # chains of values, not of stores: a quarter of the statements, which passes over TIR are slow at
                     sums = [[e.load(vector, 0, lanes) for vector in r] for r in part]
-                    for i in range(codes.each):
+                    for i in codes.turns:
                         if x.dot:
                             a = [e.let(e.splat(column(r, first + i), lanes)) for r in range(size)]
                             pairs = [e.let(step.pairs(i, v)) for v in range(width)]
@@ -180,7 +181,8 @@ class QuantBlocks:
         self._write_rows(self.micro(x, codes.bytes), totals, count, write)
 
     def _fit(self) -> int:
-        return self.caps.vector_registers * 5 // 8
+        # 16-byte registers: tables are several of them
+        return self.caps.vector_registers * (3 if self.lanes == 4 else 5) // 8
 
     def _prefetch(self, place: Any, s: Any, part: Any, parts: int) -> None:
         """Ask for the share of the stream that a step stands for."""
@@ -212,6 +214,8 @@ class QuantBlocks:
         in_registers = self.vectors if layout.piece >= _LONG else 2 * width
         # sums, totals, weights, a row's value; 6 rows with 32 registers
         tile = (self.caps.vector_registers - width - 2) // in_registers // 2 * 2
+        if x.dot and self.caps.has_bf16_mma:
+            tile = min(tile, 4)  # operands of two rows and two outputs take registers too
         totals = e.workspace(-(-most // tile) * tile * nb)
         tiles = e.let((count + (tile - 1)) // tile)
         with e.loop(tiles * (tile * self.vectors)) as i:
@@ -259,14 +263,24 @@ class QuantBlocks:
                 e.store(part[rv], 0, e.splat(0.0, lanes), lanes)
             starts = [e.let(row * x.stride + (kept.first + q) * kept.steps) for row in rows]
             base = e.let((q * kept.steps) * nb + first * lanes)
-            with e.loop(kept.steps) as s:
-                weights = [e.let(e.load(kept.data, base + s * nb + v * lanes, lanes)) for v in range(width)]
-                for r, start in enumerate(starts):
-                    a = e.let(e.splat(x.data[start + s], lanes))
-                    for v in range(width):
-                        old = e.load(part[r, v], 0, lanes)
-                        new = e.dot_bf16(old, a, weights[v]) if x.dot else old + a * weights[v]
-                        e.store(part[r, v], 0, new, lanes)
+            if x.dot and self.caps.has_bf16_mma:  # a piece has an even number of steps
+                multiply_bf16(
+                    [[part[r, v] for v in range(width)] for r in range(len(rows))],
+                    kept.steps,
+                    lambda r, s, at=starts: e.load(x.data, at[r] + s, 2),
+                    lambda s, v, at=base: e.load(kept.data, at + s * nb + v * lanes, lanes),
+                )
+            else:
+                with e.loop(kept.steps) as s:
+                    weights = [
+                        e.let(e.load(kept.data, base + s * nb + v * lanes, lanes)) for v in range(width)
+                    ]
+                    for r, start in enumerate(starts):
+                        a = e.let(e.splat(x.data[start + s], lanes))
+                        for v in range(width):
+                            old = e.load(part[r, v], 0, lanes)
+                            new = e.dot_bf16(old, a, weights[v]) if x.dot else old + a * weights[v]
+                            e.store(part[r, v], 0, new, lanes)
             for v in range(width):
                 to = e.let(q * nb + (first + v) * lanes)
                 scale = e.let(e.load(kept.scales, to, lanes))
@@ -285,7 +299,7 @@ class QuantBlocks:
         """A step of a piece, as the micro-kernel reads it; the piece begins at `at`."""
         lanes, nb, codes = self.lanes, self.layout.n_block, self.codes
         step = codes.step(place, s, 0, self.vectors)
-        for i in range(codes.each):
+        for i in codes.turns:
             for v in range(self.vectors):
                 values = [step.pairs(i, v)] if x.dot else step.floats(i, v)
                 for h, value in enumerate(values):

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.artifact import TUNING, Manifest
 from llmc.evaluate_text import check_text
+from llmc.link import require_cxx
 from llmc.pipeline.lower import build_module, capture_graph, lower_graph
 from llmc.pipeline.manifest import manifest_of
-from llmc.pipeline.quality import evaluate_artifact, not_checkable, verify_artifact
+from llmc.pipeline.quality import evaluate_artifact, not_checkable, require_runnable, verify_artifact
 from llmc.pipeline.source import spec_of
 from llmc.pipeline.tuning import known_records, tune_graph, tuned_choice
 from llmc.pipeline.weights import calibrate_source, pack_weights, search_schemes
@@ -74,8 +75,12 @@ def compile_model(
     check_output(output)
     backend, caps = get(spec.target)
     unchecked = not_checkable(backend, caps, spec)
-    if (spec.verify is not Verify.OFF and not spec.meta_weights and not unchecked) or spec.eval_text:
+    if spec.verify is not Verify.OFF and not spec.meta_weights and not unchecked:
+        require_runnable(backend, caps)
+    if spec.eval_text:
         backend.require_host(caps)
+    if stop_after is None:  # before the long work
+        require_cxx(caps.triple)
     for text in filter(None, (spec.calib_text, spec.eval_text)):
         check_text(Path(text))
     known = known_records(spec, backend, caps)
@@ -118,7 +123,9 @@ def compile_model(
         params = runner.run("pack", pack_weights, step, made, writer, runner)
         manifest = manifest_of(spec, source, caps, step, params, built, tuned)
         manifest = runner.run("write", write_files, writer, built, manifest, source, tuned)
-        quality = unchecked or runner.run("verify", verify_artifact, writer, source, made, spec, step, params)
+        quality = unchecked or runner.run(
+            "verify", verify_artifact, writer, source, made, spec, step, params, caps
+        )
         if spec.eval_text:
             args = (quality, writer, source, made, stream, spec, params, runner)
             quality = runner.run("evaluate", evaluate_artifact, *args)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmc import knobs
 from llmc.artifact import ParamEntry, QualityReport, StoredParams
 from llmc.caps import Capabilities
+from llmc.emulated import EmulatedModel
+from llmc.host import architecture
 from llmc.spec import CompileSpec, Verify
 from llmc.stages import StageRunner
 from llmc.targets.backend import Backend
@@ -19,19 +24,47 @@ if TYPE_CHECKING:
     from llmc.frontend.graph import SourceModel
     from llmc.passes.step_module import StepModule
     from llmc.quant.orthogonal import Rotation
+    from llmc.runtime.model import Model
 
 NO_CHECK = QualityReport(mode=Verify.OFF.value, note="not checked against the source model")
 
 
 def not_checkable(backend: Backend, caps: Capabilities, spec: CompileSpec) -> QualityReport | None:
-    """What the manifest says if the artifact cannot be run here and its target allows for that; None = it can."""
-    if not backend.on_device or spec.verify is Verify.OFF:
+    """What the manifest says if the artifact cannot be run here and was not meant to; None = it can, or it must.
+
+    Code for a device or for another processor is not meant to run here. An emulator may run the latter all the same.
+    """
+    crossed = architecture(caps.triple.partition("-")[0]) != architecture()
+    if spec.verify is Verify.OFF or not (backend.on_device or (crossed and not knobs.emulator())):
         return None
     lacks = backend.missing(caps)
     if not lacks:
         return None
     note = f"NOT CHECKED against the source model: this machine cannot run {caps.preset} code; {', '.join(lacks)}"
     return QualityReport(mode=Verify.OFF.value, note=note)
+
+
+def require_runnable(backend: Backend, caps: Capabilities) -> None:
+    """Raise unless artifacts for `caps` can be run, here or in an emulator.
+
+    Raises:
+        LlmcError: "cannot-run-here".
+    """
+    if not knobs.emulator():
+        backend.require_host(caps)
+
+
+@contextmanager
+def opened(folder: Path, caps: Capabilities) -> Iterator[Model | EmulatedModel]:
+    """The artifact, loaded; in the emulator if it is for another processor."""
+    from llmc.runtime.model import load
+
+    if knobs.emulator() and architecture(caps.triple.partition("-")[0]) != architecture():
+        with EmulatedModel(folder, knobs.emulator()) as model:
+            yield model
+    else:
+        # the files were hashed while they were written
+        yield load(folder, check_hashes=False)
 
 
 def verify_artifact(
@@ -41,6 +74,7 @@ def verify_artifact(
     spec: CompileSpec,
     step: StepModule,
     params: tuple[ParamEntry, ...],
+    caps: Capabilities,
 ) -> QualityReport:
     """Compare the artifact with the source model in float32; raises if it is off.
 
@@ -52,21 +86,22 @@ def verify_artifact(
     if source.weights is None:
         return dataclasses.replace(NO_CHECK, note="no weights, nothing to check")
     from llmc.quantized_source import quantized_source
-    from llmc.runtime.model import load
     from llmc.verify import verify
 
     stored = StoredParams(writer.folder, params)
-    # the files were hashed while they were written
-    model = load(writer.folder, check_hashes=False)
     same = quantized_source(made, step.params, params, writer.folder)
-    report = verify(
-        model,
-        same,
-        unquantized=None if same is source else source,
-        mode=spec.verify,
-        dtype=spec.dtype.value if spec.dtype else source.dtype,
-        taps_runner=lambda ids: run_taps(made, spec, ids, stored),
-    )
+    with opened(writer.folder, caps) as model:
+        report = verify(
+            model,
+            same,
+            unquantized=None if same is source else source,
+            mode=spec.verify,
+            dtype=spec.dtype.value if spec.dtype else source.dtype,
+            # a debug variant of the graph has no artifact that an emulator could load
+            taps_runner=None
+            if isinstance(model, EmulatedModel)
+            else lambda ids: run_taps(made, spec, ids, stored),
+        )
     # how long it took differs from run to run, and the artifact's bytes may not
     return dataclasses.replace(report, seconds=None)
 

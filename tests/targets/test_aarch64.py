@@ -1,0 +1,223 @@
+"""The aarch64 presets: what their inner loops consist of, whole artifacts made on x86-64, and such artifacts emulated."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import llmc
+from llmc import link
+from llmc.errors import LlmcError
+from llmc.host import architecture
+from llmc.pipeline import compile_model
+from llmc.quant.schemes import by_name
+from llmc.runtime.embedded import read_embedded
+from llmc.schedules.attention import AttentionConfig, attention_decode, attention_prefill
+from llmc.schedules.ilinear import int_linear
+from llmc.schedules.linear import LinearConfig, linear
+from llmc.schedules.qlayout import quant_layout
+from llmc.schedules.qlinear import QuantLinearConfig, quant_linear
+from llmc.targets.cpu.backend import capabilities
+from tools.inner_loops import Loop, assembly, densest, hottest, loops
+from tools.run_aarch64 import command, lacking
+from tools.tiny_configs import tiny_model
+
+pytestmark = pytest.mark.skipif(architecture() == "aarch64", reason="runs natively, as all other tests do")
+emulated = [pytest.mark.slow, pytest.mark.skipif(bool(lacking()), reason=lacking() or "there is an emulator")]
+EM_AARCH64 = 183
+LIBM = ("expf", "tanhf", "erff", "powf", "roundevenf", "__truncsfbf2", "__extendhfsf2", "__gnu_h2f_ieee")
+
+
+def int_kernel(preset: str, scheme: str) -> str:
+    caps = capabilities(preset)
+    layout = quant_layout(by_name(scheme), 64, 512, caps)
+    return assembly(caps, int_linear(QuantLinearConfig(64, layout, "bfloat16", "bfloat16"), caps))
+
+
+def check(text: str, instruction: str, least: float) -> None:
+    """Some loop multiplies by `instruction`, at least `least` elements per instruction; no loop spills or calls libm."""
+    best = max(
+        (loop for loop in hottest(text) if instruction in loop.counts()),
+        key=lambda loop: loop.multiplies / len(loop.lines),
+        default=None,
+    )
+    assert best is not None, f"no loop multiplies by {instruction}"
+    assert best.multiplies / len(best.lines) >= least, "\n".join(best.lines)
+    for loop in loops(text):
+        called = [c for c in loop.calls if c.split()[-1] in LIBM]
+        assert not called, called
+        if loop.multiplies >= 32:
+            assert not loop.spills, "\n".join(loop.lines)
+
+
+@pytest.mark.parametrize(
+    ("preset", "scheme", "instruction", "least"),
+    [
+        ("aarch64-i8mm", "w8a8", "smmla", 15),
+        ("aarch64-i8mm", "w4a8", "smmla", 13),
+        ("aarch64-i8mm", "w4a8", "sdot", 5),
+        ("aarch64-dotprod", "w4a8", "sdot", 6),
+    ],
+)
+def test_integer_products(preset: str, scheme: str, instruction: str, least: float) -> None:
+    check(int_kernel(preset, scheme), instruction, least)
+
+
+@pytest.mark.parametrize(
+    ("preset", "dtype", "instruction", "least"),
+    [
+        ("aarch64-i8mm", "bfloat16", "bfmmla", 7),
+        ("aarch64-i8mm", "bfloat16", "bfdot", 3),
+        ("aarch64-dotprod", "bfloat16", "fmla", 2),
+        ("aarch64-dotprod", "float16", "fmla", 2),
+        ("aarch64", "float32", "fmla", 2),
+    ],
+)
+def test_float_products(preset: str, dtype: str, instruction: str, least: float) -> None:
+    caps = capabilities(preset)
+    check(assembly(caps, linear(LinearConfig(64, 256, dtype, dtype, dtype), caps)), instruction, least)
+
+
+def test_four_bits_with_float_activations() -> None:
+    caps = capabilities("aarch64-i8mm")
+    layout = quant_layout(by_name("q4g32"), 64, 256, caps)
+    text = assembly(caps, quant_linear(QuantLinearConfig(64, layout, "bfloat16", "bfloat16"), caps))
+    check(text, "bfmmla", 6)
+    check(text, "bfdot", 1.5)
+    # codes become values by tables in registers, never one by one
+    assert any("tbl" in loop.counts() for loop in loops(text))
+
+
+@pytest.mark.parametrize("kernel", [attention_prefill, attention_decode])
+def test_attention(kernel) -> None:
+    caps = capabilities("aarch64-i8mm")
+    cfg = AttentionConfig(8, 2, 64, 64, "bfloat16", "bfloat16", 32, 2, 0.125)
+    check(assembly(caps, kernel(cfg, caps)), "bfmmla", 4)
+
+
+def test_loops_are_read_from_assembly() -> None:
+    text = """
+k:
+	mov x0, #0
+.LBB0_1:
+	mov x1, #0
+.LBB0_2:                                // inner
+	ldr q0, [x2], #16
+	str q9, [sp, #32]
+	sdot v1.4s, v0.16b, v2.16b
+	fmla s1, s2, s3
+	cmp x1, x3
+	b.ne .LBB0_2
+	bl expf
+	cbnz x0, .LBB0_1
+	ret
+"""
+    (loop,) = loops(text)
+    assert loop == Loop("k", tuple(line.strip() for line in text.splitlines()[6:12]))
+    assert loop.multiplies == 16 and loop.spills == ("str q9, [sp, #32]",) and loop.calls == ()
+    assert densest(text) == loop and hottest(text, least=17) == []
+
+
+def tiny():
+    return tiny_model("llama", hidden_size=64, num_hidden_layers=2)
+
+
+def elf_machine(path: Path) -> int:
+    return int(struct.unpack_from("<H", path.read_bytes(), 18)[0])
+
+
+def test_a_whole_artifact_without_such_a_machine(tmp_path: Path) -> None:
+    result = compile_model(tiny(), tmp_path / "a", target="cpu/aarch64-i8mm")
+    assert result.manifest is not None and "NOT CHECKED" in result.manifest.quality.note
+    assert elf_machine(tmp_path / "a" / "model.so") == EM_AARCH64
+    embedded = json.loads(read_embedded(tmp_path / "a" / "model.so"))
+    assert embedded["target"]["features"] == ["asimddp", "asimdhp", "i8mm", "bf16"]
+    with pytest.raises(LlmcError, match="is for aarch64"):
+        llmc.load(tmp_path / "a")
+
+
+def test_a_missing_cross_linker_is_said_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link.shutil, "which", lambda name: None)
+    monkeypatch.setattr(link.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LlmcError) as caught:
+        compile_model("no such folder", tmp_path / "a", target="cpu/aarch64")
+    assert caught.value.ref == "no-cross-cxx"
+    assert "aarch64-linux-gnu-g++" in caught.value.message and "pip install ziglang" in str(caught.value.hint)
+    monkeypatch.setattr(link.importlib.util, "find_spec", lambda name: object())
+    assert link.require_cxx("aarch64-unknown-linux-gnu")[1:3] == ["-m", "ziglang"]
+
+
+SCRIPT = """
+import sys, llmc
+for folder in sys.argv[1:]:
+    model = llmc.load(folder)
+    print(*model.generate([3, 1, 4, 1, 5, 9, 2, 6], max_tokens=12, temperature=0, ignore_eos=True).token_ids)
+"""
+
+
+class TestEmulated:
+    pytestmark = emulated
+
+    @pytest.mark.parametrize("preset", ["aarch64-i8mm", "aarch64-dotprod", "aarch64"])
+    def test_generates_what_it_does_here(
+        self, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Float32 and 4-bit weights: verified against the source in the emulator, and the same greedy tokens."""
+        monkeypatch.setenv("LLMC_EMULATOR", shlex.join(command()))
+        model, here = tiny(), []
+        for name, quant in (("f32", "none"), ("w4a8", "w4a8")):
+            result = compile_model(model, tmp_path / name, target=f"cpu/{preset}", quant=quant)
+            assert result.manifest is not None and result.manifest.quality.mode == "sample"
+            compile_model(model, tmp_path / f"{name}-here", quant=quant)
+            local = llmc.load(tmp_path / f"{name}-here")
+            here.append(
+                local.generate(
+                    [3, 1, 4, 1, 5, 9, 2, 6], max_tokens=12, temperature=0, ignore_eos=True
+                ).token_ids
+            )
+        words = [*command(), "-c", SCRIPT, *(str(tmp_path / name) for name in ("f32", "w4a8"))]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert [[int(i) for i in line.split()] for line in done.stdout.splitlines()] == [
+            list(ids) for ids in here
+        ]
+
+    def test_bf16_is_verified(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch
+
+        monkeypatch.setenv("LLMC_EMULATOR", shlex.join(command()))
+        model = tiny_model("llama", dtype=torch.bfloat16)
+        for quant in ("none", "q4g32"):
+            result = compile_model(
+                model, tmp_path / quant, target="cpu/aarch64-i8mm", quant=quant, verify="full"
+            )
+            assert result.manifest is not None and result.manifest.quality.mode == "full"
+
+    def test_a_machine_without_the_features_is_refused(self, tmp_path: Path) -> None:
+        """Under qemu the auxiliary vector is the emulated processor's, while /proc/cpuinfo is that of this machine."""
+        compile_model(tiny(), tmp_path / "a", target="cpu/aarch64-i8mm")
+        words = [*command("cortex-a72"), "-c", SCRIPT, str(tmp_path / "a")]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode != 0
+        assert "this processor lacks asimddp, asimdhp, bf16, i8mm" in done.stderr
+
+    def test_a_broken_emulator_fails_the_compile(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("LLMC_EMULATOR", shlex.join([*command("cortex-a72")]))
+        with pytest.raises(LlmcError, match="could not be checked in the emulator"):
+            compile_model(tiny(), tmp_path / "a", target="cpu/aarch64-i8mm")
+        assert not (tmp_path / "a").exists()
+
+
+def test_presets_are_ordered_by_what_they_need() -> None:
+    names = ("aarch64-i8mm", "aarch64-dotprod", "aarch64")
+    needs = [set(capabilities(name).features) for name in names]
+    assert needs[0] > needs[1] > needs[2]
