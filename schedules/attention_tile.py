@@ -102,7 +102,9 @@ class Tile(PageReader):
         self.block = pages * cfg.page_size
         self.vectors = schedule.vectors or (4 if caps.vector_registers >= 32 else 2)
         self.rows = tokens * self.group
-        groups = -(-self.rows // schedule.row_tile)
+        # operands of matrix instructions take registers too
+        most = 4 if self.dot and caps.has_bf16_mma else schedule.row_tile
+        groups = -(-self.rows // min(schedule.row_tile, most))
         self.row_tile = -(-self.rows // groups)
         self.rows_padded = -(-self.rows // self.row_tile) * self.row_tile
         self.pack = 2 if self.dot else 1
@@ -261,7 +263,7 @@ class Tile(PageReader):
                 self._tile(
                     count,
                     steps,
-                    lambda r, j: left[(row + r) * left_stride + j],
+                    lambda r, j, n=1: e.some(left, (row + r) * left_stride + j, n),
                     lambda j, v: right(j, first + v),
                     target,
                     at,
@@ -274,14 +276,18 @@ class Tile(PageReader):
         self,
         vectors: int,
         steps: Any,
-        left: Callable[[int, Any], Any],
+        left: Callable[..., Any],
         right: Callable[[Any, int], Any],
         target: Any,
         at: Callable[[int, int], Any],
         clear: bool,
         last: Callable[[int], Any] | None = None,
     ) -> None:
-        """One register tile; `last` gives the vectors of one more step after `steps` (an unpaired token)."""
+        """One register tile.
+
+        left(row, step) is an element, left(row, step, 2) also the one of the next step. `last` gives the vectors of one
+        more step after `steps` (an unpaired token).
+        """
         lanes = self.lanes
         acc = [[e.scratch(lanes) for _ in range(vectors)] for _ in range(self.row_tile)]
         for r in range(self.row_tile):
@@ -299,7 +305,7 @@ class Tile(PageReader):
                     e.store(acc[r][v], 0, e.dot_bf16(c, a, b) if self.dot else c + a * b, lanes)
 
         if self.dot and self.caps.has_bf16_mma and self.row_tile > 1 and last is None:
-            multiply_bf16(acc, steps, lambda r, j: _two(left(r, j)), right)
+            multiply_bf16(acc, steps, lambda r, j: left(r, j, 2), right)
             if not isinstance(steps, int) or steps % 2:
                 with T.If(e.i64(steps) % 2 == 1), T.Then():
                     step(steps - 1, lambda v: right(steps - 1, v))
@@ -375,11 +381,6 @@ class Tile(PageReader):
             with e.loop(self.block // lanes) as v:
                 e.store(self.weights, r * self.block + v * lanes, weight(v), lanes)
         e.store(self.total, r * lanes, e.load(total, 0, lanes), lanes)
-
-
-def _two(element: Any) -> Any:
-    """An element of a buffer and the one behind it."""
-    return e.load(element.buffer, element.indices[0], 2)
 
 
 def uses_dot(cfg: AttentionConfig, caps: Capabilities) -> bool:

@@ -206,6 +206,11 @@ def load(buffer: Any, index: Any, lanes: int, dtype: str | None = None) -> Any:
     return buffer.vload([index], f"{dtype or buffer.dtype}x{lanes}")
 
 
+def some(buffer: Any, index: Any, lanes: int) -> Any:
+    """As load; a scalar if it is one element."""
+    return buffer[index] if lanes == 1 else load(buffer, index, lanes)
+
+
 def store(buffer: Any, index: Any, value: Any, lanes: int) -> None:
     """Store `lanes` neighbouring elements (a scalar if 1)."""
     at = T.ramp(i64(index), tirx.IntImm("int64", 1), lanes) if lanes > 1 else index
@@ -260,6 +265,11 @@ def dot_bf16(acc: Any, a: Any, b: Any) -> Any:
 def mma_bf16(acc: Any, a: Any, b: Any) -> Any:
     """acc[2, 2] + a[2, 4] @ b[2, 4].T for registers of bf16; acc is row-major."""
     return T.call_pure_extern(str(acc.ty.dtype), "llmc_mma_bf16", acc, a, b)
+
+
+def fma_halves(acc: Any, a: Any, b: Any, half: int) -> Any:
+    """acc + a * b in float32 for the lower (half 0) or upper four of eight lanes of float16."""
+    return T.call_pure_extern("float32x4", ("llmc_half_low", "llmc_half_high")[half], acc, a, b)
 
 
 def mma_bytes(acc: Any, a: Any, b: Any) -> Any:

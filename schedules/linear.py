@@ -15,7 +15,7 @@ from llmc.schedules.choice import ByRows
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.gather import EmbeddingConfig, GatherConfig, embedding, gather_rows
 from llmc.schedules.layout import BlockedLayout, linear_layout
-from llmc.schedules.matrix_tile import multiply_bf16, multiply_lanes
+from llmc.schedules.linear_lanes import accumulate_lanes
 
 __all__ = [
     "EmbeddingConfig",
@@ -165,11 +165,11 @@ class MicroKernel:
 
         The caller has laid `row_base` and `w_base` at the first step.
         """
-        if self.dot and self.caps.has_bf16_mma and rows > 1 and self.k % 2 == 0:
-            self._accumulate_tiles(acc, row_base, w_base, steps)
-            return
-        if self.caps.has_lane_operands and (self.k % 2 == 0 or not self.pairs):
-            self._accumulate_lanes(acc, row_base, w_base, steps)
+        done = accumulate_lanes(self, acc, row_base, w_base, steps)
+        if done is not None:
+            if not isinstance(steps, int) or done != steps:
+                with e.loop(done, steps) as j:
+                    self._step(acc, rows, row_base, w_base, j)
             return
         unroll = self.unroll or (4 if rows == 1 else 1)
         whole = steps // unroll
@@ -179,43 +179,6 @@ class MicroKernel:
         if unroll > 1 and not (isinstance(steps, int) and steps % unroll == 0):
             with e.loop(whole * unroll, steps) as j:
                 self._step(acc, rows, row_base, w_base, j)
-
-    def _accumulate_tiles(self, acc: list[list[Any]], row_base: list[Any], w_base: Any, steps: Any) -> None:
-        """As accumulate, with matrix instructions; an odd last step takes dot products."""
-        nb = self.layout.n_block
-        multiply_bf16(
-            acc,
-            steps,
-            lambda r, j: e.load(self.x, row_base[r] + j, 2),
-            lambda j, v: e.load(self.w, w_base + j * nb + v * self.lanes, self.lanes),
-        )
-        if isinstance(steps, int) and steps % 2 == 0:
-            return
-        with T.If(e.i64(steps) % 2 == 1), T.Then():
-            self._step(acc, len(acc), row_base, w_base, steps - 1)
-
-    def _accumulate_lanes(self, acc: list[list[Any]], row_base: list[Any], w_base: Any, steps: Any) -> None:
-        """As accumulate, with four columns of a row in a register."""
-        nb, lanes = self.layout.n_block, self.lanes
-
-        def wide(buffer: Any, at: Any) -> list[Any]:
-            value = e.load(buffer, at, lanes)
-            if self.dot or not self.pairs:
-                return [value if self.dot else e.widen(value, self.dtype, lanes)]
-            pair = e.let(value)
-            return [e.pair_even(pair, lanes), e.pair_odd(pair, lanes)]
-
-        multiply_lanes(
-            acc,
-            steps,
-            lambda r, j: wide(self.x, row_base[r] + j),
-            lambda j, v: wide(self.w, w_base + j * nb + v * lanes),
-            *([e.dot_bf16] if self.dot else []),
-        )
-        if isinstance(steps, int) and steps % lanes == 0:
-            return
-        with e.loop(steps // lanes * lanes, steps) as j:
-            self._step(acc, len(acc), row_base, w_base, j)
 
     def _step(self, acc: list[list[Any]], rows: int, row_base: list[Any], w_base: Any, j: Any) -> None:
         lanes, nb = self.lanes, self.layout.n_block

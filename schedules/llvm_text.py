@@ -9,6 +9,7 @@ On bf16 also because TVM's own legalisation would change the operand types of th
     llmc_zip(a, b)           pairs (a[i], b[i])
     llmc_mma_bf16(c, a, b)   2 x 2 tile c + 2 x 4 tile a times 2 x 4 tile b transposed (where the machine has it)
     llmc_mma_bytes(c, a, b)  the same with 2 x 8 tiles of signed bytes and 32-bit sums
+    llmc_half_low(c, a, b)   c + the lower four lanes of float16 a * b in float32; llmc_half_high: the upper four
     llmc_join, zip_low, ...  what brings operands of the latter two together: see matrix_tile.py
 """
 
@@ -77,6 +78,13 @@ define linkonce_odr <4 x i32> @llmc_mma_bytes(<4 x i32> %c, <4 x i32> %a, <4 x i
   ret <4 x i32> %r
 }
 """
+_HALVES = """
+declare <4 x float> @llvm.aarch64.neon.INTRINSIC.v4f32.v8f16(<4 x float>, <8 x half>, <8 x half>)
+define linkonce_odr <4 x float> @llmc_half_NAME(<4 x float> %c, <8 x half> %a, <8 x half> %b) alwaysinline {
+  %r = call <4 x float> @llvm.aarch64.neon.INTRINSIC.v4f32.v8f16(<4 x float> %c, <8 x half> %a, <8 x half> %b)
+  ret <4 x float> %r
+}
+"""
 _JOIN = """
 define linkonce_odr <4 x i32> @llmc_join(<2 x i32> %a, <2 x i32> %b) alwaysinline {
   %r = shufflevector <2 x i32> %a, <2 x i32> %b, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
@@ -99,7 +107,16 @@ _BY_LANES = {
 
 def llvm_text(caps: Capabilities) -> str:
     """Those of the functions above that a machine has; "" = none."""
-    return _bf16_text(caps) + _matrix_text(caps)
+    return _bf16_text(caps) + _matrix_text(caps) + _halves_text(caps)
+
+
+def _halves_text(caps: Capabilities) -> str:
+    if not caps.has_f16_fma:
+        return ""
+    names = {"low": "fmlal", "high": "fmlal2"}
+    return "".join(
+        _HALVES.replace("INTRINSIC", intrinsic).replace("NAME", name) for name, intrinsic in names.items()
+    )
 
 
 def _bf16_text(caps: Capabilities) -> str:

@@ -265,7 +265,7 @@ def test_aarch64_features_are_those_that_the_kernel_tells(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("found", "preset"),
     [
-        ({"asimd", "asimddp", "asimdhp", "i8mm", "bf16"}, "aarch64-i8mm"),
+        ({"asimd", "asimddp", "asimdhp", "asimdfhm", "i8mm", "bf16"}, "aarch64-i8mm"),
         ({"asimd", "asimddp", "asimdhp", "i8mm"}, "aarch64-dotprod"),
         ({"asimd", "asimddp"}, "aarch64"),
         ({"asimd"}, "aarch64"),
@@ -279,7 +279,7 @@ def test_aarch64_machine_gets_its_preset(
     monkeypatch.setattr(backend, "architecture", lambda: "aarch64")
     monkeypatch.setattr(backend, "features", lambda: frozenset(found))
     assert backend.detect() == preset
-    lacks = {"i8mm", "bf16", "asimddp", "asimdhp"} - found
+    lacks = {"i8mm", "bf16", "asimddp", "asimdhp", "asimdfhm"} - found
     assert set(backend.missing(backend.capabilities("aarch64-i8mm"))) == lacks
 
 
