@@ -2,14 +2,17 @@
 
 LLMC_EMULATOR is the command of a Python that runs as on the target and can import llmc, numpy and TVM's runtime
 (``python tools/run_aarch64.py --command`` prints one). It is started with this file and answers on its standard streams: a
-line of JSON for each call, numpy's file format for each array of logits.
+line of JSON for each call; for each array of logits a line of JSON with its shape, and its float32 values.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -37,12 +40,13 @@ class EmulatedModel:
             (folder / MANIFEST).read_text(encoding="utf-8"), str(folder / MANIFEST)
         )
         self._command = list(command)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the server
         try:
             self._server = subprocess.Popen(
                 [*command, "-m", "llmc.emulated", str(folder)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stderr=self._errors,
             )
         except OSError as e:
             raise self._failure(str(e.strerror)) from None
@@ -63,15 +67,25 @@ class EmulatedModel:
         try:
             self._server.stdin.write(json.dumps(call).encode() + b"\n")
             self._server.stdin.flush()
-            return [np.load(self._server.stdout, allow_pickle=False) for _ in batch]
-        except (OSError, ValueError, EOFError):
+            return [self._array() for _ in batch]
+        except (OSError, ValueError):
             raise self._failure(self._last_words()) from None
+
+    def _array(self) -> np.ndarray[Any, Any]:
+        """The next array; ValueError if there is no whole one."""
+        assert self._server.stdout is not None
+        shape = json.loads(self._server.stdout.readline())
+        raw = self._server.stdout.read(4 * math.prod(shape))
+        return np.frombuffer(raw, np.float32).reshape(shape)
 
     def close(self) -> None:
         """End the emulated machine."""
-        assert self._server.stdin is not None
-        self._server.stdin.close()
+        assert self._server.stdin is not None and self._server.stdout is not None
+        with contextlib.suppress(OSError):  # it may have ended already
+            self._server.stdin.close()
+        self._server.stdout.close()
         self._server.wait()
+        self._errors.close()
 
     def __enter__(self) -> EmulatedModel:
         return self
@@ -82,9 +96,12 @@ class EmulatedModel:
         self.close()
 
     def _last_words(self) -> str:
-        assert self._server.stderr is not None
-        lines = self._server.stderr.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"exit code {self._server.wait()}"
+        """What the server said before it ended; it is ended if it has not."""
+        self._server.kill()
+        code = self._server.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1].rstrip(".") if lines else f"exit code {code}"
 
     def _failure(self, why: str) -> LlmcError:
         return LlmcError(
@@ -103,7 +120,7 @@ def serve(folder: Path) -> None:
     model = load(folder, check_hashes=False)
     for line in sys.stdin.buffer:
         for logits in model.logits_batch(**json.loads(line)):
-            np.save(replies, logits)
+            replies.write(json.dumps(logits.shape).encode() + b"\n" + logits.astype(np.float32).tobytes())
         replies.flush()
 
 

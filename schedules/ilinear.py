@@ -347,15 +347,15 @@ def int_blocks(
     caps: Capabilities, layout: QuantLayout, w: Any, copies: int = 1, prefetch: int = 0
 ) -> IntBlocks:
     """The best IntBlocks of a machine; arguments as there."""
+    if caps.byte_dot is not ByteDot.SIGNED or not caps.has_lane_operands:
+        return IntBlocks(caps, layout, w, copies, prefetch)
     if caps.has_byte_mma:
         from llmc.schedules.imatrix import MatrixIntBlocks
 
         return MatrixIntBlocks(caps, layout, w, copies, prefetch)
-    if caps.has_lane_operands and caps.byte_dot is ByteDot.SIGNED:
-        from llmc.schedules.ilanes import LaneIntBlocks
+    from llmc.schedules.ilanes import LaneIntBlocks
 
-        return LaneIntBlocks(caps, layout, w, copies, prefetch)
-    return IntBlocks(caps, layout, w, copies, prefetch)
+    return LaneIntBlocks(caps, layout, w, copies, prefetch)
 
 
 def int_linear(cfg: QuantLinearConfig, caps: Capabilities) -> Any:
