@@ -41,6 +41,7 @@ class Capabilities:
         shared_bytes: most shared memory of a block.
         multiprocessors: how many blocks run at a time, at least; default schedules spread work over so many.
         has_mma_f16, has_mma_bf16: matrix units with float32 accumulation for that type (mma.m16n8k16).
+        has_mma_bytes: matrix units for signed bytes with int32 sums (mma.m16n8k32).
         has_async_copy: copies to shared memory that do not pass through registers (cp.async).
     """
 
@@ -65,6 +66,7 @@ class Capabilities:
     multiprocessors: int = 0
     has_mma_f16: bool = False
     has_mma_bf16: bool = False
+    has_mma_bytes: bool = False
     has_async_copy: bool = False
 
     @property

@@ -23,6 +23,7 @@ from llmc.passes.lower_embedding import LowerEmbedding
 from llmc.passes.lower_experts import LowerExperts
 from llmc.passes.lower_linear import LowerLinear
 from llmc.passes.lower_norm import LowerNorm
+from llmc.passes.lower_top_k import LowerTopK
 from llmc.passes.make_step_function import MakeStepFunction
 from llmc.passes.quantize_weights import QuantizeWeights
 from llmc.passes.raise_activations import RaiseActivations
@@ -69,6 +70,7 @@ def graph_phase(
         ("LowerNorm", LowerNorm(caps)),
         ("LowerLinear", LowerLinear(caps, tuned)),
         ("LowerExperts", LowerExperts(caps, tuned)),
+        ("LowerTopK", LowerTopK(caps)),
         # after LowerLinear: a tied embedding reads the head's packed weight
         ("LowerEmbedding", LowerEmbedding(caps)),
     ]

@@ -17,6 +17,7 @@ from llmc.ops import NormAttrs
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.experts import ExpertConfig
 from llmc.schedules.gather import EmbeddingConfig, GatherConfig
+from llmc.schedules.gpu.topk import TopKConfig
 from llmc.schedules.linear import LinearConfig
 from llmc.schedules.norm import NormConfig
 from llmc.schedules.qexperts import QuantExpertConfig
@@ -67,6 +68,11 @@ def _(config: ExpertConfig) -> KernelCost:
 def _(config: QuantExpertConfig) -> KernelCost:
     layout = config.layout
     return _experts(f"experts {layout.scheme}", config.experts, layout.n, layout.k, _size(layout))
+
+
+@kernel_cost.register
+def _(config: TopKConfig) -> KernelCost:
+    return KernelCost(f"top {config.k}")
 
 
 @kernel_cost.register

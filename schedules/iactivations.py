@@ -15,7 +15,7 @@ from llmc.schedules.qlayout import QuantLayout
 _SERIAL_ROWS = 2  # a parallel launch costs more than preparing this many rows
 # a float32 this large has no fraction: adding it rounds to the nearest integer, ties to even, into the lowest bits
 _ROUND = 1.5 * 2**23
-_SMALLEST = (
+SMALLEST = (
     1e-30  # rows whose largest magnitude is below count as zeros: the inverse of their scale might overflow
 )
 
@@ -93,7 +93,7 @@ def _scale(caps: Capabilities, in_dtype: str, source: Any, begin: Any, size: int
         e.store(largest, 0, T.max(e.load(largest, 0, lanes), magnitude), lanes)
     most = e.let(T.reinterpret("float32", e.let(e.fold(e.load(largest, 0, lanes), lanes, T.max, "int32"))))
     e.store(scales, r, most / e.f32(127.0), 1)
-    return e.let(tirx.Select(most > e.f32(_SMALLEST), e.f32(127.0) / most, e.f32(0.0)))
+    return e.let(tirx.Select(most > e.f32(SMALLEST), e.f32(127.0) / most, e.f32(0.0)))
 
 
 def _round_group(

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmc.caps import Capabilities
-from llmc.errors import LlmcError
 from llmc.schedules import (
     attention,
     gather,
@@ -23,10 +22,13 @@ from llmc.schedules import (
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule
 from llmc.schedules.choice import ByRows
 from llmc.schedules.gpu import attention as gpu_attention
+from llmc.schedules.gpu import experts as gpu_experts
 from llmc.schedules.gpu import gather as gpu_gather
 from llmc.schedules.gpu import linear as gpu_linear
 from llmc.schedules.gpu import norm as gpu_norm
+from llmc.schedules.gpu import qlinear as gpu_qlinear
 from llmc.schedules.gpu import rope as gpu_rope
+from llmc.schedules.gpu import topk
 
 # (configuration, capabilities) -> PrimFunc
 Builder = Callable[[Any, Capabilities], Any]
@@ -45,21 +47,16 @@ class Builders:
     embedding: Builder
     quant_embedding: Builder
     gather_rows: Builder
+    top_k: Builder | None  # None: the runtime has a routine
     kv_append: Builder
     rope_append: Builder
     attention_prefill: Builder
     attention_decode: Callable[[Any, Capabilities, Any], Any]
 
 
-def _not_yet(what: str) -> Builder:
-    def refuse(config: Any, caps: Capabilities) -> Any:
-        raise LlmcError(
-            "kernel-missing",
-            f"There is no kernel for {what} on {caps.preset} yet.",
-            hint="Compile without it, or for the cpu target.",
-        )
-
-    return refuse
+def _default(build: Builder) -> Builder:
+    """A builder of what tuning would choose schedules for, where there are none to choose from."""
+    return lambda kernel, caps: build(kernel.config, caps)
 
 
 _LOOPS = Builders(
@@ -72,6 +69,7 @@ _LOOPS = Builders(
     embedding=gather.embedding,
     quant_embedding=qgather.quant_embedding,
     gather_rows=gather.gather_rows,
+    top_k=None,
     kv_append=attention.kv_append,
     rope_append=rope.rope_append,
     attention_prefill=attention.attention_prefill,
@@ -79,14 +77,15 @@ _LOOPS = Builders(
 )
 _THREADS = Builders(
     linear=gpu_linear.linear,
-    quant_linear=_not_yet("quantized weights (--quant)"),
-    expert_linear=_not_yet("mixtures of experts"),
-    quant_expert_linear=_not_yet("mixtures of experts"),
-    int_expert_linear=_not_yet("mixtures of experts"),
+    quant_linear=gpu_qlinear.quant_linear,
+    expert_linear=_default(gpu_experts.expert_linear),
+    quant_expert_linear=gpu_experts.quant_expert_linear,
+    int_expert_linear=gpu_experts.quant_expert_linear,
     norm=gpu_norm.norm,
     embedding=gpu_gather.embedding,
-    quant_embedding=_not_yet("quantized weights (--quant)"),
+    quant_embedding=gpu_gather.quant_embedding,
     gather_rows=gpu_gather.gather_rows,
+    top_k=topk.top_k,
     kv_append=gpu_rope.kv_append,
     rope_append=gpu_rope.rope_append,
     attention_prefill=gpu_attention.attention_prefill,

@@ -19,10 +19,11 @@ from llmc.quant.weight import QuantizedWeight
 Array = np.ndarray[Any, Any]
 
 UNIT = 32  # columns that are packed together: the widest word of one-bit planes
+WARP_ROWS = 32  # rows of a block for machines with threads: one for each of a warp
 INT_COLUMNS = 1 << 17  # 2**17 products of at most 128 * 127 fit into 32 bits
 _ROW_PIECE = 64  # columns of a row with a single scale are padded to a multiple of this
 _LONGEST_PIECE = 256
-_TEXT = re.compile(r"quant\(([a-z0-9]+),n=(\d+),of=(\d+)x(\d+)\)")
+_TEXT = re.compile(r"quant\(([a-z0-9]+),n=(\d+),of=(\d+)x(\d+)(,quads)?\)")
 _PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
 _ORDER_BYTES = 4  # of the number of a column
 
@@ -41,10 +42,11 @@ class QuantLayout:
     32-bit words word[j, r], j < p, each with 32 / p codes of one row: the low half holds even columns, the high half
     odd ones, so that a word is also a vector of pairs. scales[g, r], zeros[g, r] and offsets[g, r] of a span's groups
     follow the units they belong to; with super-groups they are signed bytes.
-    Schemes with int8 activations have ``quads`` instead, four neighbouring columns of a row in a 32-bit lane, as four-way
-    dot products of bytes want them: 8 bits: unit[k/4, r, k%4]; 4 bits: unit[k/8, r, k%4], the low half of a byte for the
-    first four columns, the high half for the next. Codes stay unsigned. Sixteen rows of the 8-bit form (and of the 4-bit
-    form once its halves are separated) are also the rows of a B tile of AMX (tdpbsud), [k/4][16][4] at a stride of 4 n_block.
+    Schemes with int8 activations (and layouts that are in_quads) have ``quads`` instead, four neighbouring columns of a
+    row in a 32-bit lane, as four-way dot products of bytes want them: 8 bits: unit[k/4, r, k%4]; 4 bits: unit[k/8, r, k%4],
+    the low half of a byte for the first four columns, the high half for the next. Codes stay unsigned. Sixteen rows of the
+    8-bit form (and of the 4-bit form once its halves are separated) are also the rows of a B tile of AMX (tdpbsud),
+    [k/4][16][4] at a stride of 4 n_block.
     Rows past N and columns past K hold code 0 and scale 0: the kernel pads activations with zeros.
     Schemes with an order of the inputs: after the last block, int32 order[k], which column of x the stored column k is.
 
@@ -52,12 +54,14 @@ class QuantLayout:
         scheme: name of the scheme.
         n_block: outputs per block, a multiple of the vector width of the kernel that reads it.
         n, k: of the weight.
+        in_quads: 8-bit codes lie in quads though the activations are no integers: for machines that load words.
     """
 
     scheme: str
     n_block: int
     n: int
     k: int
+    in_quads: bool = False
 
     @property
     def of(self) -> Scheme:
@@ -72,7 +76,7 @@ class QuantLayout:
     @property
     def quads(self) -> bool:
         """Whether four columns of a row lie in a lane, for integer dot products."""
-        return self.of.activation_bits > 0
+        return self.of.activation_bits > 0 or self.in_quads
 
     @property
     def _flipped(self) -> bool:
@@ -238,7 +242,8 @@ class QuantLayout:
 
     def as_text(self) -> str:
         """The name that the manifest records, e.g. ``quant(q4g32,n=64,of=2048x8192)``."""
-        return f"quant({self.scheme},n={self.n_block},of={self.n}x{self.k})"
+        quads = ",quads" if self.in_quads else ""
+        return f"quant({self.scheme},n={self.n_block},of={self.n}x{self.k}{quads})"
 
     @staticmethod
     def parse(text: str) -> QuantLayout:
@@ -250,7 +255,8 @@ class QuantLayout:
         match = _TEXT.fullmatch(text)
         if match:
             with suppress(KeyError):
-                return QuantLayout(by_name(match[1]).name, int(match[2]), int(match[3]), int(match[4]))
+                n_block, n, k = (int(match[i]) for i in (2, 3, 4))
+                return QuantLayout(by_name(match[1]).name, n_block, n, k, match[5] is not None)
         raise ValueError(f"{text!r} is not a layout of a quantized weight")
 
     @staticmethod
@@ -392,9 +398,10 @@ def quant_layout(scheme: Scheme, n: int, k: int, caps: Capabilities, *, gated: b
             f"{scheme.name} sums products of bytes in 32 bits, which holds up to {INT_COLUMNS} inputs; found {n} x {k}.",
             hint="Give this weight another scheme, such as q8, by a rule.",
         )
-    n_block = (4 if caps.vector_registers >= 32 else 2) * caps.lanes_f32
+    n_block = WARP_ROWS if caps.simt else (4 if caps.vector_registers >= 32 else 2) * caps.lanes_f32
     rows = -(-n // (n_block // 2)) * n_block if gated else n
-    return QuantLayout(scheme.any_order.name, n_block, rows, k)
+    in_quads = caps.simt and scheme.bits == 8 and not scheme.activation_bits
+    return QuantLayout(scheme.any_order.name, n_block, rows, k, in_quads)
 
 
 def _padded(values: Array, rows: int, columns: int) -> Array:

@@ -1,7 +1,8 @@
 """What each graph pass brings: decode time of a model compiled with and without it.
 
     python tools/ablation.py --dtype bf16 --threads 2             # the 1.2B shape
-    python tools/ablation.py --layers 2 --only FuseRoPE,FuseNorm   # quicker
+    python tools/ablation.py --layers 2 --only FuseRoPE,all        # quicker
+    python tools/ablation.py --shape qwen-0.5b --quant w4a8        # where a step is short
 
 The model has random weights (made by tools/bench.py). For each pass an artifact is compiled without it and measured
 against the artifact with all passes, in one process, one token of each in turn; then it is deleted. The figure is the
@@ -51,9 +52,10 @@ class Row:
         return self.decode / self.decode_all_on
 
 
-def compiled(model: Path, artifact: Path, dtype: str, off: tuple[str, ...]) -> Path:
+def compiled(model: Path, artifact: Path, options: argparse.Namespace, off: tuple[str, ...]) -> Path:
     """Compile `model` without the passes in `off`, in a process of its own."""
-    command = [sys.executable, "-m", "llmc", "compile", str(model), "-o", str(artifact), "--dtype", dtype]
+    command = [sys.executable, "-m", "llmc", "compile", str(model), "-o", str(artifact)]
+    command += ["--dtype", options.dtype, "--quant", options.quant]
     command += ["--verify", "off", "--quiet", "--max-seq-len", "2048", "--max-batch", "1"]
     for name in off:
         command += ["--disable-pass", name]
@@ -90,7 +92,7 @@ def measure(model: Path, folder: Path, options: argparse.Namespace, base: Any, o
     """Compile a variant, measure it against `base`, delete it."""
     import llmc
 
-    artifact = compiled(model, folder / "variant", options.dtype, off)
+    artifact = compiled(model, folder / "variant", options, off)
     variant = llmc.load(artifact, threads=options.threads, check_hashes=False)
     prompt = prompt_of(options.shape, options.prompt)
     slower, base_time = in_turns([variant, base], prompt, options.tokens)
@@ -111,9 +113,10 @@ def show(rows: list[Row], options: argparse.Namespace) -> None:
     """The table, as Markdown."""
     from llmc.doctor import cpu_name
 
+    layers = options.layers or "all"
     print(
-        f"\n{options.shape}, {options.layers or 'all'} layers, {options.dtype}, {options.threads} threads, context "
-        f"{options.prompt} + {options.tokens}; {cpu_name()}; load average {os.getloadavg()[0]:.1f}\n"
+        f"\n{options.shape}, {layers} layers, {options.dtype}, quant {options.quant}, {options.threads} threads, "
+        f"context {options.prompt} + {options.tokens}; {cpu_name()}; load average {os.getloadavg()[0]:.1f}\n"
     )
     print("| off | decode ms | all on, ms | ratio | kernels per block | in step |")
     print("|---|---|---|---|---|---|")
@@ -135,10 +138,13 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
     parser.add_argument("--layers", type=int, help="so many layers instead of the shape's")
     parser.add_argument("--dtype", choices=TORCH_NAMES, default="bf16")
+    parser.add_argument("--quant", default="none", help="a scheme, as for llmc compile")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=128, help="tokens of context (default 128)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to measure (default 64)")
-    parser.add_argument("--only", help="passes, separated by commas (default: each, then all together)")
+    parser.add_argument(
+        "--only", help="passes, separated by commas (default: each, then all); all = all together"
+    )
     parser.add_argument("--json", type=Path, help="also write the rows there")
     options = parser.parse_args()
     import llmc
@@ -147,12 +153,12 @@ def main() -> None:
     cache = knobs.cache_dir() / "bench"
     model = checkpoint(options.shape, options.dtype, cache, options.layers or 0)
     names = options.only.split(",") if options.only else list(OPTIONAL_PASSES)
-    variants = [(name,) for name in names]
+    variants = [tuple(OPTIONAL_PASSES) if name == "all" else (name,) for name in names]
     if not options.only:
         variants.append(tuple(OPTIONAL_PASSES))
     folder = cache / f"ablation-{os.getpid()}"
     try:
-        base_folder = compiled(model, folder / "base", options.dtype, ())
+        base_folder = compiled(model, folder / "base", options, ())
         base = llmc.load(base_folder, threads=options.threads, check_hashes=False)
         rows = []
         for off in variants:

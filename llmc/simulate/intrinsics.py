@@ -36,6 +36,38 @@ def _to_bf16(m: Machine, value: Any) -> Any:
     return np.asarray(value).astype(ml_dtypes.bfloat16).view(np.uint16)[()]
 
 
+def _halves(m: Machine, value: Any, kind: Any) -> Array:
+    """Both numbers of pairs in 32 bits, as float32 [threads, 2]."""
+    words = np.ascontiguousarray(m.spread(value).astype(np.uint32))
+    return words.view(kind).reshape(-1, 2).astype(np.float32)
+
+
+def _joined(values: Array, kind: Any) -> Array:
+    return np.ascontiguousarray(values.astype(kind)).view(np.uint32).reshape(-1)
+
+
+for _name, _kind in (("bf16", ml_dtypes.bfloat16), ("f16", np.float16)):
+
+    def _fma2(m: Machine, a: Any, b: Any, c: Any, kind: Any = _kind) -> Any:
+        """Products of 16-bit numbers are exact in float32; so is the sum where kernels use it."""
+        x, y, z = (_halves(m, v, kind) for v in (a, b, c))
+        return _joined(x * y + z, kind)
+
+    def _pack2(m: Machine, low: Any, high: Any, kind: Any = _kind) -> Any:
+        return _joined(np.stack([m.spread(low), m.spread(high)], axis=-1), kind)
+
+    FUNCTIONS[f"llmc_fma2_{_name}"] = _fma2
+    FUNCTIONS[f"llmc_pack2_{_name}"] = _pack2
+
+
+@model("llmc_round_byte")
+def _round_byte(m: Machine, value: Any, factor: Any) -> Any:
+    """The lowest byte of the nearest integer; a product of float32 is exact in float64."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        moved = m.spread(value).astype(np.float64) * m.spread(factor).astype(np.float64) + 12582912.0
+        return moved.astype(np.float32).view(np.int32).astype(np.int8)
+
+
 # -- asynchronous copies: 16 bytes of a thread, in groups that it waits for ------------------------------------------------
 
 
@@ -136,20 +168,23 @@ FUNCTIONS["llmc_ldmatrix_x4_trans"] = lambda m, to, source: _ldmatrix_x4(m, to, 
 
 
 def _mma(m: Machine, kind: Any, c: Pointer, *operands: Any) -> None:
+    """m16n8k16 of 16-bit numbers with float32 sums, m16n8k32 of bytes with int32 sums."""
     m.whole_warps("mma")
     _whole_blocks_of_warps(m)
     words = [np.ascontiguousarray(m.spread(o)).reshape(-1, WARP) for o in operands]
-    pairs = [w.view(kind).reshape(*w.shape, 2).astype(np.float32) for w in words]
-    warps = pairs[0].shape[0]
-    lane = np.arange(WARP)
-    row, column = lane // 4, lane % 4 * 2
-    a, b = np.zeros((warps, 16, 16), np.float32), np.zeros((warps, 16, 8), np.float32)
-    for i in range(2):
+    each = 4 // np.dtype(kind).itemsize
+    wide = np.int32 if each == 4 else np.float32
+    parts = [w.view(kind).reshape(*w.shape, each).astype(wide) for w in words]
+    warps, lane = parts[0].shape[0], np.arange(WARP)
+    row, column = lane // 4, lane % 4 * each
+    a, b = np.zeros((warps, 16, 8 * each), wide), np.zeros((warps, 8 * each, 8), wide)
+    for i in range(each):
         for part in range(4):
-            a[:, row + part % 2 * 8, column + part // 2 * 8 + i] = pairs[part][..., i]
+            a[:, row + part % 2 * 8, column + part // 2 * 4 * each + i] = parts[part][..., i]
         for part in range(2):
-            b[:, column + part * 8 + i, row] = pairs[4 + part][..., i]
+            b[:, column + part * 4 * each + i, row] = parts[4 + part][..., i]
     product = a @ b
+    column = lane % 4 * 2
     for part in range(4):
         value = product[:, row + part // 2 * 8, column + part % 2].reshape(-1)
         at = np.asarray(c.index) + part
@@ -166,3 +201,4 @@ def _whole_blocks_of_warps(m: Machine) -> None:
 
 FUNCTIONS["llmc_mma_bf16"] = lambda m, *args: _mma(m, ml_dtypes.bfloat16, *args)
 FUNCTIONS["llmc_mma_f16"] = lambda m, *args: _mma(m, np.float16, *args)
+FUNCTIONS["llmc_mma_s8"] = lambda m, *args: _mma(m, np.int8, *args)

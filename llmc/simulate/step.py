@@ -85,7 +85,7 @@ class SimulatedStep:
 
     def _value(self, expr: Any, values: dict[Any, Any], sizes: dict[Any, int]) -> Any:
         if isinstance(expr, relax.Var):
-            return values[expr]
+            return values[expr] if expr in values else sizes[expr]  # a size that is passed on
         if isinstance(expr, relax.TupleGetItem):
             return self._value(expr.tuple_value, values, sizes)[int(expr.index)]
         if isinstance(expr, relax.Tuple):

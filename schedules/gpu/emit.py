@@ -63,6 +63,16 @@ def i32(value: Any) -> Any:
     return value if str(value.ty.dtype) == "int32" else tirx.Cast("int32", value)
 
 
+def u32(value: int) -> Any:
+    """An uint32 constant."""
+    return tirx.IntImm("uint32", value)
+
+
+def elements(vector: Any, count: int) -> list[Any]:
+    """The elements of a vector."""
+    return [e.let(tirx.Shuffle([vector], [i])) for i in range(count)]
+
+
 def across(value: Any, offset: int) -> Any:
     """The value of the thread whose number in the warp differs in the bit `offset`."""
     return T.tvm_warp_shuffle_xor(tirx.IntImm("uint32", 0xFFFFFFFF), value, offset, WARP, WARP)

@@ -43,6 +43,15 @@ __device__ __forceinline__ void llmc_mma_NAME(
     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 """
+_MMA_BYTES = """
+__device__ __forceinline__ void llmc_mma_s8(
+    int* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+    "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+    : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+"""
 _TYPES = {"bfloat16": "bf16", "float16": "f16"}
 
 
@@ -73,6 +82,11 @@ def load_x4(to: Any, source: Any, index: Any, transposed: bool = False) -> None:
     T.evaluate(g.device_call(name, text, g.address(to, 0), g.address(source, index)))
 
 
+def ones(dtype: str) -> Any:
+    """A register of an operand that is 1 everywhere."""
+    return g.u32({"bfloat16": 0x3F803F80, "float16": 0x3C003C00}[dtype])
+
+
 def mma(acc: Any, a: Any, b: Any, first: int, dtype: str) -> None:
     """acc[0..3] (float32) += A [16, 16] x B [16, 8]; A in a[0..3], B in b[first..first + 1] (uint32)."""
     name = _TYPES[dtype]
@@ -81,4 +95,9 @@ def mma(acc: Any, a: Any, b: Any, first: int, dtype: str) -> None:
     T.evaluate(g.device_call(f"llmc_mma_{name}", source, g.address(acc, 0), *args))
 
 
-__all__ = ["commit", "copy16", "load_x4", "mma", "wait"]
+def mma_bytes(acc: Any, a: list[Any], b: list[Any]) -> None:
+    """acc[0..3] (int32) += A [16, 32] x B [32, 8] of signed bytes; four of them in each of a[0..3] and b[0..1] (uint32)."""
+    T.evaluate(g.device_call("llmc_mma_s8", _MMA_BYTES, g.address(acc, 0), *a, *b))
+
+
+__all__ = ["commit", "copy16", "load_x4", "mma", "mma_bytes", "ones", "wait"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from tvm.tirx.script import builder as T
+
 from llmc.caps import Capabilities
-from llmc.errors import LlmcError
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.gpu import emit as g
@@ -32,26 +34,91 @@ def rotate(
     """
     source = ops.cfg.sources[which]
     attrs = source.attrs
-    if attrs.norm is not None:
-        raise LlmcError(
-            "kernel-missing",
-            f"There is no kernel for norms of single heads before their rotation on {ops.caps.preset} yet.",
-            hint="Compile with --disable-pass FuseRoPE, or for the cpu target.",
-        )
     first, count = heads
     stride = attrs.head_stride * ops.t if attrs.head_major else e.i64(attrs.head_stride)
+
+    def base_of(number: Any) -> Any:
+        return e.let(token * attrs.token_stride + (first + number) * stride + attrs.offset)
+
+    def raw(base: Any, at: Any) -> Any:
+        return ops._read(ops.sources[which], base + at, 1, source.dtype)
+
+    norm = _HeadNorms(ops, which, count, lambda number: partial(raw, base_of(number)), thread, threads)
     for run in attrs.runs:
 
         def element(i: Any, run: Any = run) -> None:
             number, at = e.let(i // run.count), e.let(i % run.count)
-            base = e.let(token * attrs.token_stride + (first + number) * stride + attrs.offset)
+            base = base_of(number)
 
             def read(first: Any, lanes: int) -> Any:
-                return ops._read(ops.sources[which], base + first, lanes, source.dtype)
+                return norm.apply(number, first, raw(base, first))
 
             store(number, run.to + at * run.to_step, ops._value(run, read, token, at, 1))
 
         g.strided(thread, count * run.count, threads, element)
+
+
+class _HeadNorms:
+    """Norms of single heads: a warp finds the mean and the scale of a head, and keeps them for the block."""
+
+    def __init__(
+        self,
+        ops: RopeOperands,
+        which: int,
+        count: int,
+        head: Callable[[Any], Callable[[Any], Any]],
+        thread: Any,
+        threads: int,
+    ) -> None:
+        """head(number) gives a function of the element's number in the head, float32."""
+        source = ops.cfg.sources[which]
+        self.attrs, self.dtype = source.attrs.norm, source.vector_dtype
+        self.vectors = ops.vectors[which]
+        if self.attrs is None:
+            return
+        attrs, width = self.attrs, source.attrs.norm_width
+        self.means = g.shared(count, name="means") if attrs.center else None
+        self.scales = g.shared(count, name="scales")
+        register = g.local(1)
+        lane, warp = e.let(thread % g.WARP), e.let(thread // g.WARP)
+
+        def mean_of(term: Callable[[Any], Any]) -> Any:
+            e.store(register, 0, e.f32(0.0), 1)
+            g.strided(lane, width, g.WARP, lambda j: e.store(register, 0, register[0] + term(j), 1))
+            g.warp_reduce(register, g.add)
+            return e.let(register[0] * e.f32(1.0 / width))
+
+        def one(number: Any) -> None:
+            value_of = head(number)
+            mean = mean_of(value_of) if attrs.center else None
+
+            def square(j: Any) -> Any:
+                value = e.let(value_of(j) if mean is None else value_of(j) - mean)
+                return value * value
+
+            scale = e.let(e.f32(1.0) / T.sqrt(mean_of(square) + e.f32(attrs.eps)))
+            with g.when(lane == 0):
+                e.store(self.scales, number, scale, 1)
+                if self.means is not None:
+                    e.store(self.means, number, mean, 1)
+
+        g.strided(warp, count, threads // g.WARP, one)
+        g.barrier()
+
+    def apply(self, number: Any, at: Any, value: Any) -> Any:
+        """Element `at` of a head after its norm, float32, not rounded in between."""
+        attrs = self.attrs
+        if attrs is None:
+            return value
+        if self.means is not None:
+            value = value - self.means[number]
+        value, rest = value * self.scales[number], [e.widen(v[at], self.dtype, 1) for v in self.vectors]
+        if attrs.has_weight:
+            weight = rest.pop(0)
+            value = value * (weight + e.f32(1.0) if attrs.plus_one else weight)
+        if attrs.has_bias:
+            value = value + rest.pop(0)
+        return e.let(value)
 
 
 class Pages:

@@ -91,6 +91,7 @@ def capabilities(preset: str) -> Capabilities:
         multiprocessors=min(a.multiprocessors for a in archs),
         has_mma_f16=least >= 80,
         has_mma_bf16=least >= 80,
+        has_mma_bytes=least >= 80,
         has_async_copy=least >= 80,
     )
 

@@ -20,6 +20,7 @@ from llmc.schedules.gpu.gather import embedding, gather_rows
 from llmc.schedules.gpu.linear import linear
 from llmc.schedules.gpu.norm import norm
 from llmc.schedules.gpu.rope import kv_append, rope_append
+from llmc.schedules.gpu.topk import TopKConfig, top_k
 from llmc.schedules.layout import linear_layout
 from llmc.schedules.linear import LinearConfig
 from llmc.schedules.rope import HeadSource, RopeConfig
@@ -41,33 +42,49 @@ def test_no_kernel_names_a_target() -> None:
         assert not [t for t in texts if isinstance(t, str) and t.startswith(("cuda", "sm_"))], path
 
 
+RMS = NormAttrs(1e-5, has_weight=True)
+LAYER = NormAttrs(1e-5, has_weight=True, has_bias=True, center=True)
+
+
 @pytest.mark.parametrize(
     ("attrs", "dtype", "k"),
     [
-        (NormAttrs(1e-5, has_weight=True), "float32", 96),
-        (NormAttrs(1e-5, has_weight=True, rounds_first=True, adds=True), "bfloat16", 300),
-        (NormAttrs(1e-5, has_weight=True, has_bias=True, center=True), "float32", 1500),
-        (NormAttrs(1e-6, plus_one=True, has_weight=True, adds=True), "float16", 33),
+        (RMS, "float32", 96),
+        (replace(RMS, rounds_first=True, adds=True), "bfloat16", 300),
+        (LAYER, "float32", 1500),
+        (replace(RMS, plus_one=True, adds=True), "float16", 33),
+        (replace(RMS, adds=True, before=LAYER), "bfloat16", 200),
+        (replace(RMS, adds=True, before=replace(RMS, plus_one=True), only_sum=True), "float32", 96),
     ],
 )
 def test_norm(attrs: NormAttrs, dtype: str, k: int) -> None:
     cfg = cpu_norm.NormConfig((1, -1, k), dtype, dtype, attrs)
     kernel = TOOLS.build(gpu(), k=norm(cfg, gpu()))["k"]
     x, addend = (TOOLS.random(RNG, (1, 3, k), dtype) for _ in range(2))
-    weight, bias = (TOOLS.random(RNG, (k,), dtype) for _ in range(2))
+    vectors = [TOOLS.random(RNG, (k,), dtype) for _ in range(cfg.vectors)]
     total, y = (TOOLS.tensor(np.full((1, 3, k), np.nan, DTYPES[dtype])) for _ in range(2))
-    args = [x, *([addend] if attrs.adds else []), *([weight] if attrs.has_weight else [])]
-    args += [bias] if attrs.has_bias else []
-    kernel(*(TOOLS.tensor(a) for a in args), *([total] if attrs.adds else []), y)
-    value = x.astype(np.float64)
+    args = [x, *([addend] if attrs.adds else []), *vectors]
+    results = [total] * attrs.adds + [y] * (not attrs.only_sum)
+    kernel(*(TOOLS.tensor(a) for a in args), *results)
+    value, rest = x.astype(np.float64), list(vectors)
+
+    def normalised(value: np.ndarray, attrs: NormAttrs) -> np.ndarray:
+        if attrs.center:
+            value = value - value.mean(-1, keepdims=True)
+        value = value / np.sqrt((value**2).mean(-1, keepdims=True) + attrs.eps)
+        value = value * (rest.pop(0).astype(np.float64) + attrs.plus_one)
+        return value + rest.pop(0).astype(np.float64) if attrs.has_bias else value
+
     if attrs.adds:
-        value = (x.astype(np.float32) + addend.astype(np.float32)).astype(DTYPES[dtype]).astype(np.float64)
-        np.testing.assert_array_equal(total.numpy().astype(np.float64), value)
-    if attrs.center:
-        value = value - value.mean(-1, keepdims=True)
-    value = value / np.sqrt((value**2).mean(-1, keepdims=True) + attrs.eps)
-    value = value * (weight.astype(np.float64) + attrs.plus_one) + (bias if attrs.has_bias else 0)
-    assert np.abs(y.numpy().astype(np.float64) - value).max() < 4 * TOOLS.exact[dtype]
+        other = addend.astype(np.float64)
+        if attrs.before is not None:
+            other = normalised(other, attrs.before)
+        value = (value + other).astype(np.float32).astype(DTYPES[dtype]).astype(np.float64)
+        assert np.abs(total.numpy().astype(np.float64) - value).max() < 4 * TOOLS.exact[dtype]
+        value = total.numpy().astype(np.float64)
+    if not attrs.only_sum:
+        value = normalised(value, attrs)
+        assert np.abs(y.numpy().astype(np.float64) - value).max() < 4 * TOOLS.exact[dtype]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -211,7 +228,7 @@ def test_attention_with_more_heads_per_cached_head_than_a_tile_takes() -> None:
     assert run(cfg, TOOLS, kernels, [(1, 20), (1, 400)], decode=True) < 4e-6
 
 
-def rope_config(dtype: str) -> RopeConfig:
+def rope_config(dtype: str, norm: NormAttrs | None = None) -> RopeConfig:
     """q, k and v in one row of a projection, rotated in halves."""
     attention = replace(BASE, token_major=True, dtype=dtype, kv_dtype=dtype, sinks_dtype=dtype)
     row = (4 + 2 + 2) * 16
@@ -222,16 +239,26 @@ def rope_config(dtype: str) -> RopeConfig:
     plain = (Run(0, 1, 16, 0, 1),)
     heads = [(4, 0, tuple(half)), (2, 64, tuple(half)), (2, 96, plain)]
     q, k, v = (
-        HeadSource((1, -1, row), dtype, HeadsAttrs(count, 16, offset, row, 16, False, runs))
-        for count, offset, runs in heads
+        HeadSource(
+            (1, -1, row), dtype, HeadsAttrs(count, 16, offset, row, 16, False, runs, of_norm, 16), dtype
+        )
+        for (count, offset, runs), of_norm in zip(heads, (norm, norm, None), strict=True)
     )
     return RopeConfig(attention, q, k, v, ((1, -1, 8), (1, -1, 8)), "float32")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", *_slow(["float32"])])
-def test_rope_append_and_decode_with_rope(dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "norm"),
+    [
+        ("bfloat16", None),
+        ("float32", replace(RMS, plus_one=True)),
+        pytest.param("float32", None, marks=pytest.mark.slow),
+        pytest.param("bfloat16", LAYER, marks=pytest.mark.slow),
+    ],
+)
+def test_rope_append_and_decode_with_rope(dtype: str, norm: NormAttrs | None) -> None:
     """The rotation against numpy, and decode with the rotation inside against decode behind it."""
-    cfg = rope_config(dtype)
+    cfg = rope_config(dtype, norm)
     a = cfg.attention
     kernels = TOOLS.build(
         gpu(),
@@ -249,18 +276,24 @@ def test_rope_append_and_decode_with_rope(dtype: str) -> None:
     start = np.arange(t + 1, dtype=np.int32)
     old_k = TOOLS.random(RNG, (pages, 2, 2, 16, 16), dtype)
     old_v = TOOLS.random(RNG, (pages, 2, 2, 16, 16), dtype)
+    vectors = [TOOLS.random(RNG, (16,), dtype) for _ in range(norm.vectors if norm else 0)]
     outs = []
     for name in ("rope", "both"):
         k_pool, v_pool = TOOLS.tensor(old_k.copy()), TOOLS.tensor(old_v.copy())
         q = TOOLS.tensor(np.zeros((1, t, 4, 16), DTYPES[dtype]))
         out = TOOLS.tensor(np.full((1, t, 4, 16), np.nan, DTYPES[dtype]))
         part = TOOLS.tensor(np.zeros((t, 2, a.splits, 2, 32), np.float32))
-        sources = [TOOLS.tensor(s) for s in (x, x, x, cos, sin, slot)]
+        sources = [TOOLS.tensor(s) for s in (x, *vectors, x, *vectors, x, cos, sin, slot)]
         tables = [TOOLS.tensor(s) for s in (start, context, table)]
         if name == "rope":
             kernels["rope"](*sources, k_pool, v_pool, 1, q)
             kernels["decode"](q, k_pool, v_pool, *tables, 1, out, part)
             wide = x.astype(np.float32)[0, :, :64].reshape(t, 4, 16)
+            if norm is not None:
+                wide = wide - wide.mean(-1, keepdims=True) * norm.center
+                wide = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + norm.eps)
+                wide = wide * (vectors[0].astype(np.float32) + norm.plus_one)
+                wide = wide + vectors[1].astype(np.float32) if norm.has_bias else wide
             low, high = wide[..., :8], wide[..., 8:]
             c, s = cos[0][:, None], sin[0][:, None]
             expected = np.concatenate([low * c - high * s, high * c + low * s], -1)
@@ -273,3 +306,19 @@ def test_rope_append_and_decode_with_rope(dtype: str) -> None:
         outs.append((out.numpy(), k_pool.numpy(), v_pool.numpy()))
     for one, other in zip(*outs, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_top_k(largest: bool) -> None:
+    rows, n, k = 3, 70, 8
+    x = RNG.integers(-9, 9, (rows, n)).astype(np.float32)  # many equal ones
+    x[0, 5], x[1] = -np.inf, 4
+    values, indices = (
+        TOOLS.tensor(np.zeros((rows, k), np.float32)),
+        TOOLS.tensor(np.zeros((rows, k), np.int64)),
+    )
+    func = top_k(TopKConfig((-1, n), k, largest, "float32", "int64"), gpu())
+    TOOLS.build(gpu(), k=func)["k"](TOOLS.tensor(x), values, indices)
+    order = np.argsort(-x if largest else x, axis=-1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(indices.numpy(), order)
+    np.testing.assert_array_equal(values.numpy(), np.take_along_axis(x, order, -1))

@@ -16,10 +16,25 @@ from llmc.simulate.model import SimulatedModel
 from llmc.spec import CompileSpec
 from tools.tiny_configs import VOCAB, tiny_model
 
-# gemma2: windows, softcap and norms with an offset; gpt2: learned positions, biases, transposed weights, tied head
+# gemma2: windows, softcap, norms with an offset and of addends; gpt2: learned positions, biases, transposed weights, tied
+# head; qwen3: norms of single heads; mixtral, gpt_oss: experts
 ARCHITECTURES = [
-    "llama",
-    *(pytest.param(a, marks=pytest.mark.slow) for a in ("gemma2", "gpt2", "gpt_neox", "phi3")),
+    ("llama", "none"),
+    *(
+        pytest.param((a, q), marks=pytest.mark.slow)
+        for a, q in (
+            ("gemma2", "none"),
+            ("gpt2", "q8"),
+            ("gpt_neox", "none"),
+            ("phi3", "none"),
+            ("qwen3", "none"),
+            ("olmo2", "q4g32"),
+            ("mixtral", "none"),
+            ("mixtral", "q4g32"),
+            ("gpt_oss", "none"),
+            ("llama", "q4g64a"),
+        )
+    ),
 ]
 
 
@@ -34,14 +49,17 @@ def simulated(model: object, dtype: str, **changes: object) -> SimulatedModel:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_ragged_batch_equals_the_cpu_artifact(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ARCHITECTURES, ids="-".join)
+def test_a_ragged_batch_equals_the_cpu_artifact(case: tuple[str, str], tmp_path: Path) -> None:
+    architecture, quant = case
     model = tiny_model(architecture)
-    compile_model(model, tmp_path / "cpu", target="cpu", dtype="f32", verify="off", max_seq_len=64)
+    compile_model(
+        model, tmp_path / "cpu", target="cpu", dtype="f32", verify="off", max_seq_len=64, quant=quant
+    )
     rng = np.random.default_rng(0)
     batch = [rng.integers(0, VOCAB, n).tolist() for n in (21, 3, 18)]
     expected = llmc.load(tmp_path / "cpu").logits_batch(batch, prefill=[17, 3, 17])
-    got = simulated(model, "f32").logits(batch, 17)
+    got = simulated(model, "f32", quant=quant).logits(batch, 17)
     for one, other in zip(got, expected, strict=True):
         assert np.abs(one - other).max() < 1e-4
 

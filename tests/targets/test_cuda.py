@@ -16,11 +16,15 @@ from llmc.cuda_driver import CudaDevice, CudaDriver
 from llmc.errors import LlmcError
 from llmc.ops import NormAttrs
 from llmc.pipeline import compile_model
+from llmc.quant.schemes import by_name
 from llmc.runtime.cuda import choose_image
 from llmc.schedules.gpu.linear import linear
 from llmc.schedules.gpu.norm import norm
+from llmc.schedules.gpu.qlinear import quant_linear
 from llmc.schedules.linear import LinearConfig
 from llmc.schedules.norm import NormConfig
+from llmc.schedules.qlayout import quant_layout
+from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.targets.backend import get
 from llmc.targets.cuda import compiler, resources
 from llmc.targets.cuda.backend import BACKEND, capabilities, tvm_target
@@ -64,6 +68,10 @@ def test_kernels_assemble_without_spills(preset: str) -> None:
         preset,
         norm=norm(NormConfig((1, -1, 4096), "bfloat16", "bfloat16", NormAttrs(1e-5, has_weight=True)), caps),
         linear=linear(LinearConfig(4096, 4096, "bfloat16", "bfloat16", "bfloat16", lead=1), caps),
+        **{
+            name: quant_linear(QuantLinearConfig(4096, layout, "bfloat16", "bfloat16", lead=1), caps)
+            for name, layout in ((s, quant_layout(by_name(s), 4096, 4096, caps)) for s in ("q4g32", "w4a8"))
+        },
     )
     assert not [k for k in kernels if k.spill_bytes or k.stack_bytes]
     resources.check(kernels, {k.name: 256 for k in kernels})

@@ -1,0 +1,171 @@
+"""Matrix times quantized weight on the matrix units, for any number of rows.
+
+A warp computes 16 or more rows of x by the 32 rows of a weight block. Codes go from global memory to registers and become
+16-bit pairs there: no shared memory, no barrier in the loop. An mma sums over 16 columns in any order, so thread q of the
+four that share a row takes 8 neighbouring columns of a unit (16 bytes of x, one word of 4-bit codes) for two mmas; with
+groups of 16 columns it takes 4 for one. Warps of a block share out the columns and add up at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from llmc.caps import Capabilities
+from llmc.quant.schemes import Code
+from llmc.schedules import emit as e
+from llmc.schedules.gpu import emit as g
+from llmc.schedules.gpu import matrix_unit as unit
+from llmc.schedules.gpu.qcodes import ThreadCodes, Weights
+from llmc.schedules.gpu.qoperands import Operands
+from llmc.schedules.gpu.rows import Rows
+from llmc.schedules.qcodes import Place
+from llmc.schedules.qlayout import UNIT, WARP_ROWS
+
+_TILES = WARP_ROWS // 8  # of 8 columns of y
+_PAD = 1  # of a row of sums in shared memory
+
+
+def takes(ops: Operands, caps: Capabilities) -> bool:
+    """Whether the matrix units can do it: 16-bit x in the stored order, rows on multiples of 16 bytes, exact values."""
+    has = {"bfloat16": caps.has_mma_bf16, "float16": caps.has_mma_f16}
+    of = ops.cfg.layout.of
+    if of.order or of.activation_bits or of.code is Code.NF4:
+        return False
+    return has.get(ops.cfg.in_dtype, False) and ops.cfg.layout.k % 8 == 0
+
+
+def gemm(ops: Operands, caps: Capabilities, tiles: int, warps: int) -> None:
+    """One launch over all of y.
+
+    Args:
+        tiles: of 16 rows of x, per block.
+        warps: of a block.
+    """
+    row_blocks = e.ceildiv(ops.t, 16 * tiles)
+    with g.launch(row_blocks * ops.cfg.layout.blocks, warps * g.WARP) as (number, thread):
+        block = e.let(number // row_blocks)
+        rows = Rows(e.let(number % row_blocks * (16 * tiles)), ops.t)
+        codes = ThreadCodes(caps, ops.cfg.layout, ops.packed, ops.size)
+        Block(ops, caps, codes, tiles, warps, thread).run(
+            block, e.let(block * ops.cfg.layout.block_bytes), rows
+        )
+
+
+class Block:
+    """One block of threads.
+
+    Args:
+        codes: unpacks the weight.
+        tiles: of 16 rows of x.
+    """
+
+    def __init__(
+        self, ops: Operands, caps: Capabilities, codes: Weights, tiles: int, warps: int, thread: Any
+    ) -> None:
+        self.ops, self.caps, self.codes, self.tiles = ops, caps, codes, tiles
+        self.warps, self.thread = warps, thread
+        self.k, self.padded_k, self.dtype = ops.cfg.layout.k, codes.padded_k, ops.cfg.in_dtype
+        self.lane, self.warp = e.let(thread % g.WARP), e.let(thread // g.WARP)
+        self.row, self.part = e.let(self.lane // 4), e.let(self.lane % 4)
+        # columns of a thread in a step, and what a step covers
+        self.columns = 4 if self.codes.subgroups > 1 else 8
+        self.depth = 4 * self.columns
+
+    def run(self, block: Any, base: Any, rows: Rows) -> None:
+        """Compute `rows` of the outputs of a block of the weight, which begins at `base`."""
+        shape = (self.warps, 16 * self.tiles, WARP_ROWS + _PAD)
+        sums = g.shared(math.prod(shape), name="sums")
+        self.codes.load_table(self.thread, self.warps * g.WARP)
+        if self.codes.has_table:
+            g.barrier()
+        total = [[_zeros() for _ in range(_TILES)] for _ in range(self.tiles)]
+        tokens = [
+            [e.let(rows.at(16 * i + 8 * h + self.row) * self.k) for h in range(2)] for i in range(self.tiles)
+        ]
+        chunk = self.codes.chunk
+
+        def one(number: Any) -> None:
+            place = self.codes.chunk_at(base, number)
+            column = e.let(number * chunk)
+            for half in range(self.codes.subgroups):
+                group = self.codes.group_at(place, half) if self.codes.subgroups > 1 else place
+                self._group(total, tokens, group, column, half)
+
+        g.strided(self.warp, self.padded_k // chunk, self.warps, one)
+        for i in range(self.tiles):
+            for j in range(_TILES):
+                for r in range(4):
+                    row = 16 * i + r // 2 * 8 + self.row
+                    at = (self.warp * shape[1] + row) * shape[2] + 8 * j + 2 * self.part + r % 2
+                    e.store(sums, at, total[i][j][r], 1)
+        g.barrier()
+        self.ops.store_sums(self.caps, sums, block, rows, shape, self.thread)
+
+    def _group(self, total: list[Any], tokens: list[Any], place: Place, column: Any, half: int) -> None:
+        """A group's part of a chunk: its products, scaled, onto the totals."""
+        codes = self.codes
+        part = [[_zeros() for _ in range(_TILES)] for _ in range(self.tiles)] if codes.scaled else total
+        row_sums = [_zeros() for _ in range(self.tiles)] if codes.offsets else []
+        zeros = [codes.zero(place, e.let(self.row + 8 * j)) for j in range(_TILES)]
+        first = e.let(half * self.depth + self.part * self.columns)
+        with g.loop(codes.chunk // UNIT) as u:
+            unit_at = codes.unit_at(place, u)
+            left = [self._x(rows, e.let(column + u * UNIT + first)) for rows in tokens]
+            words = [
+                codes.words(unit_at, first, self.columns, e.let(self.row + 8 * j)) for j in range(_TILES)
+            ]
+            for j in range(_TILES):
+                pairs = codes.pairs(words[j], self.columns, zeros[j], self.dtype)
+                for i in range(self.tiles):
+                    self._multiply(part[i][j], left[i], pairs)
+            for i, ones in enumerate(row_sums):
+                self._multiply(ones, left[i], [unit.ones(self.dtype)] * (self.columns // 2))
+        if not codes.scaled:
+            return
+        for j in range(_TILES):
+            for c in range(2):
+                row = e.let(8 * j + 2 * self.part + c)
+                scale, offset = codes.scale_of(place, row)
+                for i in range(self.tiles):
+                    for r in (c, c + 2):
+                        value = total[i][j][r] + part[i][j][r] * scale
+                        if offset is not None:
+                            value = value + row_sums[i][r] * offset
+                        e.store(total[i][j], r, value, 1)
+
+    def _x(self, rows: list[Any], column: Any) -> list[Any]:
+        """Columns of two rows of x as uint32 registers [row][pair]; zeros past the last column."""
+        ops, count = self.ops, self.columns // 2
+        out = []
+        whole = self.padded_k == self.k
+        for base in rows:
+            registers = g.local(count, "uint32")
+
+            def load(base: Any = base, registers: Any = registers) -> None:
+                vector = e.let(e.load(ops.x_pairs, e.let((base + column) // 2), count))
+                for i, value in enumerate(g.elements(vector, count)):
+                    e.store(registers, i, value, 1)
+
+            if whole:
+                load()
+            else:
+                for i in range(count):
+                    e.store(registers, i, g.u32(0), 1)
+                with g.when(column < self.k):
+                    load()
+            out.append(registers)
+        return out
+
+    def _multiply(self, acc: Any, left: list[Any], pairs: list[Any]) -> None:
+        low, high = left
+        for s in range(self.columns // 4):
+            a = [low[2 * s], high[2 * s], low[2 * s + 1], high[2 * s + 1]]
+            unit.mma(acc, a, pairs, 2 * s, self.dtype)
+
+
+def _zeros() -> Any:
+    registers = g.local(4)
+    for i in range(4):
+        e.store(registers, i, e.f32(0.0), 1)
+    return registers

@@ -1,0 +1,174 @@
+"""GPU kernels on quantized weights in the simulator against dequantize() in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmc.quant.schemes import by_name
+from llmc.schedules.experts import ExpertConfig
+from llmc.schedules.gpu.experts import expert_linear, quant_expert_linear
+from llmc.schedules.gpu.gather import quant_embedding
+from llmc.schedules.gpu.qlinear import quant_linear
+from llmc.schedules.layout import linear_layout
+from llmc.schedules.qexperts import QuantExpertConfig
+from llmc.schedules.qgather import QuantEmbeddingConfig
+from llmc.schedules.qlayout import in_turns, quant_layout
+from llmc.schedules.qlinear import QuantLinearConfig
+from tests.quant.random_weight import random_weight
+from tests.simulate.gpu import SimulatedTools, gpu
+
+TOOLS = SimulatedTools()
+
+# (scheme, n, k, dtype, bias): both matmuls, codes of every kind, odd sizes, groups that are cut short
+CASES = [
+    ("q4g32", 70, 96, "bfloat16", False),
+    ("q8", 130, 64, "bfloat16", True),
+    ("q6g128a", 40, 256, "float16", True),
+    ("q4k", 40, 512, "bfloat16", True),
+    ("q4g64a", 64, 130, "float32", True),
+    ("q6k", 40, 256, "bfloat16", False),
+]
+MORE = [
+    ("q3g64", 40, 192, "bfloat16", False),
+    ("q8", 40, 67, "bfloat16", True),
+    ("nf4", 33, 128, "bfloat16", False),
+    ("fp8", 64, 72, "bfloat16", False),
+    ("mxfp4", 130, 40, "float16", False),
+    ("nf4f", 33, 128, "bfloat16", False),
+    ("q5g16o", 64, 104, "bfloat16", False),
+    ("q2g96afp", 40, 200, "bfloat16", True),
+    ("q8g32a", 64, 96, "float16", False),
+]
+
+
+def rounded_rows(x: np.ndarray) -> np.ndarray:
+    """float32 rows as the kernels round them, in float64."""
+    most = np.abs(x).max(-1, keepdims=True)
+    factor = np.where(most > 1e-30, 127 / np.maximum(most, 1e-30), 0).astype(np.float32)
+    return np.rint(x.astype(np.float64) * factor) * (most / np.float32(127)).astype(np.float64)
+
+
+def _slow(cases: list[Any]) -> list[Any]:
+    return [pytest.param(c, marks=pytest.mark.slow) for c in cases]
+
+
+def check(y: np.ndarray, expected: np.ndarray) -> None:
+    error = np.abs(y.astype(np.float64) - expected).max() / np.abs(expected).max()
+    assert error < 2e-6
+
+
+@pytest.mark.parametrize("preset", ["sm_90", pytest.param("sm_75", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", [*CASES, *_slow(MORE)], ids=lambda c: f"{c[0]}-{c[2]}-{c[3]}")
+def test_linear_matches_dequantized_weight(case: tuple[str, int, int, str, bool], preset: str) -> None:
+    scheme, n, k, dtype, bias = case
+    caps, rng = gpu(preset), np.random.default_rng(1)
+    layout = quant_layout(by_name(scheme), n, k, caps)
+    kernel = TOOLS.build(caps, k=quant_linear(QuantLinearConfig(n, layout, dtype, "float32", bias, 1), caps))[
+        "k"
+    ]
+    weight = random_weight(scheme, n, k)
+    packed = TOOLS.tensor(layout.pack(weight))
+    b = TOOLS.random(rng, (n,), dtype)
+    for rows in (1, 3, 37):
+        x = TOOLS.random(rng, (1, rows, k), dtype)
+        y = TOOLS.tensor(np.full((1, rows, n), np.nan, np.float32))
+        kernel(TOOLS.tensor(x), packed, *([TOOLS.tensor(b)] if bias else []), y)
+        expected = x[0].astype(np.float64) @ weight.dequantize().astype(np.float64).T
+        check(y.numpy()[0], expected + (b.astype(np.float64) if bias else 0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gate_and_residual(dtype: str) -> None:
+    n, k, caps = 50, 64, gpu()
+    weight = random_weight("q4g32", 2 * n, k)
+    layout = quant_layout(by_name("q4g32"), n, k, caps, gated=True)
+    cfg = QuantLinearConfig(n, layout, dtype, "float32", activation="relu", gated=True, has_residual=True)
+    kernel = TOOLS.build(caps, k=quant_linear(cfg, caps))["k"]
+    rng = np.random.default_rng(2)
+    packed = TOOLS.tensor(layout.pack(in_turns(weight, layout.n_block)))
+    for rows in (1, 9):
+        x, residual = (TOOLS.random(rng, (rows, size), dtype) for size in (k, n))
+        y = TOOLS.tensor(np.full((rows, n), np.nan, np.float32))
+        kernel(TOOLS.tensor(x), packed, TOOLS.tensor(residual), y)
+        both = x.astype(np.float64) @ weight.dequantize().astype(np.float64).T
+        check(y.numpy(), np.maximum(both[:, :n], 0) * both[:, n:] + residual.astype(np.float64))
+
+
+@pytest.mark.parametrize(
+    "scheme", ["q4g32", *_slow(["q8", "q6k", "nf4", "q4g64a", "q4k", "q2g96afp", "fp8"])]
+)
+def test_embedding(scheme: str) -> None:
+    n, k, caps = 70, 512 if scheme == "q4k" else 200, gpu()
+    layout = quant_layout(by_name(scheme), n, k, caps)
+    weight = random_weight(scheme, n, k)
+    kernel = TOOLS.build(caps, k=quant_embedding(QuantEmbeddingConfig(layout, "float32", lead=1), caps))["k"]
+    ids = np.array([[69, 0, 3, 33]], np.int32)
+    out = TOOLS.tensor(np.full((1, 4, k), np.nan, np.float32))
+    kernel(TOOLS.tensor(ids), TOOLS.tensor(layout.pack(weight)), out)
+    np.testing.assert_allclose(out.numpy(), weight.dequantize()[ids], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("preset", ["sm_90", pytest.param("sm_75", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("scheme", "k"), [("w4a8", 96), ("w8a8", 130)])
+def test_int8_activations(scheme: str, k: int, preset: str) -> None:
+    n, caps, rng = 70, gpu(preset), np.random.default_rng(3)
+    layout = quant_layout(by_name(scheme), n, k, caps)
+    kernel = TOOLS.build(
+        caps, k=quant_linear(QuantLinearConfig(n, layout, "bfloat16", "float32", True), caps)
+    )["k"]
+    weight = random_weight(scheme, n, k)
+    b = TOOLS.random(rng, (n,), "bfloat16")
+    for rows in (1, 5, 37):
+        x = TOOLS.random(rng, (rows, k), "bfloat16")
+        x[0] = 0
+        y = TOOLS.tensor(np.full((rows, n), np.nan, np.float32))
+        kernel(TOOLS.tensor(x), TOOLS.tensor(layout.pack(weight)), TOOLS.tensor(b), y)
+        rounded = rounded_rows(x.astype(np.float32))
+        check(y.numpy(), rounded @ weight.dequantize().astype(np.float64).T + b.astype(np.float64))
+
+
+# (scheme or "", dtype, ids' dtype, bias, preset)
+EXPERTS = [
+    ("", "bfloat16", "int64", True, "sm_90"),
+    ("q4g32", "bfloat16", "int32", True, "sm_90"),
+    ("w4a8", "bfloat16", "int64", False, "sm_90"),
+    *_slow(
+        [
+            ("", "float32", "int64", True, "sm_90"),
+            ("", "float16", "int64", False, "sm_75"),
+            ("mxfp4", "bfloat16", "int64", True, "sm_90"),
+            ("q2g96afp", "bfloat16", "int64", False, "sm_90"),
+            ("w8a8", "float32", "int64", True, "sm_75"),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize("case", EXPERTS, ids=lambda c: "-".join(map(str, c)))
+def test_experts(case: tuple[str, str, str, bool, str]) -> None:
+    scheme, dtype, ids_dtype, bias, preset = case
+    experts, n, k, caps, rng = 5, 40, 200, gpu(preset), np.random.default_rng(4)
+    if scheme:
+        layout: Any = quant_layout(by_name(scheme), n, k, caps)
+        cfg: Any = QuantExpertConfig(experts, layout, dtype, "float32", ids_dtype, bias)
+        weight = random_weight(scheme, experts, n, k)
+        values, packed = weight.dequantize(), layout.pack(weight)
+        func = quant_expert_linear(cfg, caps)
+    else:
+        layout = linear_layout(dtype, caps)
+        func = expert_linear(ExpertConfig(experts, n, k, dtype, dtype, "float32", ids_dtype, bias), caps)
+        values = TOOLS.random(rng, (experts, n, k), dtype)
+        packed = np.stack([layout.pack(v) for v in values])
+    kernel = TOOLS.build(caps, k=func)["k"]
+    b = TOOLS.random(rng, (experts, n), dtype)
+    for rows in (1, 7, 50):
+        x = TOOLS.random(rng, (rows, k), dtype)
+        ids = rng.integers(0, experts - 1, rows).astype(ids_dtype)  # the last one stays without rows
+        y = TOOLS.tensor(np.full((rows, n), np.nan, np.float32))
+        kernel(*map(TOOLS.tensor, (x, ids, packed, *([b] if bias else []))), y)
+        wide = rounded_rows(x.astype(np.float32)) if scheme.endswith("a8") else x.astype(np.float64)
+        expected = np.einsum("rk,rnk->rn", wide, values.astype(np.float64)[ids])
+        check(y.numpy(), expected + (b.astype(np.float64)[ids] if bias else 0))
