@@ -15,6 +15,7 @@ from llmc.pipeline import compile_model
 from tools.tiny_configs import tiny_model
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_loaded_artifact(tmp_path: Path) -> None:
     compile_model(tiny_model("llama", num_hidden_layers=1), tmp_path / "a", verify="off")
     here = llmc.load(tmp_path / "a")
