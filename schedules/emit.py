@@ -171,6 +171,16 @@ def loop(start: Any, stop: Any = None, **kw: Any) -> Any:
     return T.serial(i64(start), None if stop is None else i64(stop), **kw)
 
 
+@contextmanager
+def loop_or_once(turns: int) -> Iterator[Any]:
+    """A serial loop, or for one turn its body with the number 0."""
+    if turns == 1:
+        yield i64(0)
+        return
+    with loop(turns) as i:
+        yield i
+
+
 def parallel(extent: Any, caps: Capabilities) -> Any:
     """A loop split over the worker threads in contiguous pieces."""
     return T.parallel(i64(extent), annotations=import_text(caps))

@@ -12,6 +12,7 @@ from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.qlayout import QuantLayout
 
+_APART = 64  # bytes between rows: those of a tile would fall into the same few sets of a cache
 _SERIAL_ROWS = 2  # a parallel launch costs more than preparing this many rows
 # a float32 this large has no fraction: adding it rounds to the nearest integer, ties to even, into the lowest bits
 _ROUND = 1.5 * 2**23
@@ -49,7 +50,8 @@ def quantize_rows(
     A row of zeros (or of magnitudes below 1e-30) becomes zeros. A few rows are done serially, more over the threads.
     """
     k, padded, groups = layout.k, layout.padded_k, layout.groups
-    data = e.workspace(rows * padded, "int8")
+    stride = padded + _APART
+    data = e.workspace(rows * stride, "int8")
     scales = e.workspace(rows)
     starts = e.workspace(rows * groups, "int32")
 
@@ -66,7 +68,7 @@ def quantize_rows(
         with e.loop(groups) as g:
             at = e.let(g * layout.group)
             total = _round_group(
-                caps, in_dtype, source, begin + at, layout.group, inverse, data, r * padded + at
+                caps, in_dtype, source, begin + at, layout.group, inverse, data, r * stride + at
             )
             e.store(starts, r * groups + g, tirx.Cast("int32", total) * e.const("int32", -offset, 1), 1)
 
@@ -75,7 +77,7 @@ def quantize_rows(
             row(r)
         with T.Else(), e.parallel(rows, caps) as r:
             row(r)
-    return IntActivations(e.flat(data, rows * (padded // 4), "int32"), padded // 4, scales, starts)
+    return IntActivations(e.flat(data, rows * (stride // 4), "int32"), stride // 4, scales, starts)
 
 
 def _scale(caps: Capabilities, in_dtype: str, source: Any, begin: Any, size: int, scales: Any, r: Any) -> Any:

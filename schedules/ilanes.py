@@ -24,17 +24,17 @@ class LaneIntBlocks(IntBlocks):
         spare = self.caps.vector_registers - 2 * self.vectors
         return max(1, min(6, spare // (self.vectors * (2 if self.grouped else 1) + 1)))
 
-    def _unit(self, x: IntActivations, part: Vectors, unit: Any, columns: list[Any]) -> None:
+    def _unit(self, x: IntActivations, part: Vectors, unit: Any, at: Any, columns: list[Any]) -> None:
         words = UNIT // 8 if self.nibbles else UNIT // 4
         each = _QUADS // 2 if self.nibbles else _QUADS  # words of a register of activations
-        base = e.let(unit // 4)
+        base = e.let(unit // 4 + at)
 
         def turn(i: Any, sums: Vectors) -> Vectors:
             held = [e.let(e.load(x.data, c + i * _QUADS, _QUADS)) for c in columns]
             for w in range(each):
-                at = base + (i * each + w) * self.nb
-                for v in range(self.vectors):
-                    word = e.let(e.load(self.words, at + v * self.lanes, self.lanes))
+                line = base + (i * each + w) * self.nb
+                for v in range(len(sums[0])):
+                    word = e.let(e.load(self.words, line + v * self.lanes, self.lanes))
                     for h, quad in enumerate(self._quads(word)):
                         weights = self.dot.weights(quad)
                         for r, values in enumerate(held):
@@ -62,7 +62,7 @@ class LaneIntBlocks(IntBlocks):
             held = [e.let(e.load(x.data, base + q * _QUADS, _QUADS)) for base in bases]
             values = self._values(sums)
             for i in range(_QUADS):
-                for v in range(self.vectors):
+                for v in range(len(sums[0])):
                     at = begin + (q * _QUADS + i) * self.nb + v * lanes
                     weights = self.dot.weights(e.let(e.load(source, at, lanes)))
                     for r, row in enumerate(held):

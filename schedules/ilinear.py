@@ -23,8 +23,9 @@ from llmc.schedules.qlayout import UNIT, QuantLayout
 from llmc.schedules.qlinear import QuantLinearConfig
 
 FEW = 32  # up to so many rows unpack in registers
-_PIECE = 256  # columns of a pass: with 64 rows of bytes, half of a first-level cache
-_FEW_PIECE = 128  # the same when the next one is on its way into the cache
+_PIECE = 256  # columns of a pass: 64 outputs of bytes are half of a first-level cache
+_FEW_PIECE = 128  # the same of bytes when the next one is on its way into the cache
+_LINES = 128  # bytes of the next pass that a tile of many rows asks for
 
 Vectors = list[list[Any]]
 RowOf = Callable[[Any], Any]
@@ -63,12 +64,23 @@ class IntBlocks:
 
     @property
     def max_rows(self) -> int:
-        """Rows whose sums fit into the registers beside the weights of a step and a broadcast.
+        """Rows of a tile over all vectors of outputs: their sums fit into the registers beside a step's weights.
 
         With groups these are integer and float32 sums. Fewer rows, but no sums go through memory for every group.
         """
         spare = self.caps.vector_registers - (self.vectors + 1) * self.dot.registers
         return max(1, min(6, spare // (self.vectors * (2 if self.grouped else 1))))
+
+    @property
+    def _few_rows(self) -> int:
+        """Rows of a tile that unpacks codes on the way: many, over few vectors of outputs, so that it is done seldom."""
+        return self.caps.vector_registers // 4 if self.nibbles else self.max_rows
+
+    def _few_vectors(self, rows: int) -> int:
+        """Vectors of outputs of such a tile."""
+        if not self.nibbles:
+            return self.vectors
+        return next(v for v in (4, 2, 1) if self.vectors % v == 0 and (v * rows <= self._few_rows or v == 1))
 
     def rows(self, x: IntActivations, count: Any, most: int, base: Any, row_of: RowOf, write: Write) -> None:
         """Rows row_of(0 .. count - 1) times the block at byte `base`.
@@ -101,32 +113,61 @@ class IntBlocks:
             columns = e.let(T.min(e.i64(size), layout.padded_k - first))
 
             def tile_of(rows: int, start: Any) -> None:
-                index = [e.let(row_of(start + r)) for r in range(rows)]
-                bases = [e.let(i * x.stride + first // 4) for i in index]
-                sums = self._load(partial, start, rows)
+                width = self._few_vectors(rows)
+                with e.loop_or_once(self.vectors // width) as part_of:
+                    at = e.let(part_of * (width * self.lanes))
+                    self._few_tile(x, partial, start, rows, row_of, base, first, columns, at, width)
 
-                def units(part: Vectors, data: Any, columns: list[Any], count: Any) -> None:
-                    with e.loop(count) as u:
-                        unit = e.let(data + u * layout.unit_bytes)
-                        for line in range(0, layout.unit_bytes if self.prefetch else 0, 64):
-                            e.prefetch(self.codes.bytes, unit + self.prefetch + line)
-                        self._unit(x, part, unit, [e.let(c + u * (UNIT // 4)) for c in columns])
-
-                if self.grouped:
-                    starts = [e.let(i * layout.groups + first // layout.group) for i in index]
-                    with e.loop(columns // layout.group) as g:
-                        part = self._starts(x, [at + g for at in starts])
-                        data = e.let(base + (first // layout.group + g) * layout.group_bytes)
-                        at = [e.let(b + g * (layout.group // 4)) for b in bases]
-                        units(part, data, at, layout.group // UNIT)
-                        tail = e.let(data + layout.group // UNIT * layout.unit_bytes)
-                        self._scale(sums, part, lambda v: self.codes.scale(tail, v * self.lanes, self.lanes))
-                else:
-                    units(sums, e.let(base + first // UNIT * layout.unit_bytes), bases, columns // UNIT)
-                self._keep(partial, start, sums)
-
-            for_tiles(self.max_rows, count, tile_of)
+            for_tiles(self._few_rows, count, tile_of)
         self._finish(x, partial, count, base, row_of, write)
+
+    def _few_tile(
+        self,
+        x: IntActivations,
+        partial: Any,
+        start: Any,
+        rows: int,
+        row_of: RowOf,
+        base: Any,
+        first: Any,
+        columns: Any,
+        at: Any,
+        width: int,
+    ) -> None:
+        """Rows from `start` on times columns from `first` on of `width` vectors of outputs, from output `at` on."""
+        layout = self.layout
+        index = [e.let(row_of(start + r)) for r in range(rows)]
+        bases = [e.let(i * x.stride + first // 4) for i in index]
+        sums = self._load(partial, start, rows, at, width)
+        # a machine follows the stream of one row by itself; with more there is time to read the next pass, and jumps
+        ahead = (
+            self.prefetch if rows == 1 else max(self.prefetch, self._bytes_to(self._pass_columns(_FEW_PIECE)))
+        )
+
+        def units(part: Vectors, data: Any, columns: list[Any], count: Any) -> None:
+            with e.loop(count) as u:
+                unit = e.let(data + u * layout.unit_bytes)
+                for line in range(0, layout.unit_bytes * width // self.vectors if ahead else 0, 64):
+                    e.prefetch(self.codes.bytes, unit + part_line(line) + ahead)
+                self._unit(x, part, unit, at, [e.let(c + u * (UNIT // 4)) for c in columns])
+
+        def part_line(line: int) -> Any:
+            """Where a line of this part of a unit lies."""
+            size = 4 * width * self.lanes
+            return line // size * (4 * self.nb) + line % size + 4 * at
+
+        if self.grouped:
+            starts = [e.let(i * layout.groups + first // layout.group) for i in index]
+            with e.loop(columns // layout.group) as g:
+                part = self._starts(x, [s + g for s in starts], width)
+                data = e.let(base + (first // layout.group + g) * layout.group_bytes)
+                places = [e.let(b + g * (layout.group // 4)) for b in bases]
+                units(part, data, places, layout.group // UNIT)
+                tail = e.let(data + layout.group // UNIT * layout.unit_bytes)
+                self._scale(sums, part, lambda v: self.codes.scale(tail, at + v * self.lanes, self.lanes))
+        else:
+            units(sums, e.let(base + first // UNIT * layout.unit_bytes), bases, columns // UNIT)
+        self._keep(partial, start, sums, at)
 
     def many(self, x: IntActivations, count: Any, most: int, base: Any, row_of: RowOf, write: Write) -> None:
         """As `few`, with 4-bit codes of a pass unpacked into the first-level cache once for all rows."""
@@ -143,6 +184,9 @@ class IntBlocks:
                 index = [e.let(row_of(start + r)) for r in range(rows)]
                 bases = [e.let(i * x.stride + first // 4) for i in index]
                 sums = self._load(partial, start, rows)
+                after = base + self._bytes_to(first + size) + start // self.max_rows * _LINES
+                for line in range(0, _LINES, 64):
+                    e.prefetch(self.codes.bytes, after + line)
                 if self.grouped:
                     groups = [e.let(i * layout.groups + first // layout.group) for i in index]
                     self._tile(x, sums, bases, groups, piece, columns // layout.group)
@@ -152,6 +196,13 @@ class IntBlocks:
 
             for_tiles(self.max_rows, count, tile_of)
         self._finish(x, partial, count, base, row_of, write)
+
+    def _bytes_to(self, column: Any) -> Any:
+        """Where a column that begins a group (without groups: a unit) lies in a block."""
+        each, size = (
+            (self.layout.group, self.layout.group_bytes) if self.grouped else (UNIT, self.layout.unit_bytes)
+        )
+        return column // each * size
 
     def _pass_columns(self, columns: int) -> Any:
         """At least a group."""
@@ -167,21 +218,20 @@ class IntBlocks:
                 e.store(partial, r * self.nb + v * self.lanes, start, self.lanes)
         return partial
 
-    def _load(self, partial: Any, start: Any, rows: int) -> Vectors:
-        sums = self._scratch(rows, str(partial.dtype))
+    def _load(self, partial: Any, start: Any, rows: int, first: Any = 0, width: int = 0) -> Vectors:
+        """Sums of some rows and of `width` vectors (0 = all) of outputs from `first` on."""
+        sums = self._scratch(rows, str(partial.dtype), width)
         for r, row in enumerate(sums):
             for v, vector in enumerate(row):
-                e.store(
-                    vector, 0, e.load(partial, (start + r) * self.nb + v * self.lanes, self.lanes), self.lanes
-                )
+                at = (start + r) * self.nb + first + v * self.lanes
+                e.store(vector, 0, e.load(partial, at, self.lanes), self.lanes)
         return sums
 
-    def _keep(self, partial: Any, start: Any, sums: Vectors) -> None:
+    def _keep(self, partial: Any, start: Any, sums: Vectors, first: Any = 0) -> None:
         for r, row in enumerate(sums):
             for v, vector in enumerate(row):
-                e.store(
-                    partial, (start + r) * self.nb + v * self.lanes, e.load(vector, 0, self.lanes), self.lanes
-                )
+                at = (start + r) * self.nb + first + v * self.lanes
+                e.store(partial, at, e.load(vector, 0, self.lanes), self.lanes)
 
     def _finish(
         self, x: IntActivations, partial: Any, count: Any, base: Any, row_of: RowOf, write: Write
@@ -200,22 +250,25 @@ class IntBlocks:
                 e.store(vector, 0, value * factor, self.lanes)
             write(acc, [row])
 
-    def _starts(self, x: IntActivations, at: list[Any]) -> Vectors:
+    def _starts(self, x: IntActivations, at: list[Any], width: int = 0) -> Vectors:
         """Integer sums of a group before its first product."""
         values = [e.let(e.splat(x.starts[i], self.lanes)) for i in at]
-        part = self._scratch(len(at), "int32")
+        part = self._scratch(len(at), "int32", width)
         self._store(part, [[values[r]] * len(row) for r, row in enumerate(part)])
         return part
 
-    def _unit(self, x: IntActivations, part: Vectors, unit: Any, columns: list[Any]) -> None:
-        """part plus a unit's products; more than one row takes its words in a loop: less code."""
+    def _unit(self, x: IntActivations, part: Vectors, unit: Any, at: Any, columns: list[Any]) -> None:
+        """part plus a unit's products, outputs from `at` on; more than one row takes its words in a loop: less code."""
         words = UNIT // 8 if self.nibbles else UNIT // 4
-        base = e.let(unit // 4)
+        base = e.let(unit // 4 + at)
         if len(columns) == 1:
             sums = [[e.load(vector, 0, self.lanes) for vector in row] for row in part]
             for j in range(words):
                 sums = self._word(x, sums, base, columns, j)
             self._store(part, sums)
+            return
+        if not self.nibbles:
+            self._products(x, part, columns, self.words, base, words)
             return
         with e.loop(words) as j:
             sums = [[e.load(vector, 0, self.lanes) for vector in row] for row in part]
@@ -226,7 +279,7 @@ class IntBlocks:
         quads = 2 if self.nibbles else 1
         spread = [[self.dot.activations(x.data[c + (j * quads + h)]) for h in range(quads)] for c in columns]
         out: Vectors = [[] for _ in columns]
-        for v in range(self.vectors):
+        for v in range(len(sums[0])):
             word = e.let(e.load(self.words, base + j * self.nb + v * self.lanes, self.lanes))
             parts = [self.dot.weights(w) for w in self._quads(word)]
             for r in range(len(columns)):
@@ -302,14 +355,14 @@ class IntBlocks:
 
     def _scale(self, acc: Vectors, part: Vectors, scale: Callable[[int], Any]) -> None:
         """acc += part * scale."""
-        for v in range(self.vectors):
+        for v in range(len(acc[0])):
             factor = e.let(scale(v))
             for total, sums in zip(acc, part, strict=True):
                 value = tirx.Cast(e.vec("float32", self.lanes), e.load(sums[v], 0, self.lanes)) * factor
                 e.store(total[v], 0, e.load(total[v], 0, self.lanes) + value, self.lanes)
 
-    def _scratch(self, rows: int, dtype: str) -> Vectors:
-        return [[e.scratch(self.lanes, dtype) for _ in range(self.vectors)] for _ in range(rows)]
+    def _scratch(self, rows: int, dtype: str, width: int = 0) -> Vectors:
+        return [[e.scratch(self.lanes, dtype) for _ in range(width or self.vectors)] for _ in range(rows)]
 
     def _store(self, vectors: Vectors, values: Vectors) -> None:
         for row, new in zip(vectors, values, strict=True):
@@ -384,16 +437,20 @@ def int_linear(cfg: QuantLinearConfig, caps: Capabilities) -> Any:
             def write(block: Any, acc: Vectors, rows: list[Any]) -> None:
                 work.store(acc, epilogue, rows, block, yf, bf, rf)
 
-            row_blocks = (t + (cfg.t_block - 1)) // cfg.t_block
+            # tasks of equal numbers of whole tiles
+            tile = work.max_rows
+            most = -(-cfg.t_block // tile) * tile
+            row_blocks = e.let((t + (most - 1)) // most)
+            each = e.let(((t + row_blocks - 1) // row_blocks + (tile - 1)) // tile * tile)
             with work.parallel(layout.blocks * row_blocks) as task:
                 block = e.let(task // row_blocks)
-                first = e.let(task % row_blocks * cfg.t_block)
-                count = e.let(T.min(e.i64(cfg.t_block), t - first))
+                first = e.let(task % row_blocks * each)
+                count = e.let(T.max(e.i64(0), T.min(each, t - first)))
                 base = e.let(block * work.block_bytes)
                 work.rows(
                     rounded,
                     count,
-                    cfg.t_block,
+                    most,
                     base,
                     lambda r: first + r,
                     lambda acc, rows: write(block, acc, rows),

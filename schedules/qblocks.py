@@ -7,10 +7,8 @@ piece of columns with one scale is summed up in registers, and then added, scale
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -18,17 +16,19 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.layout import BlockedLayout
-from llmc.schedules.linear import MicroKernel
+from llmc.schedules.linear import MicroKernel, for_tiles
 from llmc.schedules.matrix_tile import multiply_bf16
 from llmc.schedules.qactivations import Activations, prepare
 from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
 
-_CHUNK = 512  # columns that many rows share unpacked
-_SIZES = (1, 2, 4, 8)
-_LONG = 128  # columns of a piece from which on totals need not be in registers
-_ROW_MAJOR = 4  # so many rows are read where they are; more would fall into the same cache sets
+ROWS = 8  # of a tile of many rows, at most
+FEW = 48  # up to so many rows unpack in registers
+_CHUNK = 512  # columns of bf16 that many rows share unpacked: of a vector, half of a first-level cache
+_PASS = 256  # columns that the first-level cache holds for few rows
+_LINES = 128  # bytes of the next chunk that a tile of many rows asks for
 
+RowOf = Callable[[Any], Any]
 Write = Callable[[MicroKernel, list[list[Any]], list[Any]], None]
 
 
@@ -37,7 +37,8 @@ class Unpacked:
     """Pieces of a block as floats.
 
     Attributes:
-        data: [pieces, steps, n_block]; bf16 pairs as int32, or float32.
+        data: [vectors, at most `part` / lanes steps, lanes]; bf16 pairs as int32, or float32.
+        part: elements from a vector to the next.
         scales, shifts: float32 [pieces, n_block].
         steps: of a piece.
         first: the number of the first piece.
@@ -45,6 +46,7 @@ class Unpacked:
     """
 
     data: Any
+    part: int
     scales: Any
     shifts: Any | None
     steps: int
@@ -86,22 +88,14 @@ class QuantBlocks:
         # steps of a piece
         self.steps = self.codes.steps * layout.piece // UNIT
         self.dot = in_dtype == "bfloat16" and self.codes.by_pairs
-        # accumulators that leave room for weights, a row's value, tables
-        fit = caps.vector_registers * 3 // 4
-        self.sizes = [size for size in _SIZES if size <= fit]
-
-    @property
-    def row_major(self) -> list[int]:
-        """Sizes for `few` on rows that lie one after the other."""
-        return [size for size in self.sizes if size <= _ROW_MAJOR]
 
     def parallel(self, extent: Any) -> Any:
         """e.parallel with the functions that unpacking needs."""
         return T.parallel(e.i64(extent), annotations=self.codes.import_text())
 
-    def prepare(self, side: int = 0) -> Activations:
-        """x, converted, padded and reordered if need be; with `side`, its rows (at most so many) side by side."""
-        return prepare(self.codes, self.x, self.rows, self.in_dtype, self.dot, side, self._order_of)
+    def prepare(self) -> Activations:
+        """x, converted, padded and reordered if need be."""
+        return prepare(self.codes, self.x, self.rows, self.in_dtype, self.dot, self._order_of)
 
     def _order_of(self, r: Any) -> Any:
         """Where the order of the inputs that row r of x is multiplied with begins, in elements."""
@@ -116,110 +110,160 @@ class QuantBlocks:
         dtype = "bfloat16" if x.dot else "float32"
         return MicroKernel(self.caps, layout, dtype, self.layout.padded_k, x.data, scratch, 0)
 
-    def few(self, x: Activations, size: int, rows: list[Any], count: Any, base: Any, write: Write) -> None:
-        """`count` rows of x times the block whose bytes begin at `base`.
-
-        Args:
-            size: rows that are multiplied, one of `sizes`, at least `count`.
-            rows: their numbers; those past `count` are multiplied too, but not written. Unused if x is side by side.
-            write: gets (micro-kernel, accumulators, [index into rows]) of each row once it is complete.
-        """
-        lanes, nb, codes = self.lanes, self.layout.n_block, self.codes
-        width = max(v for v in (1, 2, 4) if self.vectors % v == 0 and (v * size <= self._fit() or v == 1))
-        totals = e.scratch(size * nb)
-        for at in range(0, size * nb, lanes):
-            e.store(totals, at, e.splat(0.0, lanes), lanes)
-        starts = [] if x.side else [e.let(row * x.stride) for row in rows]
-        step_columns = codes.each * (1 if x.dot else 2)
-
-        def column(r: int, at: Any) -> Any:
-            return x.data[at * x.side + r] if x.side else x.data[starts[r] + at]
-
-        with e.loop(self.pieces) as p:
-            place = codes.place(base, p)
-            with _loop_or_once(self.vectors // width) as part_of:
-                row = e.let(part_of * (width * lanes)) if width < self.vectors else e.i64(0)
-                part = [[e.scratch(lanes) for _ in range(width)] for _ in range(size)]
-                for vector in (v for r in part for v in r):
-                    e.store(vector, 0, e.splat(0.0, lanes), lanes)
-                with e.loop(self.steps) as s:
-                    step = codes.step(place, s, row, width)
-                    self._prefetch(place, s, part_of, self.vectors // width)
-                    first = e.let((p * self.steps + s) * step_columns)
-                    # chains of values, not of stores: a quarter of the statements, which passes over TIR are slow at
-                    sums = [[e.load(vector, 0, lanes) for vector in r] for r in part]
-                    for i in codes.turns:
-                        if x.dot:
-                            a = [e.let(e.splat(column(r, first + i), lanes)) for r in range(size)]
-                            pairs = [e.let(step.pairs(i, v)) for v in range(width)]
-                            sums = [
-                                [e.let(e.dot_bf16(sums[r][v], a[r], pairs[v])) for v in range(width)]
-                                for r in range(size)
-                            ]
-                            continue
-                        values = [[e.let(f) for f in step.floats(i, v)] for v in range(width)]
-                        for h in (0, 1):
-                            a = [e.let(e.splat(column(r, first + 2 * i + h), lanes)) for r in range(size)]
-                            sums = [
-                                [e.let(sums[r][v] + a[r] * values[v][h]) for v in range(width)]
-                                for r in range(size)
-                            ]
-                    for r in range(size):
-                        for v in range(width):
-                            e.store(part[r][v], 0, sums[r][v], lanes)
-                for v in range(width):
-                    at = e.let(row + v * lanes)
-                    scale = e.let(codes.scale(place.scales, at, lanes, place.tops))
-                    shift = e.let(codes.shift(place, at, lanes, scale)) if x.sums is not None else None
-                    for r in range(size):
-                        value = e.load(part[r][v], 0, lanes) * scale
-                        if shift is not None:
-                            number = r if x.side else rows[r]
-                            value = value + shift * e.splat(x.sums[number * self.pieces + p], lanes)
-                        to = r * nb + at
-                        e.store(totals, to, e.load(totals, to, lanes) + value, lanes)
-        self._write_rows(self.micro(x, codes.bytes), totals, count, write)
-
-    def _fit(self) -> int:
-        # 16-byte registers: tables are several of them
-        return self.caps.vector_registers * (3 if self.lanes == 4 else 5) // 8
-
-    def _prefetch(self, place: Any, s: Any, part: Any, parts: int) -> None:
-        """Ask for the share of the stream that a step stands for."""
-        if not self.prefetch:
-            return
-        size = self.layout.unit_bytes // self.codes.steps // parts
-        at = e.let(place.units + ((place.step + s) * parts + part) * size + self.prefetch)
-        for line in range(0, size, 64):
-            e.prefetch(self.codes.bytes, at + line)
-
-    def many(
-        self, x: Activations, count: Any, most: int, base: Any, row_of: Callable[[Any], Any], write: Write
-    ) -> None:
-        """Rows row_of(0 .. count - 1) times the block at `base`: columns are unpacked once for all of them.
+    def multiply(self, x: Activations, count: Any, most: int, base: Any, row_of: RowOf, write: Write) -> None:
+        """Rows row_of(0 .. count - 1) of x times the block whose bytes begin at `base`.
 
         Args:
             most: upper bound of count.
-            write: as for `few`.
+            write: gets (micro-kernel, accumulators, [row]) of each row once it is complete.
+        """
+        with T.If(count <= FEW):
+            with T.Then():
+                self.few(x, count, min(most, FEW), base, row_of, write)
+            with T.Else():
+                self.many(x, count, most, base, row_of, write)
+
+    def few(self, x: Activations, count: Any, most: int, base: Any, row_of: RowOf, write: Write) -> None:
+        """Rows row_of(0 .. count - 1) of x times the block whose bytes begin at `base`; codes unpacked in registers.
+
+        Columns are taken in passes that the first-level cache holds for the further tiles of rows.
+        """
+        lanes, nb = self.lanes, self.layout.n_block
+        totals = self._new_totals(count, most)
+        per_pass = max(1, _PASS // self.layout.piece)
+        with e.loop(-(-self.pieces // per_pass)) as c:
+            first = e.let(c * per_pass)
+            inside = e.let(T.min(e.i64(per_pass), self.pieces - first))
+
+            def tile_of(rows: int, start: Any) -> None:
+                index = [e.let(row_of(start + r)) for r in range(rows)]
+                width = next(
+                    v for v in (4, 2, 1) if self.vectors % v == 0 and (v * rows <= self._few_rows or v == 1)
+                )
+                with e.loop_or_once(self.vectors // width) as part_of:
+                    at = e.let(part_of * (width * lanes))
+                    self._few_tile(
+                        x, index, base, (first, inside), (at, width), totals, e.let(start * nb + at)
+                    )
+
+            for_tiles(self._few_rows, count, tile_of)
+        self._write_rows(self.micro(x, self.codes.bytes), totals, count, row_of, write)
+
+    def _new_totals(self, count: Any, most: int) -> Any:
+        """Zeros, float32 [count, n_block]."""
+        totals = e.workspace(most * self.layout.n_block)
+        with e.loop(count * self.vectors) as i:
+            e.store(totals, i * self.lanes, e.splat(0.0, self.lanes), self.lanes)
+        return totals
+
+    @property
+    def _few_rows(self) -> int:
+        """Rows of a tile that unpacks codes on the way: sums and totals of a vector of outputs each."""
+        return self.caps.vector_registers // 4
+
+    def _few_tile(
+        self,
+        x: Activations,
+        rows: list[Any],
+        base: Any,
+        pieces: tuple[Any, Any],
+        outputs: tuple[Any, int],
+        totals: Any,
+        to: Any,
+    ) -> None:
+        """Adds rows times a range of pieces to their totals.
+
+        Args:
+            rows: of x.
+            pieces: the first one and how many.
+            outputs: the first one and how many vectors.
+            to: where the totals of the first row and output are.
+        """
+        lanes, nb, codes = self.lanes, self.layout.n_block, self.codes
+        (first, inside), (row, width) = pieces, outputs
+        all_ = [(r, v) for r in range(len(rows)) for v in range(width)]
+        total = {rv: e.scratch(lanes) for rv in all_}
+        part = {rv: e.scratch(lanes) for rv in all_}
+        for r, v in all_:
+            e.store(total[r, v], 0, e.load(totals, to + r * nb + v * lanes, lanes), lanes)
+        starts = [e.let(r * x.stride) for r in rows]
+        # with more than one row there is time to read the next pass
+        ahead = (
+            self.prefetch
+            if len(rows) == 1
+            else max(self.prefetch, self._bytes_of(max(1, _PASS // self.layout.piece)))
+        )
+        step_columns = codes.each * (1 if x.dot else 2)
+        with e.loop(inside) as q:
+            p = e.let(first + q)
+            place = codes.place(base, p)
+            for rv in all_:
+                e.store(part[rv], 0, e.splat(0.0, lanes), lanes)
+            with e.loop(self.steps) as s:
+                step = codes.step(place, s, row, width)
+                self._prefetch(place, s, row, width, ahead)
+                at = e.let((p * self.steps + s) * step_columns)
+                # chains of values, not of stores: a quarter of the statements, which passes over TIR are slow at
+                sums = {rv: e.load(part[rv], 0, lanes) for rv in all_}
+                for i in codes.turns:
+                    for h, values in enumerate(self._values(x, step, i)):
+                        column = i if x.dot else 2 * i + h
+                        for r, start in enumerate(starts):
+                            a = e.let(e.splat(x.data[start + at + column], lanes))
+                            for v in range(width):
+                                old = sums[r, v]
+                                new = e.dot_bf16(old, values[v], a) if x.dot else old + a * values[v]
+                                sums[r, v] = e.let(new)
+                for rv in all_:
+                    e.store(part[rv], 0, sums[rv], lanes)
+            for v in range(width):
+                output = e.let(row + v * lanes)
+                scale = e.let(codes.scale(place.scales, output, lanes, place.tops))
+                shift = e.let(codes.shift(place, output, lanes, scale)) if x.sums is not None else None
+                for r, number in enumerate(rows):
+                    value = e.load(total[r, v], 0, lanes) + e.load(part[r, v], 0, lanes) * scale
+                    if shift is not None:
+                        value = value + shift * e.splat(x.sums[number * self.pieces + p], lanes)
+                    e.store(total[r, v], 0, value, lanes)
+        for r, v in all_:
+            e.store(totals, to + r * nb + v * lanes, e.load(total[r, v], 0, lanes), lanes)
+
+    def _values(self, x: Activations, step: Any, i: int) -> list[list[Any]]:
+        """Column pair i of a step for each of its vectors: once as pairs, or its even and its odd column."""
+        if x.dot:
+            return [[e.let(step.pairs(i, v)) for v in range(step.vectors)]]
+        both = [[e.let(f) for f in step.floats(i, v)] for v in range(step.vectors)]
+        return [[values[h] for values in both] for h in (0, 1)]
+
+    def _bytes_of(self, pieces: int) -> int:
+        """About the bytes of so many pieces of a block."""
+        return self.block_bytes * pieces // self.pieces
+
+    def _prefetch(self, place: Any, s: Any, row: Any, width: int, ahead: int) -> None:
+        """Ask for the share of the stream that a step of `width` vectors from output `row` on stands for."""
+        if not ahead:
+            return
+        size = self.layout.unit_bytes // self.codes.steps
+        at = e.let(place.units + (place.step + s) * size + row * size // self.layout.n_block + ahead)
+        for line in range(0, size * width // self.vectors, 64):
+            e.prefetch(self.codes.bytes, at + line)
+
+    def many(self, x: Activations, count: Any, most: int, base: Any, row_of: RowOf, write: Write) -> None:
+        """As `few`, but columns are unpacked into the second-level cache once for all rows.
+
+        Rows are multiplied with one vector of outputs at a time, whose columns the first-level cache holds.
         """
         layout, lanes, nb, codes = self.layout, self.lanes, self.layout.n_block, self.codes
         steps = layout.piece // 2 if x.dot else layout.piece
-        per_chunk = min(self.pieces, max(1, _CHUNK // layout.piece))
-        unpacked = e.workspace(per_chunk * steps * nb, "int32" if x.dot else "float32")
+        per_chunk = min(self.pieces, max(1, (_CHUNK if x.dot else _CHUNK // 2) // layout.piece))
+        part = per_chunk * steps * lanes
+        unpacked = e.workspace(self.vectors * part, "int32" if x.dot else "float32")
         scales = e.workspace(per_chunk * nb)
         shifts = e.workspace(per_chunk * nb) if x.sums is not None else None
         micro = self.micro(x, unpacked)
-        # long pieces have no totals in registers, and so place for twice as many vectors
-        width = self.vectors if layout.piece >= _LONG else -(-self.vectors // 2)
-        in_registers = self.vectors if layout.piece >= _LONG else 2 * width
-        # sums, totals, weights, a row's value; 6 rows with 32 registers
-        tile = (self.caps.vector_registers - width - 2) // in_registers // 2 * 2
-        if x.dot and self.caps.has_bf16_mma:
-            tile = min(tile, 4)  # operands of two rows and two outputs take registers too
-        totals = e.workspace(-(-most // tile) * tile * nb)
-        tiles = e.let((count + (tile - 1)) // tile)
-        with e.loop(tiles * (tile * self.vectors)) as i:
-            e.store(totals, i * lanes, e.splat(0.0, lanes), lanes)
+        # sums and totals, beside the weights and a row's value
+        tile = min(ROWS, (self.caps.vector_registers - 3) // 2)
+        totals = self._new_totals(count, most)
         with e.loop(-(-self.pieces // per_chunk)) as c:
             first = e.let(c * per_chunk)
             inside = (
@@ -228,7 +272,7 @@ class QuantBlocks:
             with e.loop(inside) as q:
                 place = codes.place(base, e.let(first + q))
                 with e.loop(self.steps) as s:
-                    self._unpack(x, unpacked, place, s, e.let(q * steps * nb))
+                    self._unpack(x, unpacked, place, s, e.let(q * steps * lanes), part)
                 for v in range(self.vectors):
                     scale = e.let(codes.scale(place.scales, v * lanes, lanes, place.tops))
                     e.store(scales, q * nb + v * lanes, scale, lanes)
@@ -236,106 +280,76 @@ class QuantBlocks:
                         e.store(
                             shifts, q * nb + v * lanes, codes.shift(place, v * lanes, lanes, scale), lanes
                         )
-            with e.loop(tiles) as i:
-                # the last tile is filled up with its last row, whose further totals are not used
-                rows = [e.let(row_of(T.min(i * tile + r, count - 1))) for r in range(tile)]
-                for v in range(0, self.vectors, width):
-                    at = e.let(i * (tile * nb) + v * lanes)
-                    kept = Unpacked(unpacked, scales, shifts, steps, first, inside)
-                    self._tile(x, kept, rows, v, min(width, self.vectors - v), totals, at)
-        self._write_rows(micro, totals, count, write)
+            kept = Unpacked(unpacked, part, scales, shifts, steps, first, inside)
+            with e.loop_or_once(self.vectors) as v:
+                ahead = e.let(base + (first + per_chunk) * self._bytes_of(1) + v * (count // tile * _LINES))
 
-    def _tile(
-        self, x: Activations, kept: Unpacked, rows: list[Any], first: int, width: int, totals: Any, at: Any
-    ) -> None:
-        """Some rows times `width` vectors of unpacked columns, from vector `first` on, added to the totals at `at`.
+                def tile_of(rows: int, start: Any, v: Any = v, ahead: Any = ahead, kept: Any = kept) -> None:
+                    index = [e.let(row_of(start + r)) for r in range(rows)]
+                    for line in range(0, _LINES, 64):
+                        e.prefetch(codes.bytes, ahead + start // tile * _LINES + line)
+                    self._tile(x, kept, index, v, totals, e.let(start * nb + v * lanes))
 
-        Totals stay in registers too, unless pieces are long: stores take more time than the products of a short piece.
+                for_tiles(tile, count, tile_of)
+        self._write_rows(micro, totals, count, row_of, write)
+
+    def _tile(self, x: Activations, kept: Unpacked, rows: list[Any], v: Any, totals: Any, at: Any) -> None:
+        """Some rows times vector v of unpacked columns, added to the totals at `at`.
+
+        Totals stay in registers too: stores take more time than the products of a short piece.
         """
         lanes, nb = self.lanes, self.layout.n_block
-        all_ = [(r, v) for r in range(len(rows)) for v in range(width)]
-        total = {rv: e.scratch(lanes) for rv in all_ if self.layout.piece < _LONG}
-        part = {rv: e.scratch(lanes) for rv in all_}
-        for r, v in total:
-            e.store(total[r, v], 0, e.load(totals, at + r * nb + v * lanes, lanes), lanes)
+        total = [e.scratch(lanes) for _ in rows]
+        part = [e.scratch(lanes) for _ in rows]
+        for r, vector in enumerate(total):
+            e.store(vector, 0, e.load(totals, at + r * nb, lanes), lanes)
+        bases = [e.let(row * x.stride + kept.first * kept.steps) for row in rows]
         with e.loop(kept.pieces) as q:
-            for rv in all_:
-                e.store(part[rv], 0, e.splat(0.0, lanes), lanes)
-            starts = [e.let(row * x.stride + (kept.first + q) * kept.steps) for row in rows]
-            base = e.let((q * kept.steps) * nb + first * lanes)
-            if x.dot and self.caps.has_bf16_mma:  # a piece has an even number of steps
+            for vector in part:
+                e.store(vector, 0, e.splat(0.0, lanes), lanes)
+            starts = [e.let(start + q * kept.steps) for start in bases]
+            base = e.let(v * kept.part + q * (kept.steps * lanes))
+            if x.dot and self.caps.has_bf16_mma and len(rows) > 1:  # a piece has an even number of steps
                 multiply_bf16(
-                    [[part[r, v] for v in range(width)] for r in range(len(rows))],
+                    [[vector] for vector in part],
                     kept.steps,
                     lambda r, s, at=starts: e.load(x.data, at[r] + s, 2),
-                    lambda s, v, at=base: e.load(kept.data, at + s * nb + v * lanes, lanes),
+                    lambda s, v, at=base: e.load(kept.data, at + s * lanes, lanes),
                 )
             else:
                 with e.loop(kept.steps) as s:
-                    weights = [
-                        e.let(e.load(kept.data, base + s * nb + v * lanes, lanes)) for v in range(width)
-                    ]
-                    for r, start in enumerate(starts):
+                    weights = e.let(e.load(kept.data, base + s * lanes, lanes))
+                    for vector, start in zip(part, starts, strict=True):
                         a = e.let(e.splat(x.data[start + s], lanes))
-                        for v in range(width):
-                            old = e.load(part[r, v], 0, lanes)
-                            new = e.dot_bf16(old, a, weights[v]) if x.dot else old + a * weights[v]
-                            e.store(part[r, v], 0, new, lanes)
-            for v in range(width):
-                to = e.let(q * nb + (first + v) * lanes)
-                scale = e.let(e.load(kept.scales, to, lanes))
-                shift = None if kept.shifts is None else e.let(e.load(kept.shifts, to, lanes))
-                for r, row in enumerate(rows):
-                    buffer, index = (total[r, v], 0) if total else (totals, e.let(at + r * nb + v * lanes))
-                    value = e.load(buffer, index, lanes) + e.load(part[r, v], 0, lanes) * scale
-                    if shift is not None:
-                        number = row * self.pieces + kept.first + q
-                        value = value + shift * e.splat(x.sums[number], lanes)
-                    e.store(buffer, index, value, lanes)
-        for r, v in total:
-            e.store(totals, at + r * nb + v * lanes, e.load(total[r, v], 0, lanes), lanes)
+                        old = e.load(vector, 0, lanes)
+                        new = e.dot_bf16(old, weights, a) if x.dot else old + a * weights
+                        e.store(vector, 0, new, lanes)
+            to = e.let(q * nb + v * lanes)
+            scale = e.let(e.load(kept.scales, to, lanes))
+            shift = None if kept.shifts is None else e.let(e.load(kept.shifts, to, lanes))
+            for r, row in enumerate(rows):
+                value = e.load(total[r], 0, lanes) + e.load(part[r], 0, lanes) * scale
+                if shift is not None:
+                    number = row * self.pieces + kept.first + q
+                    value = value + shift * e.splat(x.sums[number], lanes)
+                e.store(total[r], 0, value, lanes)
+        for r, vector in enumerate(total):
+            e.store(totals, at + r * nb, e.load(vector, 0, lanes), lanes)
 
-    def _unpack(self, x: Activations, to: Any, place: Any, s: Any, at: Any) -> None:
-        """A step of a piece, as the micro-kernel reads it; the piece begins at `at`."""
-        lanes, nb, codes = self.lanes, self.layout.n_block, self.codes
+    def _unpack(self, x: Activations, to: Any, place: Any, s: Any, at: Any, part: int) -> None:
+        """A step of a piece, as _tile reads it; the piece begins at `at`, vectors are `part` elements apart."""
+        lanes, codes = self.lanes, self.codes
         step = codes.step(place, s, 0, self.vectors)
         for i in codes.turns:
-            for v in range(self.vectors):
-                values = [step.pairs(i, v)] if x.dot else step.floats(i, v)
-                for h, value in enumerate(values):
-                    line = (s * codes.each + i) * len(values) + h
-                    e.store(to, at + line * nb + v * lanes, value, lanes)
+            for h, values in enumerate(self._values(x, step, i)):
+                line = (s * codes.each + i) * (1 if x.dot else 2) + h
+                for v, value in enumerate(values):
+                    e.store(to, v * part + at + line * lanes, value, lanes)
 
-    def _write_rows(self, micro: MicroKernel, totals: Any, count: Any, write: Write) -> None:
+    def _write_rows(self, micro: MicroKernel, totals: Any, count: Any, row_of: RowOf, write: Write) -> None:
         nb, lanes = self.layout.n_block, self.lanes
         with e.loop(count) as r:
             acc = micro.new_accumulators(1)
             for v in range(self.vectors):
                 e.store(acc[0][v], 0, e.load(totals, r * nb + v * lanes, lanes), lanes)
-            write(micro, acc, [r])
-
-
-def choose(ways: Sequence[tuple[int, Callable[[], None]]], count: Any, otherwise: Callable[[], None]) -> None:
-    """The first way whose bound (ascending) is at least `count`, or else the other one."""
-    if not ways:
-        otherwise()
-        return
-    with T.If(count <= ways[0][0]):
-        with T.Then():
-            ways[0][1]()
-        with T.Else():
-            choose(ways[1:], count, otherwise)
-
-
-def by_size(sizes: Sequence[int], count: Any, body: Callable[[int], None]) -> None:
-    """body(size) for the smallest of the ascending sizes that is at least `count`; the largest is."""
-    choose([(size, partial(body, size)) for size in sizes[:-1]], count, partial(body, sizes[-1]))
-
-
-@contextmanager
-def _loop_or_once(turns: int) -> Iterator[Any]:
-    if turns == 1:
-        yield e.i64(0)
-        return
-    with e.loop(turns) as i:
-        yield i
+            write(micro, acc, [e.let(row_of(r))])

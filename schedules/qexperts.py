@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -12,7 +11,7 @@ from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.experts import sort_rows
 from llmc.schedules.linear import MicroKernel, write_rows
-from llmc.schedules.qblocks import QuantBlocks, choose
+from llmc.schedules.qblocks import QuantBlocks
 from llmc.schedules.qlayout import QuantLayout
 
 _ROWS = 240  # rows of an expert that are taken together
@@ -87,29 +86,8 @@ def quant_expert_linear(cfg: QuantExpertConfig, caps: Capabilities) -> Any:
                 def write(micro: MicroKernel, acc: list[list[Any]], at: list[Any]) -> None:
                     write_rows(micro, acc, at, block, n, bf, cfg.in_dtype, yf, cfg.out_dtype, expert * n)
 
-                def times(size: int) -> None:
-                    at = [e.let(order[T.min(first + r, end - 1)]) for r in range(size)]
-                    work.few(
-                        values,
-                        size,
-                        at,
-                        e.let(end - first),
-                        base,
-                        lambda micro, acc, r: write(micro, acc, [e.let(order[first + r[0]])]),
-                    )
-
-                def many() -> None:
-                    with e.loop((end - first + (_ROWS - 1)) // _ROWS) as part:
-                        start = e.let(first + part * _ROWS)
-                        size = e.let(T.min(e.i64(_ROWS), end - start))
-                        work.many(
-                            values,
-                            size,
-                            _ROWS,
-                            base,
-                            lambda r: order[start + r],
-                            lambda micro, acc, r: write(micro, acc, [e.let(order[start + r[0]])]),
-                        )
-
-                choose([(size, partial(times, size)) for size in work.row_major], end - first, many)
+                with e.loop((end - first + (_ROWS - 1)) // _ROWS) as part:
+                    start = e.let(first + part * _ROWS)
+                    size = e.let(T.min(e.i64(_ROWS), end - start))
+                    work.multiply(values, size, _ROWS, base, lambda r: order[start + r], write)
     return built[0]

@@ -12,7 +12,7 @@ from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.linear import MicroKernel, store_rows
-from llmc.schedules.qblocks import Activations, QuantBlocks, by_size, choose
+from llmc.schedules.qblocks import ROWS, QuantBlocks
 from llmc.schedules.qlayout import QuantLayout
 
 
@@ -79,35 +79,15 @@ def quant_linear(cfg: QuantLinearConfig, caps: Capabilities) -> Any:
             def store(block: Any, micro: MicroKernel, acc: list[list[Any]], rows: list[Any]) -> None:
                 store_rows(epilogue, micro, acc, rows, block, yf, bf, rf)
 
-            def few(values: Activations, sizes: list[int]) -> None:
-                with work.parallel(layout.blocks) as block:
-
-                    def times(size: int) -> None:
-                        rows = [e.let(T.min(e.i64(r), t - 1)) for r in range(size)]
-                        base = e.let(block * work.block_bytes)
-                        work.few(values, size, rows, t, base, partial(store, block))
-
-                    by_size(sizes, t, times)
-
-            def many() -> None:
-                values = work.prepare()
-                row_blocks = e.let((t + (cfg.t_block - 1)) // cfg.t_block)
-                # tasks of equal numbers of rows
-                each = e.let((t + row_blocks - 1) // row_blocks)
-                with work.parallel(layout.blocks * row_blocks) as task:
-                    block = e.let(task // row_blocks)
-                    first = e.let(task % row_blocks * each)
-                    work.many(
-                        values,
-                        e.let(T.max(e.i64(0), T.min(each, t - first))),
-                        cfg.t_block,
-                        e.let(block * work.block_bytes),
-                        lambda r: first + r,
-                        lambda micro, acc, rows: store(block, micro, acc, [first + rows[0]]),
-                    )
-
-            # (up to so many rows, what is done with them)
-            ways = [(work.row_major[-1], lambda: few(work.prepare(), work.row_major))]
-            ways += [(n, lambda n=n: few(work.prepare(n), [n])) for n in work.sizes if n > work.row_major[-1]]
-            choose(ways, t, many)
+            values = work.prepare()
+            # tasks of about equal numbers of rows, in whole tiles
+            most = -(-cfg.t_block // ROWS) * ROWS
+            row_blocks = e.let((t + (most - 1)) // most)
+            each = e.let(((t + row_blocks - 1) // row_blocks + (ROWS - 1)) // ROWS * ROWS)
+            with work.parallel(layout.blocks * row_blocks) as task:
+                block = e.let(task // row_blocks)
+                first = e.let(task % row_blocks * each)
+                count = e.let(T.max(e.i64(0), T.min(each, t - first)))
+                base = e.let(block * work.block_bytes)
+                work.multiply(values, count, most, base, lambda r: first + r, partial(store, block))
     return built[0]

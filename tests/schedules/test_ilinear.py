@@ -26,7 +26,7 @@ CASES = [
     ("w4a8", 70, 300, "float32", False),
 ]
 MORE_CASES = [("w4a8g64", 33, 20, "float16", True), ("w4a8g128", 64, 512, "bfloat16", False)]
-ROWS = (1, 2, 3, 7, 17, 40)
+ROWS = (1, 2, 3, 7, 17, 70)
 
 
 def weight_of(scheme, *shape, seed=0):
@@ -137,7 +137,7 @@ def test_experts(best, tools, scheme):
     weight = weight_of(scheme, experts, n, k)
     packed, values = tools.tensor(layout.pack(weight)), weight.dequantize().astype(np.float64)
     b = tools.random(rng, (experts, n), "bfloat16")
-    for rows in (1, 31, 200):
+    for rows in (1, 31, 400):
         x = tools.random(rng, (rows, k), "bfloat16")
         ids = rng.integers(0, experts - 1, rows)  # the last one stays without rows
         y = tools.tensor(np.full((rows, n), np.nan, np.float32))
