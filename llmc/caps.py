@@ -36,7 +36,12 @@ class Capabilities:
         features: what the running machine must have, in /proc/cpuinfo's names; checked when loading.
         vector_bytes: width of a vector register.
         vector_registers: how many there are.
-        has_bf16_dot: 2-way bf16 dot product with float32 accumulation (vdpbf16ps).
+        has_bf16_dot: 2-way bf16 dot product with float32 accumulation, of a register's width (vdpbf16ps, bfdot).
+        has_bf16_mma: products of 2 x 4 tiles of bf16 with float32 accumulation (bfmmla).
+        has_f16_fma: products of eight float16 that are added to float32 (fmlal).
+        has_byte_mma: products of 2 x 8 tiles of signed bytes with 32-bit accumulation (smmla).
+        has_lane_operands: a product may take one lane of a register for all lanes (sdot and fmla by element), and bytes
+            are shifted; registers of 16 bytes.
         has_lookup: a register can be permuted by another one (vpermps, vpermw, tbl): small tables are one instruction.
         byte_dot: the best integer dot product of bytes.
         tiles: the unit that multiplies tiles of bf16 and of bytes.
@@ -58,6 +63,10 @@ class Capabilities:
     vector_bytes: int = 16
     vector_registers: int = 16
     has_bf16_dot: bool = False
+    has_bf16_mma: bool = False
+    has_f16_fma: bool = False
+    has_byte_mma: bool = False
+    has_lane_operands: bool = False
     has_lookup: bool = False
     byte_dot: ByteDot = ByteDot.NONE
     tiles: TileUnit = TileUnit.NONE

@@ -189,13 +189,13 @@ def cpu_name() -> str:
 
 
 def _compiler() -> list[Finding]:
-    path = find_cxx()
-    if path is None:
+    command = find_cxx()
+    if command is None:
         advice = "compiling needs one: apt install g++ (macOS: xcode-select --install), or set LLMC_CXX"
         return [Finding("tools", "C++ driver", "missing", False, advice)]
     try:
         done = subprocess.run(
-            [path, "--version"],
+            [*command, "--version"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -203,9 +203,9 @@ def _compiler() -> list[Finding]:
             check=False,
         )
         line = (done.stdout or done.stderr).strip().splitlines()
-        text, ok = f"{path}: {line[0] if line else 'no version'}", done.returncode == 0
+        text, ok = f"{command[0]}: {line[0] if line else 'no version'}", done.returncode == 0
     except (OSError, subprocess.TimeoutExpired) as e:
-        text, ok = f"{path}: {e}", False
+        text, ok = f"{command[0]}: {e}", False
     return [Finding("tools", "C++ driver", text, ok, "" if ok else "set LLMC_CXX to one that works")]
 
 

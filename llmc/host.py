@@ -23,6 +23,19 @@ _DARWIN_ARM = {
     "FEAT_SME": ("sme",),
     "AdvSIMD": ("asimd", "fp"),
 }
+# Linux's names of processor features by their bits in the auxiliary vector (arch/arm64/include/uapi/asm/hwcap.h)
+_HWCAP = {
+    0: "fp",
+    1: "asimd",
+    8: "atomics",
+    9: "fphp",
+    10: "asimdhp",
+    20: "asimddp",
+    22: "sve",
+    23: "asimdfhm",
+}
+_HWCAP2 = {1: "sve2", 9: "svei8mm", 12: "svebf16", 13: "i8mm", 14: "bf16", 23: "sme"}
+_AT_HWCAP, _AT_HWCAP2 = 16, 26
 _ARCHITECTURES = {"amd64": "x86_64", "x86-64": "x86_64", "arm64": "aarch64"}
 
 
@@ -52,7 +65,26 @@ def system() -> str:
 
 def features() -> frozenset[str] | None:
     """Processor features in /proc/cpuinfo's names that every core has; None = this platform does not tell."""
-    return _darwin_features() if sys.platform == "darwin" else _linux_features(Path("/proc/cpuinfo"))
+    if sys.platform == "darwin":
+        return _darwin_features()
+    # /proc/cpuinfo lists one core type after the other, may be closed to an app, and is the host's in an emulator
+    told = _arm_features(*_auxiliary(_AT_HWCAP, _AT_HWCAP2)) if architecture() == "aarch64" else None
+    return told or _linux_features(Path("/proc/cpuinfo"))
+
+
+def _auxiliary(*kinds: int) -> list[int]:
+    """Entries of the vector that the kernel gives to every process; zeros if the C library does not tell."""
+    read = getattr(ctypes.CDLL(None), "getauxval", None)
+    if read is None:
+        return [0 for _ in kinds]
+    read.restype, read.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    return [int(read(kind)) for kind in kinds]
+
+
+def _arm_features(hwcap: int, hwcap2: int) -> frozenset[str] | None:
+    """Features by their bits in AT_HWCAP and AT_HWCAP2, those that all cores have; None = there are no bits."""
+    words = ((hwcap, _HWCAP), (hwcap2, _HWCAP2))
+    return frozenset(name for word, names in words for bit, name in names.items() if word >> bit & 1) or None
 
 
 # Linux (5.16 and later) gives the 8 KiB of tile registers to a process that asks for them, before the first use

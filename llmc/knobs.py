@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 
@@ -30,6 +31,11 @@ def cxx() -> str:
 def level() -> str:
     """LLMC_LEVEL: the level of processor features to load (default: the best that this machine runs)."""
     return os.environ.get("LLMC_LEVEL", "")
+
+
+def emulator() -> list[str]:
+    """LLMC_EMULATOR: command of a Python that runs as on the target's processor; see llmc.emulated."""
+    return shlex.split(os.environ.get("LLMC_EMULATOR", ""))
 
 
 def fault() -> str:

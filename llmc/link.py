@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -17,51 +18,58 @@ from llmc.runtime.embedded import SIZE_SYMBOL, SYMBOL
 
 DRIVERS = ("g++", "clang++", "c++")
 
+_GLIBC = "2.28"  # the oldest that TVM's own wheels run with
 # no build id, no symbol table (it names temporary files): the same objects give the same bytes
 _LINUX_FLAGS = ("-Wl,--build-id=none", "-Wl,-s", "-Wl,--as-needed", "-static-libgcc", "-lm")
 _DARWIN_FLAGS = ("-undefined", "dynamic_lookup", "-Wl,-S", "-Wl,-x", "-Wl,-no_uuid")
 
 
-def find_cxx(triple: str = "") -> str | None:
-    """Path of the C++ driver: LLMC_CXX, or the first of DRIVERS on PATH; None = there is none.
+def find_cxx(triple: str = "") -> list[str] | None:
+    """How the C++ driver is called: LLMC_CXX, or the first of DRIVERS on PATH; None = there is none.
 
     Args:
-        triple: what it must link for; for another processor than this machine's, Debian's cross driver is looked for.
+        triple: what it must link for. For another processor than this machine's: Debian's cross driver, else the
+            compiler of the package ziglang, which carries the C libraries of all.
     """
     if knobs.cxx():
-        return shutil.which(knobs.cxx())
-    for name in _drivers(triple):
+        path = shutil.which(knobs.cxx())
+        return None if path is None else [path]
+    machine = _foreign(triple)
+    for name in (f"{machine}-linux-gnu-g++",) if machine else DRIVERS:
         if path := shutil.which(name):
-            return path
+            return [path]
+    if machine and importlib.util.find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "cc", "-target", f"{machine}-linux-gnu.{_GLIBC}"]
     return None
 
 
-def _drivers(triple: str) -> tuple[str, ...]:
-    """Names to try, the best first."""
+def _foreign(triple: str) -> str:
+    """The processor that `triple` names; "" = this machine's, or none."""
     machine = architecture(triple.partition("-")[0]) if triple else ""
-    if not machine or machine == architecture():
-        return DRIVERS
-    return (f"{machine}-linux-gnu-g++",)
+    return "" if machine == architecture() else machine
 
 
-def require_cxx(triple: str = "") -> str:
+def require_cxx(triple: str = "") -> list[str]:
     """find_cxx, or a sentence on what to install."""
-    path = find_cxx(triple)
-    if path is None and _drivers(triple) != DRIVERS and not knobs.cxx():
+    found = find_cxx(triple)
+    if found is not None:
+        return found
+    machine = _foreign(triple)
+    if machine and not knobs.cxx():
         raise LlmcError(
             "no-cross-cxx",
-            f"Linking model.so for {triple} needs a cross compiler driver; {_drivers(triple)[0]} is not on PATH.",
-            hint="Install one (Debian/Ubuntu: apt install g++-aarch64-linux-gnu) or set LLMC_CXX to its path.",
+            f"Linking model.so for {machine} on this {architecture()} machine needs a cross compiler driver; neither "
+            f"{machine}-linux-gnu-g++ is on PATH nor the package ziglang installed.",
+            hint=f"apt install g++-{machine.replace('_', '-')}-linux-gnu (Debian, Ubuntu), or pip install ziglang, "
+            "or set LLMC_CXX to a driver's path.",
         )
-    if path is None:
-        wanted = f"LLMC_CXX={knobs.cxx()}" if knobs.cxx() else ", ".join(DRIVERS)
-        raise LlmcError(
-            "no-cxx",
-            f"Linking model.so needs a C++ compiler driver; none was found on PATH ({wanted}).",
-            hint="Install one (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
-            "macOS: xcode-select --install) or set LLMC_CXX to its path.",
-        )
-    return path
+    wanted = f"LLMC_CXX={knobs.cxx()}" if knobs.cxx() else ", ".join(DRIVERS)
+    raise LlmcError(
+        "no-cxx",
+        f"Linking model.so needs a C++ compiler driver; none was found on PATH ({wanted}).",
+        hint="Install one (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
+        "macOS: xcode-select --install) or set LLMC_CXX to its path.",
+    )
 
 
 def run_cxx(arguments: Sequence[str], cwd: Path | None = None, *, triple: str = "") -> None:
@@ -70,7 +78,7 @@ def run_cxx(arguments: Sequence[str], cwd: Path | None = None, *, triple: str = 
     Raises:
         LlmcError: there is none, it failed, or the disk is full.
     """
-    command = [require_cxx(triple), *arguments]
+    command = [*require_cxx(triple), *arguments]
     try:
         done = subprocess.run(
             command,
@@ -148,7 +156,7 @@ def link_objects(objects: Sequence[Path], path: Path, *, triple: str = "") -> No
     Raises:
         LlmcError: see run_cxx.
     """
-    flags = _DARWIN_FLAGS if sys.platform == "darwin" else _LINUX_FLAGS
+    flags = _DARWIN_FLAGS if sys.platform == "darwin" and not _foreign(triple) else _LINUX_FLAGS
     run_cxx(["-shared", "-fPIC", "-o", str(path), *map(str, objects), *flags], triple=triple)
 
 

@@ -137,7 +137,7 @@ class PageReader:
                     self._tile(
                         vectors,
                         self.k_steps,
-                        lambda r, j: self.query[(row + r) * self.k_steps + j],
+                        lambda r, j, n=1: e.some(self.query, (row + r) * self.k_steps + j, n),
                         right,
                         self.scores,
                         lambda r, v: (row + r) * self.block + p * ps + (first + v) * lanes,
@@ -176,7 +176,8 @@ class PageReader:
                 ) -> None:
                     steps = e.let(tokens // self.pack)
                     stride = self.block // self.pack
-                    left = lambda r, j: self.weights[(row + r) * stride + p * (ps // self.pack) + j]  # noqa: E731
+                    first_step = p * (ps // self.pack)
+                    left = lambda r, j, n=1: e.some(self.weights, (row + r) * stride + first_step + j, n)  # noqa: E731
                     at = lambda r, v: (row + r) * self.value_width + (first + v) * lanes  # noqa: E731
 
                     def right(j: Any, v: int) -> Any:
@@ -192,7 +193,14 @@ class PageReader:
                     if self.dot:
                         with T.If(tokens % 2 == 1), T.Then():
                             self._tile(
-                                vectors, 0, lambda r, j: left(r, steps), right, self.out, at, False, unpaired
+                                vectors,
+                                0,
+                                lambda r, j, n=1: left(r, steps, n),
+                                right,
+                                self.out,
+                                at,
+                                False,
+                                unpaired,
                             )
 
                 in_groups(dv // lanes, self.vectors, body)

@@ -24,6 +24,7 @@ from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
 from llmc.schedules.attention_pages import PageReader, in_groups
 from llmc.schedules.attention_softmax import LOWEST, RunningSoftmax, first_visible
+from llmc.schedules.matrix_tile import multiply_bf16
 from llmc.schedules.rope import RopeOperands, rotate_query
 from llmc.schedules.vmath import exp_nonpositive
 
@@ -102,7 +103,9 @@ class Tile(PageReader, RunningSoftmax):
         self.block = pages * cfg.page_size
         self.vectors = schedule.vectors or (4 if caps.vector_registers >= 32 else 2)
         self.rows = tokens * self.group
-        groups = -(-self.rows // schedule.row_tile)
+        # operands of matrix instructions take registers too
+        most = 4 if self.dot and caps.has_bf16_mma else schedule.row_tile
+        groups = -(-self.rows // min(schedule.row_tile, most))
         self.row_tile = -(-self.rows // groups)
         self.rows_padded = -(-self.rows // self.row_tile) * self.row_tile
         self.pack = 2 if self.dot else 1
@@ -276,7 +279,7 @@ class Tile(PageReader, RunningSoftmax):
                 self._tile(
                     count,
                     steps,
-                    lambda r, j: left[(row + r) * left_stride + j],
+                    lambda r, j, n=1: e.some(left, (row + r) * left_stride + j, n),
                     lambda j, v: right(j, first + v),
                     target,
                     at,
@@ -289,14 +292,18 @@ class Tile(PageReader, RunningSoftmax):
         self,
         vectors: int,
         steps: Any,
-        left: Callable[[int, Any], Any],
+        left: Callable[..., Any],
         right: Callable[[Any, int], Any],
         target: Any,
         at: Callable[[int, int], Any],
         clear: bool,
         last: Callable[[int], Any] | None = None,
     ) -> None:
-        """One register tile; `last` gives the vectors of one more step after `steps` (an unpaired token)."""
+        """One register tile.
+
+        left(row, step) is an element, left(row, step, 2) also the one of the next step. `last` gives the vectors of one
+        more step after `steps` (an unpaired token).
+        """
         lanes = self.lanes
         acc = [[e.scratch(lanes) for _ in range(vectors)] for _ in range(self.row_tile)]
         for r in range(self.row_tile):
@@ -313,8 +320,14 @@ class Tile(PageReader, RunningSoftmax):
                     b = right_vectors[v]
                     e.store(acc[r][v], 0, e.dot_bf16(c, a, b) if self.dot else c + a * b, lanes)
 
-        with e.loop(steps) as j:
-            step(j, lambda v: right(j, v))
+        if self.dot and self.caps.has_bf16_mma and self.row_tile > 1 and last is None:
+            multiply_bf16(acc, steps, lambda r, j: left(r, j, 2), right)
+            if not isinstance(steps, int) or steps % 2:
+                with T.If(e.i64(steps) % 2 == 1), T.Then():
+                    step(steps - 1, lambda v: right(steps - 1, v))
+        else:
+            with e.loop(steps) as j:
+                step(j, lambda v: right(j, v))
         if last is not None:
             step(steps, last)
         for r in range(self.row_tile):
@@ -324,7 +337,7 @@ class Tile(PageReader, RunningSoftmax):
 
 def uses_dot(cfg: AttentionConfig, caps: Capabilities) -> bool:
     """True if both products run on bf16 pairs; queries of a wider type are not rounded for that."""
-    return caps.has_bf16_dot and caps.lanes_f32 == 16 and cfg.dtype == cfg.kv_dtype == "bfloat16"
+    return caps.has_bf16_dot and cfg.dtype == cfg.kv_dtype == "bfloat16"
 
 
 def can_be_direct(cfg: AttentionConfig, caps: Capabilities) -> bool:

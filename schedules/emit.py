@@ -17,36 +17,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
-
-# Two-way bf16 dot product with float32 accumulation. As text, because TVM's own bf16 legalisation would change
-# the intrinsic's operand types; inlined by LLVM.
-_BF16_DOT = """
-declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
-define linkonce_odr <16 x float> @llmc_dot_bf16(<16 x float> %c, <16 x i32> %a, <16 x i32> %b) alwaysinline {
-  %x = bitcast <16 x i32> %a to <32 x bfloat>
-  %y = bitcast <16 x i32> %b to <32 x bfloat>
-  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
-    <16 x float> %c, <32 x bfloat> %x, <32 x bfloat> %y)
-  ret <16 x float> %r
-}
-declare <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>)
-define linkonce_odr <16 x i16> @llmc_narrow_bf16(<16 x float> %a) alwaysinline {
-  %r = call <16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float> %a)
-  %s = bitcast <16 x bfloat> %r to <16 x i16>
-  ret <16 x i16> %s
-}
-declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
-define linkonce_odr <16 x i32> @llmc_narrow2_bf16(<16 x float> %lo, <16 x float> %hi) alwaysinline {
-  %r = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float> %hi, <16 x float> %lo)
-  %s = bitcast <32 x bfloat> %r to <16 x i32>
-  ret <16 x i32> %s
-}
-define linkonce_odr <16 x i32> @llmc_zip(<16 x i16> %a, <16 x i16> %b) alwaysinline {
-  %r = shufflevector <16 x i16> %a, <16 x i16> %b, <32 x i32> <MASK>
-  %s = bitcast <32 x i16> %r to <16 x i32>
-  ret <16 x i32> %s
-}
-""".replace("MASK", ", ".join(f"i32 {i}, i32 {i + 16}" for i in range(16)))
+from llmc.schedules.llvm_text import llvm_text
 
 # attribute of functions that have loops, statements and buffers as they shall be: nothing is left to schedule
 LOWERED = "llmc.lowered"
@@ -55,7 +26,8 @@ _STORAGE = {"bfloat16": "uint16"}  # how a buffer is viewed: bf16 as its bits
 
 def import_text(caps: Capabilities) -> dict[str, Any]:
     """Annotations for one loop of a kernel that uses this module's LLVM functions."""
-    return {"pragma_import_llvm": _BF16_DOT} if caps.has_bf16_dot else {}
+    text = llvm_text(caps)
+    return {"pragma_import_llvm": text} if text else {}
 
 
 class _Merge:
@@ -244,6 +216,11 @@ def load(buffer: Any, index: Any, lanes: int, dtype: str | None = None) -> Any:
     return buffer.vload([index], f"{dtype or buffer.dtype}x{lanes}")
 
 
+def some(buffer: Any, index: Any, lanes: int) -> Any:
+    """As load; a scalar if it is one element."""
+    return buffer[index] if lanes == 1 else load(buffer, index, lanes)
+
+
 def store(buffer: Any, index: Any, value: Any, lanes: int) -> None:
     """Store `lanes` neighbouring elements (a scalar if 1)."""
     at = T.ramp(i64(index), tirx.IntImm("int64", 1), lanes) if lanes > 1 else index
@@ -266,9 +243,9 @@ def narrow(value: Any, dtype: str, lanes: int, caps: Capabilities) -> Any:
         return value
     if dtype == "float16":
         return tirx.Cast(vec("float16", lanes), value)
-    if caps.has_bf16_dot and lanes == 16:
-        bits16 = T.call_pure_extern("int16x16", "llmc_narrow_bf16", value)
-        return T.reinterpret("uint16x16", bits16)
+    if caps.has_bf16_dot and lanes == caps.lanes_f32:
+        bits16 = T.call_pure_extern(vec("int16", lanes), "llmc_narrow_bf16", value)
+        return T.reinterpret(vec("uint16", lanes), bits16)
     u32 = vec("uint32", lanes)
     bits = T.reinterpret(u32, value)
     top = T.shift_right(bits, const("uint32", 16, lanes))
@@ -291,20 +268,44 @@ def pair_odd(pair: Any, lanes: int) -> Any:
 
 
 def dot_bf16(acc: Any, a: Any, b: Any) -> Any:
-    """acc + even(a) * even(b) + odd(a) * odd(b) for 16 lanes of bf16 pairs."""
-    return T.call_pure_extern("float32x16", "llmc_dot_bf16", acc, a, b)
+    """acc + even(a) * even(b) + odd(a) * odd(b) for a register of bf16 pairs."""
+    return T.call_pure_extern(str(acc.ty.dtype), "llmc_dot_bf16", acc, a, b)
+
+
+def mma_bf16(acc: Any, a: Any, b: Any) -> Any:
+    """acc[2, 2] + a[2, 4] @ b[2, 4].T for registers of bf16; acc is row-major."""
+    return T.call_pure_extern(str(acc.ty.dtype), "llmc_mma_bf16", acc, a, b)
+
+
+def fma_halves(acc: Any, a: Any, b: Any, half: int) -> Any:
+    """acc + a * b in float32 for the lower (half 0) or upper four of eight lanes of float16."""
+    return T.call_pure_extern("float32x4", ("llmc_half_low", "llmc_half_high")[half], acc, a, b)
+
+
+def mma_bytes(acc: Any, a: Any, b: Any) -> Any:
+    """acc[2, 2] + a[2, 8] @ b[2, 8].T for registers of signed bytes in int32 lanes; acc is row-major."""
+    return T.call_pure_extern(str(acc.ty.dtype), "llmc_mma_bytes", acc, a, b)
 
 
 def narrow_pairs(low: Any, high: Any) -> Any:
-    """32 float32 values as 16 pairs of bf16: (low[0], low[1]), ..., (high[14], high[15])."""
-    return T.call_pure_extern("int32x16", "llmc_narrow2_bf16", low, high)
+    """Two registers of float32 as pairs of bf16: (low[0], low[1]), ..., (high[n - 2], high[n - 1])."""
+    return T.call_pure_extern(f"int32x{_lanes(low)}", "llmc_narrow2_bf16", low, high)
 
 
 def zip_bf16(a: Any, b: Any) -> Any:
-    """16 lanes of pairs (a[i], b[i]) from two vectors of bf16 bits."""
-    return T.call_pure_extern(
-        "int32x16", "llmc_zip", T.reinterpret("int16x16", a), T.reinterpret("int16x16", b)
-    )
+    """Lanes of pairs (a[i], b[i]) from two vectors of bf16 bits."""
+    lanes = _lanes(a)
+    half = f"int16x{lanes}"
+    return T.call_pure_extern(f"int32x{lanes}", "llmc_zip", T.reinterpret(half, a), T.reinterpret(half, b))
+
+
+def lane(value: Any, index: int) -> Any:
+    """One lane of a vector that has a name."""
+    return tirx.Shuffle([value], [index])
+
+
+def _lanes(value: Any) -> int:
+    return int(str(value.ty.dtype).partition("x")[2])
 
 
 def exact_pairs(even: Any, odd: Any, lanes: int) -> Any:
@@ -313,6 +314,14 @@ def exact_pairs(even: Any, odd: Any, lanes: int) -> Any:
     low = T.shift_right(T.reinterpret(u32, even), const("uint32", 16, lanes))
     high = T.bitwise_and(T.reinterpret(u32, odd), const("uint32", 0xFFFF0000, lanes))
     return T.reinterpret(vec("int32", lanes), T.bitwise_or(low, high))
+
+
+def nibbles(word: Any, lanes: int) -> tuple[Any, Any]:
+    """The lower and the upper halves of all bytes of int32 lanes, by themselves; the results are named."""
+    low = let(T.bitwise_and(word, const("int32", 0x0F0F0F0F, lanes)))
+    parts = vec("uint8", 4 * lanes)
+    high = T.shift_right(T.reinterpret(parts, word), const("uint8", 4, 4 * lanes))
+    return low, let(T.reinterpret(vec("int32", lanes), high))
 
 
 def prefetch(buffer: Any, index: Any, *, level: int = 1) -> None:

@@ -10,7 +10,7 @@ from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.experts import sort_rows
-from llmc.schedules.ilinear import IntBlocks, Vectors
+from llmc.schedules.ilinear import Vectors, int_blocks
 from llmc.schedules.qexperts import QuantExpertConfig
 
 _ROWS = 240  # rows of an expert that are taken together
@@ -36,7 +36,7 @@ def int_expert_linear(cfg: QuantExpertConfig, caps: Capabilities) -> Any:
             bf = e.flat(bias, experts * n) if bias is not None else None
             yf = e.flat(y, rows * n)
             order, begin, active, count = sort_rows(e.flat(ids, rows), rows, experts)
-            work = IntBlocks(caps, layout, w, experts, cfg.prefetch)
+            work = int_blocks(caps, layout, w, experts, cfg.prefetch)
             rounded = work.prepare(cfg.in_dtype, e.flat(x, rows * k), rows)
             with work.parallel(count * blocks) as task:
                 block = e.let(task // count)

@@ -13,7 +13,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from llmc.caps import Capabilities
+from llmc.caps import ByteDot, Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.iactivations import IntActivations, Outliers, quantize_rows
@@ -436,6 +436,21 @@ class _Piece:
                 e.store(self.scales, g * nb + v * lanes, work.codes.scale(tail, v * lanes, lanes), lanes)
 
 
+def int_blocks(
+    caps: Capabilities, layout: QuantLayout, w: Any, copies: int = 1, prefetch: int = 0
+) -> IntBlocks:
+    """The best IntBlocks of a machine; arguments as there."""
+    if caps.byte_dot is not ByteDot.SIGNED or not caps.has_lane_operands:
+        return IntBlocks(caps, layout, w, copies, prefetch)
+    if caps.has_byte_mma:
+        from llmc.schedules.imatrix import MatrixIntBlocks
+
+        return MatrixIntBlocks(caps, layout, w, copies, prefetch)
+    from llmc.schedules.ilanes import LaneIntBlocks
+
+    return LaneIntBlocks(caps, layout, w, copies, prefetch)
+
+
 def int_linear(cfg: QuantLinearConfig, caps: Capabilities) -> Any:
     """The PrimFunc (x[1 x lead, T, k], w packed, [bias], [residual like y], y[1 x lead, T, n]) with symbolic T."""
     layout, n, k = cfg.layout, cfg.n, cfg.layout.k
@@ -456,7 +471,7 @@ def int_linear(cfg: QuantLinearConfig, caps: Capabilities) -> Any:
             bf = e.flat(bias, bias_n) if bias is not None else None
             rf = e.flat(residual, t * n) if residual is not None else None
             yf = e.flat(y, t * n)
-            work = IntBlocks(caps, layout, w, prefetch=cfg.prefetch)
+            work = int_blocks(caps, layout, w, prefetch=cfg.prefetch)
             rounded = work.prepare(cfg.in_dtype, e.flat(x, t * k), t)
 
             def write(block: Any, acc: Vectors, rows: list[Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from llmc.caps import Capabilities, TileUnit
+from llmc.caps import ByteDot, Capabilities, TileUnit
 from llmc.schedules import emit as e
 from llmc.schedules.tiles import ELEMENTS, ROWS, TileDot, Tiles
 
@@ -63,10 +63,32 @@ def _dot_int8(acc: Any, a: Any, b: Any, lanes: int) -> Any:
     return T.call_llvm_pure_intrin("int32x16", name, acc, a, b)
 
 
+def _mma_bf16(acc: Any, a: Any, b: Any, lanes: int) -> Any:
+    return e.mma_bf16(acc, a, b)
+
+
+def _mma_int8(acc: Any, a: Any, b: Any, lanes: int) -> Any:
+    return e.mma_bytes(acc, a, b)
+
+
+def _dot_signed(acc: Any, a: Any, b: Any, lanes: int) -> Any:
+    a, b = (T.reinterpret("int8x16", value) for value in (a, b))
+    name = T.llvm_lookup_intrinsic_id("llvm.aarch64.neon.sdot.v4i32.v16i8")
+    return T.call_llvm_pure_intrin("int32x4", name, acc, a, b)
+
+
+def _signed(caps: Capabilities) -> bool:
+    return caps.byte_dot is ByteDot.SIGNED and not caps.has_byte_mma
+
+
+# of each type of operands a machine can use one
 MULTIPLY_KINDS = (
     MultiplyKind("f32", "float32", 1, lambda caps: True, _fma),
-    MultiplyKind("bf16", "float32", 2, lambda caps: caps.has_bf16_dot, _dot_bf16),
+    MultiplyKind("bf16", "float32", 2, lambda caps: caps.has_bf16_dot and not caps.has_bf16_mma, _dot_bf16),
+    MultiplyKind("bf16", "float32", 4, lambda caps: caps.has_bf16_mma, _mma_bf16),
     MultiplyKind("int8", "int32", 4, lambda caps: "+avx512vnni" in caps.mattr, _dot_int8),
+    MultiplyKind("int8", "int32", 4, _signed, _dot_signed),
+    MultiplyKind("int8", "int32", 8, lambda caps: caps.has_byte_mma, _mma_int8),
 )
 
 

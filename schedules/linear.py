@@ -15,6 +15,7 @@ from llmc.schedules.choice import ByRows
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.gather import EmbeddingConfig, GatherConfig, embedding, gather_rows
 from llmc.schedules.layout import BlockedLayout, linear_layout, own_vectors, usual_vectors
+from llmc.schedules.linear_lanes import accumulate_lanes
 
 __all__ = [
     "EmbeddingConfig",
@@ -161,13 +162,15 @@ class MicroKernel:
             raise ValueError(f"n_block {layout.n_block} is not a multiple of {self.lanes} lanes")
         self.vectors = layout.n_block // self.lanes
         self.pairs = layout.k_pack == 2
-        self.dot = self.pairs and caps.has_bf16_dot and self.lanes == 16
+        self.dot = self.pairs and caps.has_bf16_dot
         item = 4 if dtype == "float32" or self.pairs else 2
         self.step_bytes = layout.n_block * item
         self.prefetch_ahead = prefetch // self.step_bytes
 
     def max_rows(self) -> int:
         """Rows whose accumulators fit in the registers beside the weights of one step and a broadcast."""
+        if self.caps.has_lane_operands and (self.dtype != "float32" or self.pairs):
+            return 4  # a register of columns of each row, and weights on their way from 16 bits
         vectors = self.width(2)
         weights = vectors * (2 if self.pairs and not self.dot else 1)
         return max(1, min(6, (self.caps.vector_registers - weights - 2) // vectors))
@@ -203,6 +206,12 @@ class MicroKernel:
         nb = self.layout.n_block
         if fetch is None:
             fetch = w_base + self.prefetch_ahead * nb, nb
+        done = accumulate_lanes(self, acc, row_base, w_base, steps)
+        if done is not None:
+            if not isinstance(steps, int) or done != steps:
+                with e.loop(done, steps) as j:
+                    self._step(acc, rows, row_base, w_base, j, fetch)
+            return
         unroll = self.unroll or (4 if rows == 1 else 1)
         whole = steps // unroll
         with e.loop(whole) as j:

@@ -30,7 +30,7 @@ class Lookup:
     values: tuple[float, ...]
 
     def text(self, caps: Capabilities) -> str:
-        """LLVM functions for `floats` (scalar and vector) and, where the machine has bf16 dot products, `pairs`."""
+        """LLVM functions for `floats` (scalar and vector) and `pairs`, where a machine has a use for them."""
         lanes = caps.lanes_f32
         parts = [self._array(), self._by_lane(1)]
         permutes = caps.has_lookup and len(self.values) <= 16
@@ -42,7 +42,9 @@ class Lookup:
             parts.append(self._floats4())
         else:
             parts.append(self._by_lane(lanes))
-        if caps.has_bf16_dot:
+        if caps.has_lane_operands:
+            parts.append(self._pairs4())
+        elif caps.has_bf16_dot:
             parts.append(self._pairs())
         return "\n".join(parts)
 
@@ -52,8 +54,12 @@ class Lookup:
         return T.call_pure_extern(dtype, f"llmc_table_{self.name}_{lanes}", codes)
 
     def pairs(self, codes: Any) -> Any:
-        """16 lanes of bf16 pairs; each half word of `codes` holds a code in its lower bits, others are ignored."""
-        return T.call_pure_extern("int32x16", f"llmc_pairs_{self.name}", codes)
+        """Lanes of bf16 pairs; each half word of `codes` holds a code in its lower bits, others are ignored."""
+        return T.call_pure_extern(str(codes.ty.dtype), f"llmc_pairs_{self.name}", codes)
+
+    def pairs_of_bytes(self, codes: Any, half: int) -> Any:
+        """As `pairs` for a table of 16, of the lower (half 0) or upper (1) bytes of half words, which hold a code alone."""
+        return T.call_pure_extern(str(codes.ty.dtype), f"llmc_pairs_{self.name}_{half}", codes)
 
     def _array(self) -> str:
         size = len(self.values)
@@ -150,6 +156,45 @@ define linkonce_odr <16 x i32> @llmc_pairs_{self.name}(<16 x i32> %c) alwaysinli
   %s = bitcast <32 x i16> %r to <16 x i32>
   ret <16 x i32> %s
 }}"""
+
+    def _pairs4(self) -> str:
+        """As _pairs: upper and lower bytes of the values from a table each, by the lower bytes of the half words."""
+        words = [struct.unpack("<I", struct.pack("<f", v))[0] >> 16 for v in self.values]
+        size = max(16, len(words))
+        mask = _list("i16", len(words) - 1, 8)
+        registers = size // 16
+
+        def table(shift: int) -> str:
+            values = np.resize([w >> shift & 255 for w in words], size).astype(np.uint8).view(np.int8)
+            parts = [", ".join(f"i8 {v}" for v in values[i : i + 16]) for i in range(0, size, 16)]
+            return ", ".join(f"<16 x i8> <{part}>" for part in parts)
+
+        tbl = f"llvm.aarch64.neon.tbl{registers}.v16i8"
+
+        def function(name: str, masked: bool, half: int) -> str:
+            taken = ", ".join(f"i32 {i}, i32 {i + 16}" for i in range(half, 16, 2))
+            clean = f"and <8 x i16> %h, <{mask}>" if masked else f"or <8 x i16> %h, <{_list('i16', 0, 8)}>"
+            return f"""
+define linkonce_odr <4 x i32> @llmc_pairs_{name}(<4 x i32> %c) alwaysinline {{
+  %h = bitcast <4 x i32> %c to <8 x i16>
+  %m = {clean}
+  %i = bitcast <8 x i16> %m to <16 x i8>
+  %low = call <16 x i8> @{tbl}({table(0)}, <16 x i8> %i)
+  %high = call <16 x i8> @{tbl}({table(8)}, <16 x i8> %i)
+  %r = shufflevector <16 x i8> %low, <16 x i8> %high, <16 x i32> <{taken}>
+  %s = bitcast <16 x i8> %r to <4 x i32>
+  ret <4 x i32> %s
+}}"""
+
+        parts = [f"declare <16 x i8> @{tbl}({', '.join(['<16 x i8>'] * (registers + 1))})"]
+        parts.append(function(self.name, True, 0))
+        if len(words) == 16:
+            parts += [function(f"{self.name}_{half}", False, half) for half in (0, 1)]
+        return "\n".join(parts)
+
+
+def _list(kind: str, value: int, count: int) -> str:
+    return ", ".join([f"{kind} {value}"] * count)
 
 
 def _repeated(values: Sequence[float], size: int) -> tuple[float, ...]:

@@ -17,6 +17,7 @@ from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.layout import BlockedLayout
 from llmc.schedules.linear import MicroKernel, for_tiles
+from llmc.schedules.matrix_tile import multiply_bf16
 from llmc.schedules.qactivations import Activations, prepare
 from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
@@ -202,7 +203,7 @@ class QuantBlocks:
                 at = e.let((p * self.steps + s) * step_columns)
                 # chains of values, not of stores: a quarter of the statements, which passes over TIR are slow at
                 sums = {rv: e.load(part[rv], 0, lanes) for rv in all_}
-                for i in range(codes.each):
+                for i in codes.turns:
                     for h, values in enumerate(self._values(x, step, i)):
                         column = i if x.dot else 2 * i + h
                         for r, start in enumerate(starts):
@@ -306,13 +307,21 @@ class QuantBlocks:
                 e.store(vector, 0, e.splat(0.0, lanes), lanes)
             starts = [e.let(start + q * kept.steps) for start in bases]
             base = e.let(v * kept.part + q * (kept.steps * lanes))
-            with e.loop(kept.steps) as s:
-                weights = e.let(e.load(kept.data, base + s * lanes, lanes))
-                for vector, start in zip(part, starts, strict=True):
-                    a = e.let(e.splat(x.data[start + s], lanes))
-                    old = e.load(vector, 0, lanes)
-                    new = e.dot_bf16(old, weights, a) if x.dot else old + a * weights
-                    e.store(vector, 0, new, lanes)
+            if x.dot and self.caps.has_bf16_mma and len(rows) > 1:  # a piece has an even number of steps
+                multiply_bf16(
+                    [[vector] for vector in part],
+                    kept.steps,
+                    lambda r, s, at=starts: e.load(x.data, at[r] + s, 2),
+                    lambda s, v, at=base: e.load(kept.data, at + s * lanes, lanes),
+                )
+            else:
+                with e.loop(kept.steps) as s:
+                    weights = e.let(e.load(kept.data, base + s * lanes, lanes))
+                    for vector, start in zip(part, starts, strict=True):
+                        a = e.let(e.splat(x.data[start + s], lanes))
+                        old = e.load(vector, 0, lanes)
+                        new = e.dot_bf16(old, weights, a) if x.dot else old + a * weights
+                        e.store(vector, 0, new, lanes)
             to = e.let(q * nb + v * lanes)
             scale = e.let(e.load(kept.scales, to, lanes))
             shift = None if kept.shifts is None else e.let(e.load(kept.shifts, to, lanes))
@@ -329,7 +338,7 @@ class QuantBlocks:
         """A step of a piece, as _tile reads it; the piece begins at `at`, vectors are `part` elements apart."""
         lanes, codes = self.lanes, self.codes
         step = codes.step(place, s, 0, self.vectors)
-        for i in range(codes.each):
+        for i in codes.turns:
             for h, values in enumerate(self._values(x, step, i)):
                 line = (s * codes.each + i) * (1 if x.dot else 2) + h
                 for v, value in enumerate(values):

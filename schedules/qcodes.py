@@ -86,6 +86,16 @@ class QuantCodes:
         """Whether `Step.pairs` exists: values that bf16 holds exactly, and a dot product."""
         return self.caps.has_bf16_dot and self.exact_in_bf16
 
+    @property
+    def by_bytes(self) -> bool:
+        """Whether a word of 4-bit codes is looked up by its bytes, two pairs at a time."""
+        return self.exact_in_bf16 and self.caps.has_lane_operands and self.layout.planes == (4,)
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """The pairs of a step in the order in which they take the fewest registers."""
+        return (0, 2, 1, 3) if self.by_bytes else tuple(range(self.each))
+
     def import_text(self) -> dict[str, Any]:
         """Annotations for one loop of a kernel that unpacks."""
         text = str(e.import_text(self.caps).get("pragma_import_llvm", ""))
@@ -224,6 +234,7 @@ class Step:
 
     def __init__(self, codes: QuantCodes, place: Place, s: Any, row: Any, vectors: int) -> None:
         self._codes, self.vectors = codes, vectors
+        self._nibbles: list[tuple[Any, Any]] | None = None
         layout, lanes, nb = codes.layout, codes.lanes, codes.layout.n_block
         if codes.in_bytes:
             at = place.units + (place.step + s) * (2 * nb) + row
@@ -249,6 +260,8 @@ class Step:
                 words = [T.shift_right(w, amount) for w in words]
             self._planes.append((low, bits, [e.let(w) for w in words]))
             low += bits
+        if codes.by_bytes:
+            self._nibbles = [e.nibbles(word, lanes) for word in self._planes[0][2]]
 
     def pairs(self, i: int, v: int) -> Any:
         """Column pair i of the step as 16 lanes of bf16 pairs; only if by_pairs."""
@@ -256,6 +269,9 @@ class Step:
         if codes.in_bytes:
             return e.exact_pairs(*self.floats(i, v), codes.lanes)
         assert codes.lookup is not None
+        if self._nibbles is not None:
+            return codes.lookup.pairs_of_bytes(self._nibbles[v][i % 2], i // 2)
+        assert codes.by_pairs
         return codes.lookup.pairs(self._collect(i, v, 0, both=True))
 
     def floats(self, i: int, v: int) -> tuple[Any, Any]:
@@ -264,6 +280,9 @@ class Step:
         if codes.in_bytes:
             even, odd = (codes.of_bytes(b, codes.lanes) for b in self._bytes[v])
             return even, odd
+        if self._nibbles is not None:
+            pair = e.let(self.pairs(i, v))
+            return e.pair_even(pair, codes.lanes), e.pair_odd(pair, codes.lanes)
         low, high = (self._collect(i, v, half, both=False) for half in (0, 16))
         return codes.of_codes(low, codes.lanes), codes.of_codes(high, codes.lanes)
 

@@ -36,7 +36,7 @@ BASE = (
     "cuda_driver",
 )
 # what the driver is made of, beside the pipeline; each may be imported by pipeline and cli
-DRIVER = ("stages", "reproducer", "shards", "link", "writer", "packing", "inspect", "doctor")
+DRIVER = ("stages", "reproducer", "shards", "link", "writer", "packing", "emulated", "inspect", "doctor")
 CAPTURE_PASSES = ("rewrite", "raise_attention", "match_attention", "resolve_mask", "relax_eval")
 COMPILER = (
     "frontend",
@@ -101,6 +101,7 @@ ALLOWED: dict[str, set[str]] = {
     "stages": {*BASE, "reproducer", "runtime.memory"},
     "shards": set(BASE),
     "link": {*BASE, "runtime.embedded"},
+    "emulated": {*BASE, "runtime.model"},
     "writer": {*BASE, "shards", "link"},
     "packing": {
         *BASE,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.artifact import TUNING, Manifest
 from llmc.evaluate_text import check_text
+from llmc.link import require_cxx
 from llmc.pipeline.levels import LevelCompiler
 from llmc.pipeline.lower import capture_graph, rewrite_graph
 from llmc.pipeline.manifest import manifest_of, with_quality
@@ -76,6 +77,8 @@ def compile_model(
     check_output(output)
     backend, levels = get_levels(spec.target)
     unchecked = not_checkable(backend, levels, spec)
+    if stop_after is None:  # before the long work
+        require_cxx(levels[0].triple)
     for text in filter(None, (spec.calib_text, spec.eval_text)):
         check_text(Path(text))
     known = known_records(spec, backend, levels)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmc import knobs
 from llmc.artifact import Level, Manifest, ParamEntry, QualityReport, StoredParams
 from llmc.caps import Capabilities
+from llmc.emulated import EmulatedModel
 from llmc.errors import LlmcError
+from llmc.host import architecture
 from llmc.spec import CompileSpec, Verify
 from llmc.stages import StageRunner
 from llmc.targets.backend import Backend
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     from llmc.frontend.graph import SourceModel
     from llmc.passes.step_module import StepModule
     from llmc.quant.orthogonal import Rotation
+    from llmc.runtime.model import Model
     from llmc.verify import Reference
 
 NO_CHECK = QualityReport(mode=Verify.OFF.value, note="not checked against the source model")
@@ -28,24 +34,63 @@ NO_CHECK = QualityReport(mode=Verify.OFF.value, note="not checked against the so
 def not_checkable(
     backend: Backend, levels: tuple[Capabilities, ...], spec: CompileSpec
 ) -> dict[str, QualityReport]:
-    """Preset -> what the manifest says of a level that this machine cannot run.
+    """Preset -> what the manifest says of a level that can be run neither here nor in an emulator.
+
+    Code for a device or for another processor is not meant to run here.
 
     Raises:
-        LlmcError: it can run none of them, and the target does not allow for that; with what the lowest one needs.
+        LlmcError: none of the levels can be run, and they are meant to, or a text is to be evaluated; with what the
+            lowest one needs.
     """
     needed = spec.verify is not Verify.OFF and not spec.meta_weights
+    elsewhere = backend.on_device or all(_crossed(caps.triple) for caps in levels)
+    lacking = {caps.preset: backend.missing(caps) for caps in levels}
+    if all(lacking.values()) and spec.eval_text:
+        backend.require_host(levels[-1])
     found = {}
     for caps in levels:
-        if lacks := backend.missing(caps):
+        if lacking[caps.preset] and not _emulated(caps.triple):
             note = (
                 f"NOT CHECKED against the source model: this machine cannot run {caps.preset} code; "
                 + ("" if backend.on_device else "it lacks ")
-                + ", ".join(lacks)
+                + ", ".join(lacking[caps.preset])
             )
             found[caps.preset] = QualityReport(mode=Verify.OFF.value, note=note)
-    if len(found) == len(levels) and ((needed and not backend.on_device) or spec.eval_text):
+    if len(found) == len(levels) and needed and not elsewhere:
         backend.require_host(levels[-1])
     return found if needed else {}
+
+
+def _crossed(triple: str) -> bool:
+    """Whether code is for another kind of processor than this machine's."""
+    return architecture(triple.partition("-")[0]) != architecture()
+
+
+def _emulated(triple: str) -> bool:
+    return bool(knobs.emulator()) and _crossed(triple)
+
+
+@contextmanager
+def opened(folder: Path, triple: str, level: str) -> Iterator[Model | EmulatedModel]:
+    """A level of the artifact, loaded; in the emulator if it is for another processor."""
+    from llmc.runtime.model import load
+
+    if _emulated(triple):
+        with EmulatedModel(folder, knobs.emulator()) as model:
+            yield model
+    else:
+        # the files were hashed while they were written
+        yield load(folder, check_hashes=False, level=level)
+
+
+def require_runnable(backend: Backend, caps: Capabilities) -> None:
+    """Raise unless artifacts for `caps` can be run, here or in an emulator.
+
+    Raises:
+        LlmcError: "cannot-run-here".
+    """
+    if not knobs.emulator():
+        backend.require_host(caps)
 
 
 def verify_artifact(
@@ -90,23 +135,25 @@ def _verify_level(
     level: Level,
     reference: Reference,
 ) -> QualityReport:
-    from llmc.runtime.model import load
     from llmc.verify import verify
 
     stored = StoredParams(writer.folder, manifest.params)
     of_level = spec.with_(target=level.target.preset)
-    # the files were hashed while they were written
-    model = load(writer.folder, check_hashes=False, level=level.name)
     try:
-        report = verify(
-            model,
-            same,
-            unquantized=None if same is source else source,
-            mode=spec.verify,
-            dtype=spec.dtype.value if spec.dtype else source.dtype,
-            taps_runner=lambda ids: run_taps(made, of_level, ids, stored),
-            reference=reference,
-        )
+        with opened(writer.folder, level.target.triple, level.name) as model:
+            # a debug variant of the graph has no artifact that an emulator could load
+            taps = None
+            if not isinstance(model, EmulatedModel):
+                taps = lambda ids: run_taps(made, of_level, ids, stored)  # noqa: E731
+            report = verify(
+                model,
+                same,
+                unquantized=None if same is source else source,
+                mode=spec.verify,
+                dtype=spec.dtype.value if spec.dtype else source.dtype,
+                taps_runner=taps,
+                reference=reference,
+            )
     except LlmcError as e:
         if not manifest.lower_levels:
             raise

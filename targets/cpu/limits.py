@@ -39,7 +39,7 @@ def peak(caps: Capabilities, target: Any, threads: int) -> dict[str, float]:
     out = tvm.runtime.tensor(np.zeros(threads * 16, np.float32))
     one = tvm.runtime.tensor(np.ones(caps.lanes_f32, np.float32))
     for dtype, per_lane in (("float32", 2), ("bfloat16", 4)):
-        if dtype == "bfloat16" and not (caps.has_bf16_dot and caps.lanes_f32 == 16):
+        if dtype == "bfloat16" and not caps.has_bf16_dot:
             continue
         kernel = _build(_multiply_kernel(caps, threads, dtype == "bfloat16"), target)
         operations = per_lane * caps.lanes_f32 * _CHAINS * _TURNS * threads

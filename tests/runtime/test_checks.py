@@ -263,6 +263,44 @@ def test_features_are_those_that_all_cores_have(tmp_path: Path) -> None:
     assert host._linux_features(tmp_path / "none") is None
 
 
+def test_aarch64_features_are_those_that_the_kernel_tells(tmp_path: Path) -> None:
+    """HWCAP words of a Cortex-A72, a Neoverse N1 and a Neoverse V2, and what compiles for them ask for."""
+    assert host._arm_features(0xFF, 0) == {"fp", "asimd"}
+    n1 = host._arm_features(0x119FFF, 0)
+    assert n1 is not None and n1 >= {"asimd", "asimdhp", "asimddp"} and not n1 & {"i8mm", "bf16"}
+    v2 = host._arm_features(0xEFFFFFFB, 0x0000000000107F8F | 1 << 13 | 1 << 14)
+    assert v2 is not None and v2 >= {"asimdhp", "asimddp", "asimdfhm", "i8mm", "bf16"}
+    assert host._arm_features(0, 0) is None  # the C library does not tell: /proc/cpuinfo is asked
+    assert len(host._auxiliary(16, 26)) == 2
+    # cores of two kinds: big ones have i8mm, little ones do not
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(
+        "Features\t: fp asimd asimddp asimdhp\n\nFeatures\t: fp asimd asimddp asimdhp i8mm bf16\n"
+    )
+    assert host._linux_features(cpuinfo) == {"fp", "asimd", "asimddp", "asimdhp"}
+
+
+@pytest.mark.parametrize(
+    ("found", "preset"),
+    [
+        ({"asimd", "asimddp", "asimdhp", "asimdfhm", "i8mm", "bf16"}, "aarch64-i8mm"),
+        ({"asimd", "asimddp", "asimdhp", "i8mm"}, "aarch64-dotprod"),
+        ({"asimd", "asimddp"}, "aarch64"),
+        ({"asimd"}, "aarch64"),
+    ],
+)
+def test_aarch64_machine_gets_its_preset(
+    monkeypatch: pytest.MonkeyPatch, found: set[str], preset: str
+) -> None:
+    from llmc.targets.cpu import backend
+
+    monkeypatch.setattr(backend, "architecture", lambda: "aarch64")
+    monkeypatch.setattr(backend, "features", lambda: frozenset(found))
+    assert backend.detect() == preset
+    lacks = {"i8mm", "bf16", "asimddp", "asimdhp", "asimdfhm"} - found
+    assert set(backend.missing(backend.capabilities("aarch64-i8mm"))) == lacks
+
+
 def test_container_limits(tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text("150000 100000\n")
     assert host._cgroup_cpus(tmp_path / "cpu.max") == 1

@@ -13,7 +13,9 @@ import pytest
 from llmc.caps import ByteDot, Capabilities, TileUnit
 from llmc.host import architecture, features
 from llmc.targets.codegen import tir_pipeline
-from llmc.targets.cpu.backend import _PRESETS, capabilities, detect, tvm_target
+from llmc.targets.cpu.backend import _PRESETS, capabilities, detect, missing, tvm_target
+from tests.emulator import Emulator
+from tools.run_aarch64 import lacking
 
 _RUNNABLE = {
     name
@@ -22,18 +24,38 @@ _RUNNABLE = {
 }
 # the best preset of this machine, and AVX2, whose code takes the paths without a bf16 dot product
 PRESETS = sorted({detect(), "x86-64-v3"} & _RUNNABLE) or [detect()]
+# what runs in an emulator (docs/aarch64.md): the best, one without matrix units, and one without any dot product
+EMULATED = ("aarch64-i8mm", "aarch64-dotprod", "aarch64")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-@pytest.fixture(params=PRESETS)
+def _machine(preset: str) -> Capabilities:
+    caps = capabilities(preset)
+    if missing(caps) and lacking():
+        pytest.skip(f"{caps.preset} cannot run here and {lacking()}")
+    return caps
+
+
+def _emulated(*presets: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in presets]
+
+
+@pytest.fixture(params=[*PRESETS, *_emulated(*EMULATED)])
 def caps(request: pytest.FixtureRequest) -> Capabilities:
-    return capabilities(request.param)
+    return _machine(request.param)
 
 
-@pytest.fixture
-def best() -> Capabilities:
-    """This machine's capabilities."""
-    return capabilities("")
+@pytest.fixture(params=["", *_emulated(*EMULATED[:2])], ids=lambda preset: preset or "best")
+def best(request: pytest.FixtureRequest) -> Capabilities:
+    """This machine's capabilities; in slow tests, the best of an emulated machine."""
+    return _machine(request.param)
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Iterator[Emulator]:
+    made = Emulator()
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -50,11 +72,17 @@ class Tools:
     dtypes: ClassVar = DTYPES
     exact: ClassVar = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
 
-    def __init__(self) -> None:
+    def __init__(self, emulator: Emulator) -> None:
         self._alive: list[Any] = []
+        self._emulator = emulator
 
     def build(self, caps: Capabilities, **funcs: Any) -> Any:
-        """Compile PrimFuncs into one library; index it by name."""
+        """Compile PrimFuncs into one library; index it by name. Code for another machine runs in an emulator."""
+        library = self.compile(caps, **funcs)
+        return self._emulator.library(library, caps.triple) if missing(caps) else library
+
+    def compile(self, caps: Capabilities, **funcs: Any) -> Any:
+        """Compile PrimFuncs into one library."""
         import tvm
 
         module = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in funcs.items()})
@@ -63,7 +91,7 @@ class Tools:
         return library
 
     def assembly(self, caps: Capabilities, **funcs: Any) -> str:
-        return str(self.build(caps, **funcs).mod.inspect_source("s"))
+        return str(self.compile(caps, **funcs).mod.inspect_source("s"))
 
     @staticmethod
     def tensor(array: np.ndarray) -> Any:
@@ -77,5 +105,5 @@ class Tools:
 
 
 @pytest.fixture
-def tools() -> Iterator[Tools]:
-    yield Tools()
+def tools(emulator: Emulator) -> Iterator[Tools]:
+    yield Tools(emulator)
