@@ -46,7 +46,7 @@ _REST = 0.5
 
 def llmc_bits(quant: str, dtype: str) -> int:
     """Bits of llmc's codes: of the scheme, or of the dtype."""
-    scheme = schemes.parse(quant)
+    scheme = schemes.parse(quant.partition("+")[0])
     return scheme.bits if scheme else {"f32": 32, "bf16": 16, "f16": 16}[dtype]
 
 
@@ -104,7 +104,8 @@ class Case:
             str(max(o.prompt, 16, o.batch)),
         ]
         if self.quant != schemes.NONE:
-            arguments += ["--quant", self.quant]
+            scheme, _, head = self.quant.partition("+")
+            arguments += ["--quant", scheme, *(["--quant-head", head] if head else [])]
         seconds = llmc_side.compile_artifact(self.model, artifact, arguments + o.compile_option)
         self.formats["llmc"] = o.dtype if self.quant == schemes.NONE else self.quant
         self.weights["llmc"] = Weights(self.shape, llmc_side.weight_bytes(artifact))
@@ -241,7 +242,12 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--shape", type=_names(SHAPES), default=["tiny"], help=f"of {', '.join(SHAPES)}; a comma list")
     add("--against", type=_names(PEERS), default=[], help=f"peers, a comma list of {', '.join(PEERS)}")
-    add("--quant", type=_names(("none", *schemes.SCHEMES)), default=["none"], help="schemes, a comma list")
+    add(
+        "--quant",
+        type=_schemes,
+        default=["none"],
+        help="schemes, a comma list; w4a8+q6g64: the head in another one",
+    )
     add("--dtype", choices=TORCH_NAMES, default="bf16", help="of the checkpoint and of what is not quantized")
     add("--prompt", type=int, default=512, help="tokens of the prompt")
     add("--tokens", type=int, default=64, help="tokens to generate per round")
@@ -268,6 +274,13 @@ def arguments() -> argparse.Namespace:
     if options.context < 0:
         parser.error("--context must not be negative")
     return options
+
+
+def _schemes(text: str) -> list[str]:
+    """``none,w4a8+q6g64`` -> its parts; every scheme in it must be known."""
+    parts = text.split(",")
+    _names(("none", *schemes.SCHEMES))(",".join(name for part in parts for name in part.split("+")))
+    return parts
 
 
 def _names(known: Any) -> Any:
