@@ -35,6 +35,25 @@ def test_gptq(scheme: str, version: str, tmp_path: Path) -> None:
     check(tmp_path, write_gptq(tmp_path, SCHEMES[scheme], version=version))
 
 
+@pytest.mark.parametrize(
+    ("scheme", "reorder"), [("q4g64a", False), ("q4g64", True), ("q3g64", False), ("q8g32a", True)]
+)
+def test_gptq_of_the_library(scheme: str, reorder: bool, tmp_path: Path) -> None:
+    """A checkpoint as AutoGPTQ's own layer reads it (in float16: rows of the identity are exact)."""
+    layer = library_file("auto_gptq/nn_modules/qlinear/qlinear_cuda.py").QuantLinear
+    expected = write_gptq(tmp_path, SCHEMES[scheme], version="gptq", reorder=reorder)
+    tensors = load_file(tmp_path / "model.safetensors")
+    source = open_model(str(tmp_path), dtype=None)
+    assert source.weights is not None
+    for name, weight in expected.items():
+        outputs, inputs = weight.codes.shape
+        theirs = layer(weight.scheme.bits, weight.scheme.group_size, inputs, outputs, False)
+        parts = ("qweight", "qzeros", "scales", "g_idx")
+        theirs.load_state_dict({part: tensors[f"{name.removesuffix('.weight')}.{part}"] for part in parts})
+        want = theirs(torch.eye(inputs).half()).T
+        np.testing.assert_array_equal(source.weights.load(name).half().numpy(), want.detach().numpy(), name)
+
+
 def test_gptq_refuses(tmp_path: Path) -> None:
     scheme = SCHEMES["q4g64"]
     for field, value in (
