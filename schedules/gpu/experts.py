@@ -102,8 +102,8 @@ def _kernel(
             ops.x, ops.y = e.flat(x, count * k), e.flat(y, count * n)
             if cfg.in_dtype != "float32":
                 ops.x_pairs = e.flat(x, count * k // 2, "uint32")
-            if layout.of.order:
-                ops.order = e.flat(w, ops.size // 4, "int32")
+            if layout.listed:  # all experts have the same outliers
+                ops.listed, ops.list_at = e.flat(w, ops.size // 4, "int32"), layout.list_at // 4
             of_experts = e.flat(bias, experts * n) if bias is not None else None
             order, begin = sort_rows(e.flat(ids, count), count, experts)
             integers = bool(layout.of.activation_bits)
@@ -118,8 +118,9 @@ def _kernel(
                     rows = Rows(first, e.let(e.i64(begin[expert + 1])), order)
                     if of_experts is not None:
                         ops.bias = _Shifted(of_experts, expert * n)
-                    if layout.of.order:
-                        ops.order_at = expert * (math.prod(layout.packed_shape) // 4) + layout.order_at // 4
+                    if layout.listed:
+                        ops.base = e.let(expert * math.prod(layout.packed_shape))
+                        ops.list_at = e.let(ops.base // 4 + layout.list_at // 4)
                     codes, base = weights(w, expert, block)
                     if on_units and integers:
                         qint.Block(ops, caps, codes, _TILES, _WARPS, thread).run(block, base, rows)

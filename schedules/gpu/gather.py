@@ -98,7 +98,7 @@ def quant_embedding(cfg: QuantEmbeddingConfig, caps: Capabilities) -> Any:
                         with g.when(column < layout.k):
                             at = column
                             if order is not None:
-                                at = e.let(e.i64(order[layout.order_at // 4 + column]))
+                                at = e.let(e.i64(order[layout.list_at // 4 + column]))
                             e.store(target, token * layout.k + at, g.narrow(value, cfg.dtype, caps), 1)
 
                 g.strided(thread, layout.padded_k // COLUMNS, _THREADS, columns)

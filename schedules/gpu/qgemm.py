@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from tvm import tirx
+
 from llmc.caps import Capabilities
 from llmc.quant.schemes import Code
 from llmc.schedules import emit as e
@@ -22,7 +24,7 @@ from llmc.schedules.gpu.rows import Rows
 from llmc.schedules.qcodes import Place
 from llmc.schedules.qlayout import UNIT, WARP_ROWS
 
-_TILES = WARP_ROWS // 8  # of 8 columns of y
+TILES = WARP_ROWS // 8  # of 8 columns of y
 _PAD = 1  # of a row of sums in shared memory
 
 
@@ -52,25 +54,37 @@ def gemm(ops: Operands, caps: Capabilities, tiles: int, warps: int) -> None:
         )
 
 
-class Block:
-    """One block of threads.
+class Tiles:
+    """What blocks of threads do that multiply 16 x 8 tiles in registers, whatever their operands are.
 
     Args:
         codes: unpacks the weight.
         tiles: of 16 rows of x.
+        row_stride: from one row of x to the next, in what the subclass counts it in.
     """
 
     def __init__(
-        self, ops: Operands, caps: Capabilities, codes: Weights, tiles: int, warps: int, thread: Any
+        self,
+        ops: Operands,
+        caps: Capabilities,
+        codes: Weights,
+        tiles: int,
+        warps: int,
+        thread: Any,
+        row_stride: int,
     ) -> None:
         self.ops, self.caps, self.codes, self.tiles = ops, caps, codes, tiles
-        self.warps, self.thread = warps, thread
-        self.k, self.padded_k, self.dtype = ops.cfg.layout.k, codes.padded_k, ops.cfg.in_dtype
+        self.warps, self.thread, self._stride = warps, thread, row_stride
         self.lane, self.warp = e.let(thread % g.WARP), e.let(thread // g.WARP)
         self.row, self.part = e.let(self.lane // 4), e.let(self.lane % 4)
-        # columns of a thread in a step, and what a step covers
-        self.columns = 4 if self.codes.subgroups > 1 else 8
-        self.depth = 4 * self.columns
+
+    def chunk(self, total: list[Any], tokens: list[Any], base: Any, number: Any) -> None:
+        """Add the products of chunk `number` of the block at `base` to the totals [tile of rows][tile of outputs].
+
+        Args:
+            tokens: where the thread's two rows of each tile begin in x.
+        """
+        raise NotImplementedError
 
     def run(self, block: Any, base: Any, rows: Rows) -> None:
         """Compute `rows` of the outputs of a block of the weight, which begins at `base`."""
@@ -79,22 +93,15 @@ class Block:
         self.codes.load_table(self.thread, self.warps * g.WARP)
         if self.codes.has_table:
             g.barrier()
-        total = [[_zeros() for _ in range(_TILES)] for _ in range(self.tiles)]
+        total = [[zeros("float32") for _ in range(TILES)] for _ in range(self.tiles)]
         tokens = [
-            [e.let(rows.at(16 * i + 8 * h + self.row) * self.k) for h in range(2)] for i in range(self.tiles)
+            [e.let(rows.at(16 * i + 8 * h + self.row) * self._stride) for h in range(2)]
+            for i in range(self.tiles)
         ]
-        chunk = self.codes.chunk
-
-        def one(number: Any) -> None:
-            place = self.codes.chunk_at(base, number)
-            column = e.let(number * chunk)
-            for half in range(self.codes.subgroups):
-                group = self.codes.group_at(place, half) if self.codes.subgroups > 1 else place
-                self._group(total, tokens, group, column, half)
-
-        g.strided(self.warp, self.padded_k // chunk, self.warps, one)
+        chunks = self.codes.padded_k // self.codes.chunk
+        g.strided(self.warp, chunks, self.warps, lambda number: self.chunk(total, tokens, base, number))
         for i in range(self.tiles):
-            for j in range(_TILES):
+            for j in range(TILES):
                 for r in range(4):
                     row = 16 * i + r // 2 * 8 + self.row
                     at = (self.warp * shape[1] + row) * shape[2] + 8 * j + 2 * self.part + r % 2
@@ -102,28 +109,48 @@ class Block:
         g.barrier()
         self.ops.store_sums(self.caps, sums, block, rows, shape, self.thread)
 
+
+class Block(Tiles):
+    """16-bit pairs of activations and weights."""
+
+    def __init__(
+        self, ops: Operands, caps: Capabilities, codes: Weights, tiles: int, warps: int, thread: Any
+    ) -> None:
+        super().__init__(ops, caps, codes, tiles, warps, thread, ops.cfg.layout.k)
+        self.k, self.padded_k, self.dtype = ops.cfg.layout.k, codes.padded_k, ops.cfg.in_dtype
+        # columns of a thread in a step, and what a step covers
+        self.columns = 4 if codes.subgroups > 1 else 8
+        self.depth = 4 * self.columns
+
+    def chunk(self, total: list[Any], tokens: list[Any], base: Any, number: Any) -> None:
+        place = self.codes.chunk_at(base, number)
+        column = e.let(number * self.codes.chunk)
+        for half in range(self.codes.subgroups):
+            group = self.codes.group_at(place, half) if self.codes.subgroups > 1 else place
+            self._group(total, tokens, group, column, half)
+
     def _group(self, total: list[Any], tokens: list[Any], place: Place, column: Any, half: int) -> None:
         """A group's part of a chunk: its products, scaled, onto the totals."""
         codes = self.codes
-        part = [[_zeros() for _ in range(_TILES)] for _ in range(self.tiles)] if codes.scaled else total
-        row_sums = [_zeros() for _ in range(self.tiles)] if codes.offsets else []
-        zeros = [codes.zero(place, e.let(self.row + 8 * j)) for j in range(_TILES)]
+        part = (
+            [[zeros("float32") for _ in range(TILES)] for _ in range(self.tiles)] if codes.scaled else total
+        )
+        row_sums = [zeros("float32") for _ in range(self.tiles)] if codes.offsets else []
+        shifts = [codes.zero(place, e.let(self.row + 8 * j)) for j in range(TILES)]
         first = e.let(half * self.depth + self.part * self.columns)
         with g.loop(codes.chunk // UNIT) as u:
             unit_at = codes.unit_at(place, u)
             left = [self._x(rows, e.let(column + u * UNIT + first)) for rows in tokens]
-            words = [
-                codes.words(unit_at, first, self.columns, e.let(self.row + 8 * j)) for j in range(_TILES)
-            ]
-            for j in range(_TILES):
-                pairs = codes.pairs(words[j], self.columns, zeros[j], self.dtype)
+            words = [codes.words(unit_at, first, self.columns, e.let(self.row + 8 * j)) for j in range(TILES)]
+            for j in range(TILES):
+                pairs = codes.pairs(words[j], self.columns, shifts[j], self.dtype)
                 for i in range(self.tiles):
                     self._multiply(part[i][j], left[i], pairs)
             for i, ones in enumerate(row_sums):
                 self._multiply(ones, left[i], [unit.ones(self.dtype)] * (self.columns // 2))
         if not codes.scaled:
             return
-        for j in range(_TILES):
+        for j in range(TILES):
             for c in range(2):
                 row = e.let(8 * j + 2 * self.part + c)
                 scale, offset = codes.scale_of(place, row)
@@ -164,8 +191,9 @@ class Block:
             unit.mma(acc, a, pairs, 2 * s, self.dtype)
 
 
-def _zeros() -> Any:
-    registers = g.local(4)
+def zeros(dtype: str) -> Any:
+    """Four registers of a tile."""
+    registers = g.local(4, dtype)
     for i in range(4):
-        e.store(registers, i, e.f32(0.0), 1)
+        e.store(registers, i, tirx.const(0, dtype), 1)
     return registers

@@ -7,7 +7,6 @@ are 8 bytes of x and one word of 4-bit codes (two of 8-bit codes).
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from tvm import tirx
@@ -18,14 +17,13 @@ from llmc.schedules import emit as e
 from llmc.schedules.gpu import emit as g
 from llmc.schedules.gpu import matrix_unit as unit
 from llmc.schedules.gpu.qcodes import ThreadCodes
+from llmc.schedules.gpu.qgemm import TILES, Tiles, zeros
 from llmc.schedules.gpu.qoperands import Operands
 from llmc.schedules.gpu.rows import Rows
 from llmc.schedules.iactivations import SMALLEST
-from llmc.schedules.qlayout import UNIT, WARP_ROWS
+from llmc.schedules.qlayout import UNIT
 
 _THREADS = 128
-_TILES = WARP_ROWS // 8
-_PAD = 1
 _ROUND = """
 __device__ __forceinline__ signed char llmc_round_byte(float x, float factor) {
   return (signed char)(__float_as_int(__fmaf_rn(x, factor, 12582912.0f)) & 255);
@@ -46,9 +44,13 @@ def quantize_rows(ops: Operands) -> None:
         def value_of(j: Any) -> Any:
             return e.let(e.widen(ops.x[row * k + j], cfg.in_dtype, 1))
 
+        left_out = _outliers(ops, thread)
+
         def compare(j: Any) -> None:
             # as bits: those of NaN are above those of infinity, and no NaN gets lost
             bits = T.bitwise_and(T.reinterpret("int32", value_of(j)), g.i32(0x7FFFFFFF))
+            if left_out is not None:
+                bits = tirx.Select(left_out[j] != 0, g.i32(0), bits)
             e.store(largest, 0, T.max(largest[0], bits), 1)
 
         g.strided(thread, k, _THREADS, compare)
@@ -61,10 +63,28 @@ def quantize_rows(ops: Operands) -> None:
         def write(j: Any) -> None:
             inside = T.min(j, e.i64(k - 1))
             byte = g.device_call("llmc_round_byte", _ROUND, value_of(inside), factor, result="int8")
-            e.store(rounded, row * padded + j, tirx.Select(j < k, byte, tirx.IntImm("int8", 0)), 1)
+            there = j < k if left_out is None else T.And(j < k, left_out[inside] == 0)
+            e.store(rounded, row * padded + j, tirx.Select(there, byte, tirx.IntImm("int8", 0)), 1)
 
         g.strided(thread, padded, _THREADS, write)
     ops.rounded, ops.row_scales = rounded, scales
+
+
+def _outliers(ops: Operands, thread: Any) -> Any | None:
+    """Marks of the columns that are multiplied in floating point, in shared memory; None if there are none."""
+    layout = ops.cfg.layout
+    if not layout.outliers:
+        return None
+    marks = g.shared(layout.k, "int8", "left_out")
+    g.strided(thread, layout.k, _THREADS, lambda j: e.store(marks, j, tirx.IntImm("int8", 0), 1))
+    g.barrier()
+
+    def mark(j: Any) -> None:
+        e.store(marks, e.i64(ops.listed[ops.list_at + j]), tirx.IntImm("int8", 1), 1)
+
+    g.strided(thread, layout.outliers, _THREADS, mark)
+    g.barrier()
+    return marks
 
 
 def gemm(ops: Operands, caps: Capabilities, tiles: int, warps: int) -> None:
@@ -79,44 +99,21 @@ def gemm(ops: Operands, caps: Capabilities, tiles: int, warps: int) -> None:
         )
 
 
-class Block:
-    """One block of threads."""
+class Block(Tiles):
+    """Bytes of activations and weights."""
 
     def __init__(
         self, ops: Operands, caps: Capabilities, codes: ThreadCodes, tiles: int, warps: int, thread: Any
     ) -> None:
-        self.ops, self.caps, self.codes, self.tiles = ops, caps, codes, tiles
-        self.warps, self.thread, self.layout = warps, thread, ops.cfg.layout
-        self.x = e.flat(ops.rounded, ops.t * (self.layout.padded_k // 4), "uint32")
-        self.lane, self.warp = e.let(thread % g.WARP), e.let(thread // g.WARP)
-        self.row, self.part = e.let(self.lane // 4), e.let(self.lane % 4)
+        super().__init__(ops, caps, codes, tiles, warps, thread, codes.padded_k // 4)
+        self.layout = ops.cfg.layout
+        self.x = e.flat(ops.rounded, ops.t * (codes.padded_k // 4), "uint32")
 
-    def run(self, block: Any, base: Any, rows: Rows) -> None:
-        """As qgemm.Block.run."""
-        layout = self.layout
-        shape = (self.warps, 16 * self.tiles, WARP_ROWS + _PAD)
-        sums = g.shared(math.prod(shape), name="sums")
-        total = [[self._zeros("float32") for _ in range(_TILES)] for _ in range(self.tiles)]
-        words = layout.padded_k // 4
-        tokens = [
-            [e.let(rows.at(16 * i + 8 * h + self.row) * words) for h in range(2)] for i in range(self.tiles)
-        ]
-        chunks = layout.padded_k // self.codes.chunk
-        g.strided(self.warp, chunks, self.warps, lambda number: self._chunk(total, tokens, base, number))
-        for i in range(self.tiles):
-            for j in range(_TILES):
-                for r in range(4):
-                    row = 16 * i + r // 2 * 8 + self.row
-                    at = (self.warp * shape[1] + row) * shape[2] + 8 * j + 2 * self.part + r % 2
-                    e.store(sums, at, total[i][j][r], 1)
-        g.barrier()
-        self.ops.store_sums(self.caps, sums, block, rows, shape, self.thread)
-
-    def _chunk(self, total: list[Any], tokens: list[Any], base: Any, number: Any) -> None:
+    def chunk(self, total: list[Any], tokens: list[Any], base: Any, number: Any) -> None:
         codes = self.codes
         place = codes.chunk_at(base, number)
         column = e.let(number * codes.chunk)
-        part = [[self._zeros("int32") for _ in range(_TILES)] for _ in range(self.tiles)]
+        part = [[zeros("int32") for _ in range(TILES)] for _ in range(self.tiles)]
         with g.loop(codes.chunk // UNIT) as u:
             at = codes.unit_at(place, u)
             word = e.let((column + u * UNIT) // 4 + 2 * self.part)
@@ -124,11 +121,11 @@ class Block:
             for low, high in tokens:
                 pairs = [g.elements(e.let(e.load(self.x, row + word, 2)), 2) for row in (low, high)]
                 left.append([pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]])
-            for j in range(_TILES):
+            for j in range(TILES):
                 right = self._weights(codes.words(at, e.let(8 * self.part), 8, e.let(self.row + 8 * j))[0])
                 for i in range(self.tiles):
                     unit.mma_bytes(part[i][j], left[i], right)
-        for j in range(_TILES):
+        for j in range(TILES):
             for c in range(2):
                 row = e.let(8 * j + 2 * self.part + c)
                 scale, _ = codes.scale_of(place, row)
@@ -146,10 +143,3 @@ class Block:
         nibbles = [T.bitwise_and(words[0], low), T.bitwise_and(T.shift_right(words[0], g.u32(4)), low)]
         # each byte less 8, with no borrow from the next one
         return [e.let(T.bitwise_xor(T.bitwise_or(n, high) - g.u32(0x08080808), high)) for n in nibbles]
-
-    @staticmethod
-    def _zeros(dtype: str) -> Any:
-        registers = g.local(4, dtype)
-        for i in range(4):
-            e.store(registers, i, tirx.const(0, dtype), 1)
-        return registers

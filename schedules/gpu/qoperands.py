@@ -13,7 +13,7 @@ from llmc.schedules import emit as e
 from llmc.schedules.gpu import emit as g
 from llmc.schedules.gpu.epilogue import finish
 from llmc.schedules.gpu.rows import Rows
-from llmc.schedules.qlayout import WARP_ROWS
+from llmc.schedules.qlayout import OUTLIER_BYTES, WARP_ROWS
 from llmc.schedules.qlinear import QuantLinearConfig
 
 
@@ -26,7 +26,9 @@ class Operands:
         x: flat, in cfg.in_dtype; x_pairs: two elements in an uint32, for 16-bit types.
         packed, size: the packed weight as declared, and its bytes.
         bias, residual, y: flat, or None.
-        order: int32 view of the packed weight if its columns are in an order of their own.
+        listed: int32 view of the packed weight if it lists columns: their order, or those that are outliers.
+        list_at: where in it the list of this weight begins.
+        base: the byte of the packed weight at which this one begins (of several experts).
         rounded, row_scales: int8 [T, padded_k] and float32 [T], after qint.quantize_rows.
     """
 
@@ -39,8 +41,9 @@ class Operands:
     bias: Any = None
     residual: Any = None
     y: Any = None
-    order: Any = None
-    order_at: Any = 0
+    listed: Any = None
+    list_at: Any = 0
+    base: Any = 0
     rounded: Any = None
     row_scales: Any = None
 
@@ -51,7 +54,7 @@ class Operands:
             return tirx.Cast("float32", self.rounded[token * layout.padded_k + column])
         at = column
         if layout.of.order:
-            at = e.i64(self.order[self.order_at + T.min(column, layout.k - 1)])
+            at = e.i64(self.listed[self.list_at + T.min(column, layout.k - 1)])
         value = lambda: e.widen(self.x[token * layout.k + at], cfg.in_dtype, 1)  # noqa: E731
         if layout.padded_k == layout.k:
             return value()
@@ -88,10 +91,30 @@ class Operands:
                         found.reverse()
                 if self.row_scales is not None:
                     found = [e.let(f * self.row_scales[row]) for f in found]
+                if cfg.layout.outliers:
+                    halves = (c, c + per_block) if cfg.gated else (c,)
+                    halves = halves[::-1] if cfg.gate_second else halves
+                    found = [
+                        self._with_outliers(f, row, block, r) for f, r in zip(found, halves, strict=True)
+                    ]
                 value = finish(cfg, found, column, row, self.bias, self.residual)
                 e.store(self.y, row * cfg.n + column, g.narrow(value, cfg.out_dtype, caps), 1)
 
         g.strided(thread, count * per_block, warps * g.WARP, one)
+
+    def _with_outliers(self, total: Any, row: Any, block: Any, output: Any) -> Any:
+        """A sum plus the products of the columns that were left out of it; `output` counts in the block."""
+        layout = self.cfg.layout
+        weights = e.flat(self.packed, self.size // OUTLIER_BYTES, "bfloat16")
+        first = e.let((self.base + block * layout.block_bytes + layout.outliers_at) // OUTLIER_BYTES + output)
+        register = g.local(1)
+        e.store(register, 0, total, 1)
+        with e.loop(layout.outliers) as j:
+            column = e.i64(self.listed[self.list_at + j])
+            x = e.widen(self.x[row * layout.k + column], self.cfg.in_dtype, 1)
+            weight = e.widen(weights[first + j * layout.n_block], "bfloat16", 1)
+            e.store(register, 0, register[0] + x * weight, 1)
+        return e.let(register[0])
 
 
 class QuantOperands(Operands):
@@ -119,5 +142,5 @@ class QuantOperands(Operands):
         self.bias = e.flat(self._bias, self._outputs) if self._bias is not None else None
         self.residual = e.flat(self._residual, t * cfg.n) if self._residual is not None else None
         self.y = e.flat(self._y, t * cfg.n)
-        if cfg.layout.of.order:
-            self.order, self.order_at = e.flat(self.packed, self.size // 4, "int32"), cfg.layout.order_at // 4
+        if cfg.layout.listed:
+            self.listed, self.list_at = e.flat(self.packed, self.size // 4, "int32"), cfg.layout.list_at // 4

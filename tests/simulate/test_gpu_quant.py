@@ -44,11 +44,17 @@ MORE = [
 ]
 
 
-def rounded_rows(x: np.ndarray) -> np.ndarray:
-    """float32 rows as the kernels round them, in float64."""
-    most = np.abs(x).max(-1, keepdims=True)
+def rounded_rows(x: np.ndarray, kept: np.ndarray | None = None) -> np.ndarray:
+    """float32 rows as the kernels round them, in float64; columns that are kept stay as they are."""
+    rest = x.copy()
+    if kept is not None:
+        rest[:, kept] = 0
+    most = np.abs(rest).max(-1, keepdims=True)
     factor = np.where(most > 1e-30, 127 / np.maximum(most, 1e-30), 0).astype(np.float32)
-    return np.rint(x.astype(np.float64) * factor) * (most / np.float32(127)).astype(np.float64)
+    out = np.rint(rest.astype(np.float64) * factor) * (most / np.float32(127)).astype(np.float64)
+    if kept is not None:
+        out[:, kept] = x[:, kept]
+    return out
 
 
 def _slow(cases: list[Any]) -> list[Any]:
@@ -112,7 +118,7 @@ def test_embedding(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("preset", ["sm_90", pytest.param("sm_75", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("scheme", "k"), [("w4a8", 96), ("w8a8", 130)])
+@pytest.mark.parametrize(("scheme", "k"), [("w4a8", 96), ("w8a8", 130), ("w8a8o", 200)])
 def test_int8_activations(scheme: str, k: int, preset: str) -> None:
     n, caps, rng = 70, gpu(preset), np.random.default_rng(3)
     layout = quant_layout(by_name(scheme), n, k, caps)
@@ -126,7 +132,7 @@ def test_int8_activations(scheme: str, k: int, preset: str) -> None:
         x[0] = 0
         y = TOOLS.tensor(np.full((rows, n), np.nan, np.float32))
         kernel(TOOLS.tensor(x), TOOLS.tensor(layout.pack(weight)), TOOLS.tensor(b), y)
-        rounded = rounded_rows(x.astype(np.float32))
+        rounded = rounded_rows(x.astype(np.float32), weight.outlier_columns)
         check(y.numpy(), rounded @ weight.dequantize().astype(np.float64).T + b.astype(np.float64))
 
 
@@ -142,6 +148,7 @@ EXPERTS = [
             ("mxfp4", "bfloat16", "int64", True, "sm_90"),
             ("q2g96afp", "bfloat16", "int64", False, "sm_90"),
             ("w8a8", "float32", "int64", True, "sm_75"),
+            ("w8a8o", "bfloat16", "int64", True, "sm_90"),
         ]
     ),
 ]
@@ -169,6 +176,9 @@ def test_experts(case: tuple[str, str, str, bool, str]) -> None:
         ids = rng.integers(0, experts - 1, rows).astype(ids_dtype)  # the last one stays without rows
         y = TOOLS.tensor(np.full((rows, n), np.nan, np.float32))
         kernel(*map(TOOLS.tensor, (x, ids, packed, *([b] if bias else []))), y)
-        wide = rounded_rows(x.astype(np.float32)) if scheme.endswith("a8") else x.astype(np.float64)
+        wide = x.astype(np.float64)
+        if "a8" in scheme:
+            kept = weight.outlier_columns
+            wide = rounded_rows(x.astype(np.float32), None if kept is None else np.atleast_2d(kept)[0])
         expected = np.einsum("rk,rnk->rn", wide, values.astype(np.float64)[ids])
         check(y.numpy(), expected + (b.astype(np.float64)[ids] if bias else 0))
