@@ -108,7 +108,8 @@ def test_kernels_of_one_weight_agree_in_its_layout():
     ]
     assert sorted(c["has_bias"] for c in configs) == [False, True]
     assert {c["schedule"]["choices"][0]["vectors"] for c in configs} == {1}
-    assert {c["layout"]["n_block"] for c in configs} == {CAPS.lanes_f32}
+    layouts = {LinearConfig.from_json(c).weight_layout(CAPS).n_block for c in configs}
+    assert layouts == {CAPS.lanes_f32}
 
 
 def test_a_quantized_weight_gets_its_records(monkeypatch):
