@@ -168,20 +168,21 @@ class MicroKernel:
         return max(v for v in range(1, most + 1) if self.vectors % v == 0)
 
     def accumulate(
-        self, acc: list[list[Any]], rows: int, row_base: list[Any], w_base: Any, steps: int
+        self, acc: list[list[Any]], rows: int, row_base: list[Any], w_base: Any, steps: int, part: Any = 0
     ) -> None:
         """acc[r][v] += x[row r] . w for k steps [0, steps); bases are in elements of the views.
 
-        The caller has laid `row_base` and `w_base` at the first step, and at the first of the accumulators' outputs.
+        The caller has laid `row_base` and `w_base` at the first step, and at the first of the accumulators' outputs. If
+        these are a part of a block, its number is `part`: the first one asks for the whole stream, the others find it.
         """
         unroll = self.unroll or (4 if rows == 1 else 1)
         whole = steps // unroll
         with e.loop(whole) as j:
             for u in range(unroll):
-                self._step(acc, rows, row_base, w_base, j * unroll + u)
+                self._step(acc, rows, row_base, w_base, j * unroll + u, part)
         if unroll > 1 and not (isinstance(steps, int) and steps % unroll == 0):
             with e.loop(whole * unroll, steps) as j:
-                self._step(acc, rows, row_base, w_base, j)
+                self._step(acc, rows, row_base, w_base, j, part)
 
     def sums(self, rows: int, row_base: list[Any], w_base: Any, steps: int) -> list[list[Any]]:
         """accumulate from zero, over whole blocks however many vectors fit into registers."""
@@ -191,16 +192,19 @@ class MicroKernel:
             acc = [row[at : at + width] for row in whole]
             for vector in (v for row in acc for v in row):
                 e.store(vector, 0, e.splat(0.0, lanes), lanes)
-            self.accumulate(acc, rows, row_base, w_base + at * lanes, steps)
+            self.accumulate(acc, rows, row_base, w_base + at * lanes, steps, e.i64(at))
         return whole
 
-    def _step(self, acc: list[list[Any]], rows: int, row_base: list[Any], w_base: Any, j: Any) -> None:
+    def _step(
+        self, acc: list[list[Any]], rows: int, row_base: list[Any], w_base: Any, j: Any, part: Any
+    ) -> None:
         lanes, nb, vectors = self.lanes, self.layout.n_block, len(acc[0])
         at = w_base + j * nb
-        if self.prefetch_ahead:
-            line = 64 // (self.step_bytes // nb)
-            for i in range(0, vectors * lanes, line):
-                e.prefetch(self.w, at + self.prefetch_ahead * nb + i)
+        if self.prefetch_ahead and vectors == self.vectors:
+            self._prefetch(at)
+        elif self.prefetch_ahead:
+            with T.If(part == 0), T.Then():
+                self._prefetch(at)
         loads = [e.let(e.load(self.w, at + v * lanes, lanes)) for v in range(vectors)]
         if self.dot:
             for r in range(rows):
@@ -222,6 +226,12 @@ class MicroKernel:
                 a = e.let(e.splat(e.widen(self.x[row_base[r] + j], self.dtype, 1), lanes))
                 for v in range(vectors):
                     self._update(acc[r][v], lambda c, v=v, a=a: c + a * wide[v])
+
+    def _prefetch(self, at: Any) -> None:
+        """Ask for a step of the whole block, `prefetch` bytes behind the one that begins at `at`."""
+        nb = self.layout.n_block
+        for i in range(0, nb, 64 // (self.step_bytes // nb)):
+            e.prefetch(self.w, at + self.prefetch_ahead * nb + i)
 
     def _update(self, acc: Any, f: Any) -> None:
         e.store(acc, 0, f(e.load(acc, 0, self.lanes)), self.lanes)
@@ -411,7 +421,7 @@ def _all_rows(
                 for vector, at in sums:
                     value = e.splat(0.0, lanes) if partial is None else e.load(partial, at, lanes)
                     e.store(vector, 0, value, lanes)
-                micro.accumulate(acc, rows, bases, e.let((block * steps + begin) * nb + of), size)
+                micro.accumulate(acc, rows, bases, e.let((block * steps + begin) * nb + of), size, part)
                 if partial is None:
                     out = [e.let(first + start + r) for r in range(rows)]
                     store_rows(epilogue, micro, acc, out, block, args.y, args.bias, args.residual)
