@@ -13,7 +13,7 @@ from rich.table import Table
 
 from llmc.artifact import MANIFEST, Manifest, QualityReport, TextQuality, is_library
 from llmc.cli.format import grid, human_bytes, human_count
-from llmc.cli.progress import reporter
+from llmc.cli.progress import reporter, summed
 from llmc.errors import LlmcError
 from llmc.spec import CompileSpec
 from llmc.stages import STAGES, Timing
@@ -157,7 +157,7 @@ def summary_table(output: Path, finished: list[Timing]) -> Table:
     table.add_row(
         "time",
         f"{sum(t.seconds for t in finished):.1f} s ("
-        + ", ".join(f"{t.stage} {t.seconds:.1f}" for t in finished)
+        + ", ".join(f"{t.stage} {t.seconds:.1f}" for t in summed(finished))
         + f"), peak memory {human_bytes(max((t.peak_rss for t in finished), default=0))}",
     )
     table.add_row("quality", quality_text(manifest.quality))

@@ -91,6 +91,7 @@ def timing_table(timings: Sequence[Timing]) -> Table:
     for column in ("seconds", "share", "peak RSS after"):
         table.add_column(column, justify="right")
     # passes are recorded before the stage that they belong to; show them below it
+    timings = summed(timings)
     stages = [t for t in timings if not t.part]
     orphans = {t.stage for t in timings} - {t.stage for t in stages}
     rows = [(t, [p for p in timings if p.part and p.stage == t.stage]) for t in stages]
@@ -111,6 +112,16 @@ def timing_table(timings: Sequence[Timing]) -> Table:
     last = max((t.peak_rss for t in timings), default=0)
     table.add_row("total", f"{total:.2f}", "100 %", human_bytes(last), style="bold")
     return table
+
+
+def summed(timings: Sequence[Timing]) -> list[Timing]:
+    """Stages and passes that ran once per level as one each."""
+    found: dict[tuple[str, str], Timing] = {}
+    for t in timings:
+        before = found.get((t.stage, t.part))
+        seconds = t.seconds + (before.seconds if before else 0.0)
+        found[t.stage, t.part] = Timing(t.stage, t.part, seconds, t.peak_rss)
+    return list(found.values())
 
 
 def _escape(text: str) -> str:

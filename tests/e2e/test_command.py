@@ -26,8 +26,8 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_compile_tells_what_it_did(demo: CompiledDemo) -> None:
     for text in (
-        "[1/6] capture",
-        "[6/6] verify",
+        "[1/7] capture",
+        "[7/7] verify",
         "FuseOps",
         "peak RSS after",
         "checked (sample",

@@ -137,7 +137,8 @@ def test_a_tiny_model_becomes_an_artifact(
     """Compiled with no GPU: machine code per architecture, a clear word on the check, and a refusal to load."""
     monkeypatch.setattr(cuda_driver, "query", lambda: CudaDriver(0, (), "there is no NVIDIA driver"))
     out = tmp_path / "artifact"
-    compile_model(tiny_model("llama"), out, target=f"cuda/{presets}", dtype="bf16", max_seq_len=64)
+    spec = dict(target=f"cuda/{presets}", dtype="bf16", quant="q4g32", max_seq_len=64)
+    compile_model(tiny_model("llama"), out, **spec)
     manifest = Manifest.from_text((out / MANIFEST).read_text(), "")
     assert manifest.device is not None
     assert [i.arch for i in manifest.device.images] == presets.split(",")
@@ -166,9 +167,3 @@ def test_a_tiny_model_becomes_an_artifact(
     for arch, expected in ((90, "sm_90"), (86, "sm_80")):
         chosen = choose_image(several, CudaDriver(13000, (CudaDevice(0, "x", arch, 1, 1),)))
         assert chosen is not None and chosen.arch == expected
-
-
-def test_quantized_weights_are_refused_for_now(tmp_path: Path) -> None:
-    with pytest.raises(LlmcError, match=r"no kernel for quantized weights .* on cuda/sm_90 yet"):
-        compile_model(tiny_model("llama"), tmp_path / "a", target="cuda/sm_90", quant="q8", verify="off")
-    assert not (tmp_path / "a").exists()
