@@ -13,7 +13,7 @@ import numpy as np
 
 from llmc.caps import Capabilities
 from llmc.quant.schemes import Code, by_name
-from llmc.quant.weight import QuantizedWeight
+from llmc.quant.weight import TABLES, QuantizedWeight
 from llmc.schedules import emit as e
 from llmc.schedules.choice import ByRows, Segment, segments
 from llmc.schedules.ilinear import int_linear
@@ -104,7 +104,11 @@ class TunableQuantLinear(Tunable):
     prefetches: ClassVar[tuple[int, ...]] = (0, 256, 512, 1024, 1536, 2304, 3072, 4096, 6144, 8192)
 
     def takes(self, config: Any) -> bool:
-        return super().takes(config) and not config.layout.of.activation_bits
+        if not super().takes(config) or config.layout.of.activation_bits:
+            return False
+        # what only checkpoints hold keeps its default: no random weights are made of it
+        scheme = config.layout.of
+        return not (scheme.super_group or scheme.offsets or scheme.order)
 
     def samples(self, caps: Capabilities) -> tuple[QuantLinearConfig, ...]:
         made = []
@@ -162,12 +166,14 @@ class TunableQuantLinear(Tunable):
         if scheme.code is Code.E4M3:
             codes = np.where(codes & 0x7F == 0x7F, 0, codes).astype(np.uint8)  # the codes of NaN
         # sums of about one, so that activations are tested where they bend
-        largest = {Code.INT: 1 << (scheme.bits - 1), Code.NF4: 1, Code.E4M3: 448, Code.E2M1: 6}[scheme.code]
+        whole = scheme.code is Code.INT
+        largest = 1 << (scheme.bits - 1) if whole else np.nanmax(np.abs(TABLES[scheme.code]))
         scales = rng.uniform(0.5, 1.5, (held, groups)).astype(np.float32) * np.float32(1 / largest)
         if scheme.scale_dtype == "e8m0":
             scales = np.exp2(np.round(np.log2(scales))).astype(np.float32)
-        elif scheme.scale_dtype == "float16":
-            scales = scales.astype(np.float16).astype(np.float32)
+        elif scheme.scale_dtype != "float32":
+            kind = np.float16 if scheme.scale_dtype == "float16" else ml_dtypes.bfloat16
+            scales = scales.astype(kind).astype(np.float32)
         made = {"codes": codes, "scales": scales}
         if layout.outliers:  # the last columns, so that the first one still sets the scale
             weights = rng.standard_normal((held, layout.outliers)).astype(ml_dtypes.bfloat16)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from llmc.quant.schemes import by_name
+from llmc.quant.schemes import SCHEMES, by_name
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.experts import ExpertConfig
 from llmc.schedules.linear import LinearConfig
@@ -142,3 +142,16 @@ def test_kernels_compute_the_reference(name, best, tools):
         assert largest_error(wrong, expected, tunable.tolerance(task)) > 1
     work = tunable.work(task, rows)
     assert work.bytes > 0 and work.operations > 0
+
+
+@pytest.mark.parametrize("name", [*SCHEMES, "nf4f", "q4g32b", "q4k", "q2g96afp"])
+def test_weights_of_every_scheme_can_be_made_or_are_left_alone(name: str) -> None:
+    layout = quant_layout(by_name(name), 64, 512, CAPS)
+    config = QuantLinearConfig(64, layout, "bfloat16", "bfloat16")
+    taken = [t for t in (TunableQuantLinear(), TunableIntLinear()) if t.takes(config)]
+    assert len(taken) == (0 if name in ("q4k", "q2g96afp") else 1)
+    for tunable in taken:
+        task = tunable.task(config)
+        made = tunable.weights(task, np.random.default_rng(0))
+        packed = tunable.pack(task, tunable.schedule_type(), made, CAPS)
+        np.testing.assert_array_equal(layout.unpack(packed).scales, made["scales"])
