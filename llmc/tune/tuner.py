@@ -304,7 +304,8 @@ class Tuner:
         for other in self.jobs:
             if other is job or other.tunable is not job.tunable:
                 continue
-            if other.task == job.task or (pays and other.bucket == job.bucket):
+            # what earlier runs have settled costs no trial here
+            if other.task == job.task or (pays and other.bucket == job.bucket and not settled(other)):
                 self._add_seed(other, other.space.nearest(_values(schedule)))
 
     def _complete(self) -> None:

@@ -54,7 +54,7 @@ def test_speed(artifact: Path, tmp_path: Path) -> None:
 def test_roofline(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llmc.cli.bench, "measured_limits", lambda threads: LIMITS)
     model = counted(load(artifact))
-    monkeypatch.setattr(llmc.runtime.model, "load", lambda path, threads: model)
+    monkeypatch.setattr(llmc.runtime.model, "load", lambda path, threads, level: model)
     file = tmp_path / "out.json"
     code, text = run(
         str(artifact), "--roofline", "--prompt", "9", "--tokens", "2", "--rounds", "1", "--json", str(file)
