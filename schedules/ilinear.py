@@ -22,7 +22,7 @@ from llmc.schedules.layout import usual_vectors
 from llmc.schedules.linear import for_tiles
 from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
-from llmc.schedules.qlinear import QuantLinearConfig
+from llmc.schedules.qlinear import QuantLinearConfig, QuantTensors
 
 FEW = 48  # up to so many rows unpack in registers
 _PIECE = 256  # columns of a pass: 64 outputs of bytes are half of a first-level cache
@@ -453,29 +453,21 @@ def int_blocks(
 
 def int_linear(cfg: QuantLinearConfig, caps: Capabilities) -> Any:
     """The PrimFunc (x[1 x lead, T, k], w packed, [bias], [residual like y], y[1 x lead, T, n]) with symbolic T."""
-    layout, n, k = cfg.layout, cfg.n, cfg.layout.k
-    bias_n = 2 * n if cfg.gated else n
+    layout, n = cfg.layout, cfg.n
     epilogue = Epilogue(
         n, layout.n_block, cfg.in_dtype, cfg.out_dtype, cfg.activation, cfg.gated, cfg.gate_second
     )
     built: list[Any] = []
     with e.kernel(built):
         t = e.dim("T")
-        ones = [1] * cfg.lead
-        x = e.tensor("x", [*ones, t, k], cfg.in_dtype)
-        w = e.tensor("w", list(layout.packed_shape), "uint8")
-        bias = e.tensor("bias", [bias_n], cfg.in_dtype) if cfg.has_bias else None
-        residual = e.tensor("residual", [*ones, t, n], cfg.in_dtype) if cfg.has_residual else None
-        y = e.tensor("y", [*ones, t, n], cfg.out_dtype)
+        args = QuantTensors(cfg, t)
         with e.root():
-            bf = e.flat(bias, bias_n) if bias is not None else None
-            rf = e.flat(residual, t * n) if residual is not None else None
-            yf = e.flat(y, t * n)
-            work = int_blocks(caps, layout, w, prefetch=cfg.prefetch)
-            rounded = work.prepare(cfg.in_dtype, e.flat(x, t * k), t)
+            args.view()
+            work = int_blocks(caps, layout, args.w, prefetch=cfg.prefetch)
+            rounded = work.prepare(cfg.in_dtype, args.x, t)
 
             def write(block: Any, acc: Vectors, rows: list[Any]) -> None:
-                work.store(acc, epilogue, rows, block, yf, bf, rf)
+                work.store(acc, epilogue, rows, block, args.y, args.bias, args.residual)
 
             # tasks of equal numbers of whole tiles
             tile = work.max_rows

@@ -63,30 +63,56 @@ class QuantLinearConfig:
         return QuantLinearConfig(**{**values, "layout": QuantLayout(**values["layout"])})
 
 
+class QuantTensors:
+    """The arguments of a quantized linear kernel, declared in their order.
+
+    Attributes:
+        w: the packed weight.
+        x, bias, residual, y: flat views, after `view`; None for those that the kernel does not have.
+    """
+
+    x: Any
+    bias: Any
+    residual: Any
+    y: Any
+
+    def __init__(self, cfg: QuantLinearConfig, t: Any) -> None:
+        n, k, ones = cfg.n, cfg.layout.k, [1] * cfg.lead
+        held = 2 * n if cfg.gated else n
+        x = e.tensor("x", [*ones, t, k], cfg.in_dtype)
+        self.w = e.tensor("w", list(cfg.layout.packed_shape), "uint8")
+        bias = e.tensor("bias", [held], cfg.in_dtype) if cfg.has_bias else None
+        residual = e.tensor("residual", [*ones, t, n], cfg.in_dtype) if cfg.has_residual else None
+        y = e.tensor("y", [*ones, t, n], cfg.out_dtype)
+        self._declared = {
+            "x": (x, t * k),
+            "bias": (bias, held),
+            "residual": (residual, t * n),
+            "y": (y, t * n),
+        }
+
+    def view(self) -> None:
+        """Make the views; inside the root block."""
+        for name, (buffer, size) in self._declared.items():
+            setattr(self, name, None if buffer is None else e.flat(buffer, size))
+
+
 def quant_linear(cfg: QuantLinearConfig, caps: Capabilities) -> Any:
     """The PrimFunc (x[1 x lead, T, k], w packed, [bias], [residual like y], y[1 x lead, T, n]) with symbolic T."""
-    layout, n, k = cfg.layout, cfg.n, cfg.layout.k
-    bias_n = 2 * n if cfg.gated else n
+    layout, n = cfg.layout, cfg.n
     epilogue = Epilogue(
         n, layout.n_block, cfg.in_dtype, cfg.out_dtype, cfg.activation, cfg.gated, cfg.gate_second
     )
     built: list[Any] = []
     with e.kernel(built):
         t = e.dim("T")
-        ones = [1] * cfg.lead
-        x = e.tensor("x", [*ones, t, k], cfg.in_dtype)
-        w = e.tensor("w", list(layout.packed_shape), "uint8")
-        bias = e.tensor("bias", [bias_n], cfg.in_dtype) if cfg.has_bias else None
-        residual = e.tensor("residual", [*ones, t, n], cfg.in_dtype) if cfg.has_residual else None
-        y = e.tensor("y", [*ones, t, n], cfg.out_dtype)
+        args = QuantTensors(cfg, t)
         with e.root():
-            bf = e.flat(bias, bias_n) if bias is not None else None
-            rf = e.flat(residual, t * n) if residual is not None else None
-            yf = e.flat(y, t * n)
-            work = QuantBlocks(caps, layout, cfg.in_dtype, e.flat(x, t * k), t, w, prefetch=cfg.prefetch)
+            args.view()
+            work = QuantBlocks(caps, layout, cfg.in_dtype, args.x, t, args.w, prefetch=cfg.prefetch)
 
             def store(block: Any, micro: MicroKernel, acc: list[list[Any]], rows: list[Any]) -> None:
-                store_rows(epilogue, micro, acc, rows, block, yf, bf, rf)
+                store_rows(epilogue, micro, acc, rows, block, args.y, args.bias, args.residual)
 
             values = work.prepare()
             # tasks of about equal numbers of rows, in whole tiles

@@ -20,7 +20,7 @@ from llmc.schedules.iactivations import IntActivations, quantize_rows
 from llmc.schedules.idot import IntDot
 from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
-from llmc.schedules.qlinear import QuantLinearConfig
+from llmc.schedules.qlinear import QuantLinearConfig, QuantTensors
 from llmc.schedules.tile_product import PAIR, RightOperands, Rows, TileProduct
 from llmc.schedules.tile_tasks import BlockSums, Results, Task, by_height, tasks, tile_schedule
 from llmc.schedules.tiles import ELEMENTS, ROW_BYTES, ROWS, TileDot
@@ -33,8 +33,7 @@ def tile_int_linear(cfg: QuantLinearConfig, caps: Capabilities, least: int = 1, 
 
     As llmc.schedules.ilinear.int_linear. least, most: bounds of T; 0 = none.
     """
-    layout, n, k = cfg.layout, cfg.n, cfg.layout.k
-    bias_n = 2 * n if cfg.gated else n
+    layout, n = cfg.layout, cfg.n
     nb, nibbles = layout.n_block, layout.of.bits == 4
     schedule = tile_schedule(cfg, columns=256 if nibbles else 512)
     epilogue = Epilogue(n, nb, cfg.in_dtype, cfg.out_dtype, cfg.activation, cfg.gated, cfg.gate_second)
@@ -43,26 +42,22 @@ def tile_int_linear(cfg: QuantLinearConfig, caps: Capabilities, least: int = 1, 
     built: list[Any] = []
     with e.kernel(built):
         t = e.dim("T")
-        ones = [1] * cfg.lead
-        x = e.tensor("x", [*ones, t, k], cfg.in_dtype)
-        w = e.tensor("w", list(layout.packed_shape), "uint8")
-        bias = e.tensor("bias", [bias_n], cfg.in_dtype) if cfg.has_bias else None
-        residual = e.tensor("residual", [*ones, t, n], cfg.in_dtype) if cfg.has_residual else None
-        y = e.tensor("y", [*ones, t, n], cfg.out_dtype)
+        args = QuantTensors(cfg, t)
         with e.root():
+            args.view()
             results = Results(
                 epilogue,
                 caps,
-                e.flat(y, t * n),
-                e.flat(bias, bias_n) if bias is not None else None,
-                e.flat(residual, t * n) if residual is not None else None,
+                args.y,
+                args.bias,
+                args.residual,
             )
             rows = Rows(-(-layout.padded_k // ROW_BYTES) * ROW_BYTES, 1)
             rounded = quantize_rows(
-                caps, layout, cfg.in_dtype, e.flat(x, t * k), t, 0 if nibbles else dot.offset, tiled=rows
+                caps, layout, cfg.in_dtype, args.x, t, 0 if nibbles else dot.offset, tiled=rows
             )
-            codes = QuantCodes(caps, layout, w, layout.blocks * layout.block_bytes)
-            words = e.flat(w, layout.blocks * layout.block_bytes // 4, "int32")
+            codes = QuantCodes(caps, layout, args.w, layout.blocks * layout.block_bytes)
+            words = e.flat(args.w, layout.blocks * layout.block_bytes // 4, "int32")
 
             def body(rows_of_task: int) -> None:
                 kind = TileDot.SIGNED if nibbles else TileDot.SIGNED_UNSIGNED

@@ -16,7 +16,7 @@ from llmc.schedules import emit as e
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
-from llmc.schedules.qlinear import QuantLinearConfig
+from llmc.schedules.qlinear import QuantLinearConfig, QuantTensors
 from llmc.schedules.tile_linear import pack_rows
 from llmc.schedules.tile_product import RightOperands, Rows, TileProduct
 from llmc.schedules.tile_tasks import BlockSums, Results, Task, by_height, tasks, tile_schedule
@@ -43,7 +43,6 @@ def tile_quant_linear(cfg: QuantLinearConfig, caps: Capabilities, least: int = 1
     As llmc.schedules.qlinear.quant_linear. least, most: bounds of T; 0 = none.
     """
     layout, n, k = cfg.layout, cfg.n, cfg.layout.k
-    bias_n = 2 * n if cfg.gated else n
     nb = layout.n_block
     # unpacking is a third of the work of 256 rows
     schedule = tile_schedule(cfg, rows=512)
@@ -51,23 +50,19 @@ def tile_quant_linear(cfg: QuantLinearConfig, caps: Capabilities, least: int = 1
     built: list[Any] = []
     with e.kernel(built):
         t = e.dim("T")
-        ones = [1] * cfg.lead
-        x = e.tensor("x", [*ones, t, k], cfg.in_dtype)
-        w = e.tensor("w", list(layout.packed_shape), "uint8")
-        bias = e.tensor("bias", [bias_n], cfg.in_dtype) if cfg.has_bias else None
-        residual = e.tensor("residual", [*ones, t, n], cfg.in_dtype) if cfg.has_residual else None
-        y = e.tensor("y", [*ones, t, n], cfg.out_dtype)
+        args = QuantTensors(cfg, t)
         with e.root():
+            args.view()
             results = Results(
                 epilogue,
                 caps,
-                e.flat(y, t * n),
-                e.flat(bias, bias_n) if bias is not None else None,
-                e.flat(residual, t * n) if residual is not None else None,
+                args.y,
+                args.bias,
+                args.residual,
             )
-            codes = QuantCodes(caps, layout, w, layout.blocks * layout.block_bytes)
+            codes = QuantCodes(caps, layout, args.w, layout.blocks * layout.block_bytes)
             rows = Rows(-(-layout.padded_k // _STEP) * 64, 2)
-            left = pack_rows(caps, rows, e.flat(x, t * k), t, k)
+            left = pack_rows(caps, rows, args.x, t, k)
             text = str(codes.import_text().get("pragma_import_llvm", ""))
 
             def body(rows_of_task: int) -> None:
