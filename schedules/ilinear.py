@@ -7,7 +7,8 @@ a piece of the weight that is unpacked into the first-level cache once for all o
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -26,8 +27,8 @@ from llmc.schedules.qlinear import QuantLinearConfig, QuantTensors
 
 FEW = 48  # up to so many rows unpack in registers
 _PIECE = 256  # columns of a pass: 64 outputs of bytes are half of a first-level cache
-_FEW_PIECE = 128  # the same of bytes when the next one is on its way into the cache
 _LINES = 128  # bytes of the next pass that a tile of many rows asks for
+_LINE = 64  # bytes of the cache
 
 Vectors = list[list[Any]]
 RowOf = Callable[[Any], Any]
@@ -118,70 +119,90 @@ class IntBlocks:
         Columns are taken in passes that the first-level cache holds for the further tiles of rows.
         """
         layout = self.layout
-        size = self._pass_columns(_FEW_PIECE)
-        if not self.nibbles:
-            size = e.let(tirx.Select(count <= FEW, e.i64(size), e.i64(_PIECE)))
+        # one row comes back to no column
+        passing = e.i64(self._pass_columns(_PIECE))
+        size = e.opaque(tirx.Select(count == 1, e.i64(layout.padded_k), passing))
         partial = self._partial(x, count, most, row_of)
         with e.loop((layout.padded_k + size - 1) // size) as p:
-            first = e.let(p * size)
-            columns = e.let(T.min(e.i64(size), layout.padded_k - first))
+            first = e.opaque(p * size)
+            columns = e.opaque(T.min(size, layout.padded_k - first))
+            begin = e.opaque(base + self._bytes_to(first))
 
             def tile_of(rows: int, start: Any) -> None:
+                index = [e.let(row_of(start + r)) for r in range(rows)]
                 width = self._few_vectors(rows)
-                with e.loop_or_once(self.vectors // width) as part_of:
-                    at = e.let(part_of * (width * self.lanes))
-                    self._few_tile(x, partial, start, rows, row_of, base, first, columns, at, width)
+                parts = self.vectors // width
+                with e.loop_or_once(parts) as number:
+                    tile = _Tile(index, begin, first, columns, e.let(number * (width * self.lanes)), width)
+                    fetch = self._fetch(tile, start, count, size, number, parts)
+                    self._few_tile(x, partial, e.let(start * self.nb + tile.output), tile, fetch)
 
-            for_tiles(self._few_rows, count, tile_of)
+            for_tiles(self._few_rows, count, tile_of, whole=True)
         self._finish(x, partial, count, base, row_of, write)
 
-    def _few_tile(
-        self,
-        x: IntActivations,
-        partial: Any,
-        start: Any,
-        rows: int,
-        row_of: RowOf,
-        base: Any,
-        first: Any,
-        columns: Any,
-        at: Any,
-        width: int,
-    ) -> None:
-        """Rows from `start` on times columns from `first` on of `width` vectors of outputs, from output `at` on."""
-        layout = self.layout
-        index = [e.let(row_of(start + r)) for r in range(rows)]
-        bases = [e.let(i * x.stride + first // 4) for i in index]
-        sums = self._load(partial, start, rows, at, width)
-        # a machine follows the stream of one row by itself; with more there is time to read the next pass, and jumps
-        ahead = (
-            self.prefetch if rows == 1 else max(self.prefetch, self._bytes_to(self._pass_columns(_FEW_PIECE)))
+    def _fetch(
+        self, tile: _Tile, start: Any, count: Any, size: Any, number: Any, parts: int
+    ) -> _Fetch | None:
+        """What a tile of rows from `start` on asks for, part `number` of the outputs; passes have `size` columns.
+
+        A machine by itself follows a stream that never pauses: that of one tile of all rows and all outputs. Asking for it
+        costs bandwidth. Other tiles go through a pass again, or jump in it, and meanwhile memory would stand still:
+        two of them ask for the next pass, of which the second gets what found no room the first time.
+        """
+        rows = len(tile.rows)
+        if rows == 1 and not self.prefetch:
+            return None
+        ahead = e.i64(self.prefetch) if rows == 1 else T.max(e.i64(self.prefetch), self._bytes_to(size))
+        piece = self.layout.group_bytes if self.grouped else self.layout.unit_bytes
+        turns = tile.columns // (self.layout.group if self.grouped else UNIT)
+        step = piece // parts
+        wanted = None
+        if rows > 1:
+            wanted = start < 2 * self._few_rows
+            if parts == 1:
+                wanted = tirx.And(wanted, count > rows)
+            wanted = e.let(wanted)
+        return _Fetch(
+            e.opaque(tile.begin + ahead + number * (turns * step)), step, 1 if rows == 1 else 2, wanted
         )
 
-        def units(part: Vectors, data: Any, columns: list[Any], count: Any) -> None:
+    def _few_tile(self, x: IntActivations, partial: Any, to: Any, tile: _Tile, fetch: _Fetch | None) -> None:
+        """Multiplies a tile; its sums are in `partial` from element `to` on."""
+        layout = self.layout
+        bases = [e.let(i * x.stride + tile.first // 4) for i in tile.rows]
+        sums = self._load(partial, to, len(bases), tile.width)
+
+        def ask(turn: Any) -> None:
+            if fetch is None:
+                return
+            with T.If(fetch.wanted) if fetch.wanted is not None else nullcontext():
+                with T.Then() if fetch.wanted is not None else nullcontext():
+                    for line in range(0, fetch.step, _LINE):
+                        at = fetch.at + turn * fetch.step + line
+                        e.prefetch(self.codes.bytes, at, level=fetch.level)
+
+        def units(
+            part: Vectors, data: Any, columns: list[Any], count: Any, turn: Callable[[Any], None]
+        ) -> None:
             with e.loop(count) as u:
+                turn(u)
                 unit = e.let(data + u * layout.unit_bytes)
-                for line in range(0, layout.unit_bytes * width // self.vectors if ahead else 0, 64):
-                    e.prefetch(self.codes.bytes, unit + part_line(line) + ahead)
-                self._unit(x, part, unit, at, [e.let(c + u * (UNIT // 4)) for c in columns])
+                self._unit(x, part, unit, tile.output, [e.let(c + u * (UNIT // 4)) for c in columns])
 
-        def part_line(line: int) -> Any:
-            """Where a line of this part of a unit lies."""
-            size = 4 * width * self.lanes
-            return line // size * (4 * self.nb) + line % size + 4 * at
-
-        if self.grouped:
-            starts = [e.let(i * layout.groups + first // layout.group) for i in index]
-            with e.loop(columns // layout.group) as g:
-                part = self._starts(x, [s + g for s in starts], width)
-                data = e.let(base + (first // layout.group + g) * layout.group_bytes)
-                places = [e.let(b + g * (layout.group // 4)) for b in bases]
-                units(part, data, places, layout.group // UNIT)
-                tail = e.let(data + layout.group // UNIT * layout.unit_bytes)
-                self._scale(sums, part, lambda v: self.codes.scale(tail, at + v * self.lanes, self.lanes))
+        if not self.grouped:
+            units(sums, tile.begin, bases, tile.columns // UNIT, ask)
         else:
-            units(sums, e.let(base + first // UNIT * layout.unit_bytes), bases, columns // UNIT)
-        self._keep(partial, start, sums, at)
+            starts = [e.let(i * layout.groups + tile.first // layout.group) for i in tile.rows]
+            with e.loop(tile.columns // layout.group) as g:
+                ask(g)
+                part = self._starts(x, [s + g for s in starts], tile.width)
+                data = e.let(tile.begin + g * layout.group_bytes)
+                places = [e.let(b + g * (layout.group // 4)) for b in bases]
+                units(part, data, places, layout.group // UNIT, lambda _: None)
+                tail = e.let(data + layout.group // UNIT * layout.unit_bytes)
+                scale = lambda v: self.codes.scale(tail, tile.output + v * self.lanes, self.lanes)  # noqa: E731
+                self._scale(sums, part, scale)
+        self._keep(partial, to, sums)
 
     def many(self, x: IntActivations, count: Any, most: int, base: Any, row_of: RowOf, write: Write) -> None:
         """As `few`, with 4-bit codes of a pass unpacked into the first-level cache once for all rows."""
@@ -204,12 +225,13 @@ class IntBlocks:
                 with self.parts(rows) as number:
                     width = self.width(rows)
                     row = e.let(number * (width * self.lanes))
-                    sums = self._load(partial, start, rows, row, width)
+                    to = e.let(start * self.nb + row)
+                    sums = self._load(partial, to, rows, width)
                     if self.grouped:
                         self._tile(x, sums, bases, groups, piece, columns // layout.group, row)
                     else:
                         self._products(x, sums, bases, piece.words, row, columns // 4)
-                    self._keep(partial, start, sums, row)
+                    self._keep(partial, to, sums)
 
             for_tiles(self.max_rows, count, tile_of)
         self._finish(x, partial, count, base, row_of, write)
@@ -235,19 +257,19 @@ class IntBlocks:
                 e.store(partial, r * self.nb + v * self.lanes, start, self.lanes)
         return partial
 
-    def _load(self, partial: Any, start: Any, rows: int, first: Any = 0, width: int = 0) -> Vectors:
-        """Sums of some rows and of `width` vectors (0 = all) of outputs from `first` on."""
+    def _load(self, partial: Any, to: Any, rows: int, width: int = 0) -> Vectors:
+        """Sums of some rows and of `width` vectors (0 = all) of outputs, from element `to` on."""
         sums = self._scratch(rows, str(partial.dtype), width)
         for r, row in enumerate(sums):
             for v, vector in enumerate(row):
-                at = (start + r) * self.nb + first + v * self.lanes
+                at = to + r * self.nb + v * self.lanes
                 e.store(vector, 0, e.load(partial, at, self.lanes), self.lanes)
         return sums
 
-    def _keep(self, partial: Any, start: Any, sums: Vectors, first: Any = 0) -> None:
+    def _keep(self, partial: Any, to: Any, sums: Vectors) -> None:
         for r, row in enumerate(sums):
             for v, vector in enumerate(row):
-                at = (start + r) * self.nb + first + v * self.lanes
+                at = to + r * self.nb + v * self.lanes
                 e.store(partial, at, e.load(vector, 0, self.lanes), self.lanes)
 
     def _finish(
@@ -410,6 +432,42 @@ class IntBlocks:
                 e.store(vector, 0, value, self.lanes)
 
 
+@dataclass(frozen=True)
+class _Tile:
+    """Rows times columns times outputs.
+
+    Attributes:
+        rows: of x.
+        begin: the byte where the columns begin.
+        first, columns: the first column and how many.
+        output, width: the first output of the block and how many vectors of them.
+    """
+
+    rows: list[Any]
+    begin: Any
+    first: Any
+    columns: Any
+    output: Any
+    width: int
+
+
+@dataclass(frozen=True)
+class _Fetch:
+    """What is asked for on the way.
+
+    Attributes:
+        at: the byte where it begins.
+        step: bytes at each turn: a group, or a unit without groups.
+        level: of the cache that it is to come to.
+        wanted: whether; None = always.
+    """
+
+    at: Any
+    step: int
+    level: int
+    wanted: Any
+
+
 class _Piece:
     """Columns of a block of 4-bit codes, unpacked: bytes in quads, and the scales of its groups in float32."""
 
@@ -472,13 +530,13 @@ def int_linear(cfg: QuantLinearConfig, caps: Capabilities) -> Any:
             # tasks of equal numbers of whole tiles
             tile = work.max_rows
             most = -(-cfg.t_block // tile) * tile
-            row_blocks = e.let((t + (most - 1)) // most)
-            each = e.let(((t + row_blocks - 1) // row_blocks + (tile - 1)) // tile * tile)
+            row_blocks = e.opaque((t + (most - 1)) // most)
+            each = e.opaque(((t + row_blocks - 1) // row_blocks + (tile - 1)) // tile * tile)
             with work.parallel(layout.blocks * row_blocks) as task:
-                block = e.let(task // row_blocks)
-                first = e.let(task % row_blocks * each)
-                count = e.let(T.max(e.i64(0), T.min(each, t - first)))
-                base = e.let(block * work.block_bytes)
+                block = e.opaque(task // row_blocks)
+                first = e.opaque(task % row_blocks * each)
+                count = e.opaque(T.max(e.i64(0), T.min(each, t - first)))
+                base = e.opaque(block * work.block_bytes)
                 work.rows(
                     rounded,
                     count,

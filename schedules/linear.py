@@ -313,12 +313,21 @@ def row_sizes(largest: int) -> list[int]:
     return [s for s in (16, 8, 4, 2, 1) if s < largest]
 
 
-def for_tiles(tile: int, count: Any, body: Callable[[int, Any], None]) -> None:
-    """body(rows, start) over 0 .. count - 1 in tiles of `tile` rows, then of powers of two."""
+def for_tiles(tile: int, count: Any, body: Callable[[int, Any], None], *, whole: bool = False) -> None:
+    """body(rows, start) over 0 .. count - 1 in tiles of `tile` rows, then of powers of two.
+
+    Args:
+        whole: the rest is one tile instead: more code, but no second way through the weights.
+    """
     with e.loop(count // tile) as i:
         body(tile, i * tile)
     done = e.let(count // tile * tile)
     rest = e.let(count - done)
+    if whole:
+        for rows in range(tile - 1, 0, -1):
+            with T.If(rest == rows), T.Then():
+                body(rows, done)
+        return
     for rows in row_sizes(tile):
         with T.If(T.bitwise_and(rest, e.i64(rows)) != 0), T.Then():
             body(rows, e.let(done + T.bitwise_and(rest, e.i64(~(2 * rows - 1)))))
