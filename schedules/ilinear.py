@@ -7,7 +7,7 @@ a piece of the weight that is unpacked into the first-level cache once for all o
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,13 +119,11 @@ class IntBlocks:
         Columns are taken in passes that the first-level cache holds for the further tiles of rows.
         """
         layout = self.layout
-        # one row comes back to no column
-        passing = e.i64(self._pass_columns(_PIECE))
-        size = e.opaque(tirx.Select(count == 1, e.i64(layout.padded_k), passing))
+        size = self._pass_columns(_PIECE)
         partial = self._partial(x, count, most, row_of)
-        with e.loop((layout.padded_k + size - 1) // size) as p:
+        with e.loop(-(-layout.padded_k // size)) as p:
             first = e.opaque(p * size)
-            columns = e.opaque(T.min(size, layout.padded_k - first))
+            columns = e.opaque(T.min(e.i64(size), layout.padded_k - first))
             begin = e.opaque(base + self._bytes_to(first))
 
             def tile_of(rows: int, start: Any) -> None:
@@ -141,30 +139,29 @@ class IntBlocks:
         self._finish(x, partial, count, base, row_of, write)
 
     def _fetch(
-        self, tile: _Tile, start: Any, count: Any, size: Any, number: Any, parts: int
+        self, tile: _Tile, start: Any, count: Any, size: int, number: Any, parts: int
     ) -> _Fetch | None:
-        """What a tile of rows from `start` on asks for, part `number` of the outputs; passes have `size` columns.
+        """What a tile of rows from `start` on asks for, in part `number` of the outputs; passes have `size` columns.
 
         A machine by itself follows a stream that never pauses: that of one tile of all rows and all outputs. Asking for it
         costs bandwidth. Other tiles go through a pass again, or jump in it, and meanwhile memory would stand still:
         two of them ask for the next pass, of which the second gets what found no room the first time.
         """
         rows = len(tile.rows)
-        if rows == 1 and not self.prefetch:
-            return None
-        ahead = e.i64(self.prefetch) if rows == 1 else T.max(e.i64(self.prefetch), self._bytes_to(size))
-        piece = self.layout.group_bytes if self.grouped else self.layout.unit_bytes
-        turns = tile.columns // (self.layout.group if self.grouped else UNIT)
-        step = piece // parts
-        wanted = None
-        if rows > 1:
-            wanted = start < 2 * self._few_rows
-            if parts == 1:
-                wanted = tirx.And(wanted, count > rows)
-            wanted = e.let(wanted)
-        return _Fetch(
-            e.opaque(tile.begin + ahead + number * (turns * step)), step, 1 if rows == 1 else 2, wanted
+        each, piece = (
+            (self.layout.group, self.layout.group_bytes) if self.grouped else (UNIT, self.layout.unit_bytes)
         )
+        if rows > 1:
+            ahead = max(self.prefetch, size // each * piece)
+            wanted = start < 2 * self._few_rows
+            wanted = e.let(wanted if parts > 1 else tirx.And(wanted, count > rows))
+        elif self.prefetch:
+            ahead, wanted = self.prefetch, tirx.const(True, "bool")
+        else:
+            return None
+        step = piece // parts
+        at = e.opaque(tile.begin + ahead + number * (tile.columns // each * step))
+        return _Fetch(at, step, 1 if rows == 1 else 2, wanted)
 
     def _few_tile(self, x: IntActivations, partial: Any, to: Any, tile: _Tile, fetch: _Fetch | None) -> None:
         """Multiplies a tile; its sums are in `partial` from element `to` on."""
@@ -175,11 +172,9 @@ class IntBlocks:
         def ask(turn: Any) -> None:
             if fetch is None:
                 return
-            with T.If(fetch.wanted) if fetch.wanted is not None else nullcontext():
-                with T.Then() if fetch.wanted is not None else nullcontext():
-                    for line in range(0, fetch.step, _LINE):
-                        at = fetch.at + turn * fetch.step + line
-                        e.prefetch(self.codes.bytes, at, level=fetch.level)
+            with T.If(fetch.wanted), T.Then():
+                for line in range(0, fetch.step, _LINE):
+                    e.prefetch(self.codes.bytes, fetch.at + turn * fetch.step + line, level=fetch.level)
 
         def units(
             part: Vectors, data: Any, columns: list[Any], count: Any, turn: Callable[[Any], None]
@@ -459,7 +454,7 @@ class _Fetch:
         at: the byte where it begins.
         step: bytes at each turn: a group, or a unit without groups.
         level: of the cache that it is to come to.
-        wanted: whether; None = always.
+        wanted: whether.
     """
 
     at: Any
