@@ -458,13 +458,13 @@ def _all_rows(
         min(large, max(1, schedule.few_bytes // micro.step_bytes)) if cut and schedule.few_bytes else large
     )
     few = _several_tiles(t, tile) if small < large and most != 1 else None
-    chunk = large if few is None else e.let(tirx.Select(few, e.i64(small), e.i64(large)))
+    chunk = large if few is None else e.opaque(tirx.Select(few, e.i64(small), e.i64(large)))
     chunks = (steps + (chunk - 1)) // chunk
     row_blocks = (t + (t_block - 1)) // t_block
     with e.parallel(blocks * row_blocks, caps) as task:
-        block = e.let(task % blocks if schedule.block_fast else task // row_blocks)
-        first = e.let((task // blocks if schedule.block_fast else task % row_blocks) * t_block)
-        count = e.let(T.min(e.i64(t_block), t - first))
+        block = e.opaque(task % blocks if schedule.block_fast else task // row_blocks)
+        first = e.opaque((task // blocks if schedule.block_fast else task % row_blocks) * t_block)
+        count = e.opaque(T.min(e.i64(t_block), t - first))
         # with an activation too: its polynomial is then in the code once, not per row of the tiles
         one_pass = isinstance(chunks, int) and chunks == 1
         in_parts = any(micro.width(rows) < micro.vectors for rows in (1, tile))
