@@ -25,6 +25,7 @@ FEW = 48  # up to so many rows unpack in registers
 _PIECE = 256  # columns of a pass: 64 outputs of bytes are half of a first-level cache
 _LINES = 128  # bytes of the next pass that a tile of many rows asks for
 _LINE = 64  # bytes of the cache
+_AHEAD = 9216  # bytes: nearer lines, of narrow blocks, are used before they have come
 
 
 class IntBlocks(IntSums):
@@ -116,7 +117,7 @@ class IntBlocks(IntSums):
             (self.layout.group, self.layout.group_bytes) if self.grouped else (UNIT, self.layout.unit_bytes)
         )
         if rows > 1:
-            ahead = max(self.prefetch, size // each * piece)
+            ahead = max(self.prefetch, size // each * piece, _AHEAD)
             wanted = start < 2 * self._few_rows
             wanted = e.let(wanted if parts > 1 else tirx.And(wanted, count > rows))
         elif self.prefetch:
