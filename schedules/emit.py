@@ -191,6 +191,16 @@ def let(value: Any) -> Any:
     return T.Bind(value)
 
 
+def opaque(value: Any) -> Any:
+    """As let for an int64 scalar, whose value the analyzers of TVM do not know.
+
+    They put named values into each other, which takes seconds where names build upon names.
+    """
+    held = scratch(1, "int64")
+    store(held, 0, i64(value), 1)
+    return let(held[0])
+
+
 def ceildiv(a: Any, b: int) -> Any:
     return (a + (b - 1)) // b if not isinstance(a, int) else -(-a // b)
 

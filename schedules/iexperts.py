@@ -10,7 +10,8 @@ from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.experts import sort_rows
-from llmc.schedules.ilinear import Vectors, int_blocks
+from llmc.schedules.ilinear import int_blocks
+from llmc.schedules.isums import Vectors
 from llmc.schedules.qexperts import QuantExpertConfig
 
 _ROWS = 240  # rows of an expert that are taken together

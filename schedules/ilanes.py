@@ -9,7 +9,8 @@ from typing import Any
 
 from llmc.schedules import emit as e
 from llmc.schedules.iactivations import IntActivations
-from llmc.schedules.ilinear import IntBlocks, Vectors
+from llmc.schedules.iblocks import IntBlocks
+from llmc.schedules.isums import Vectors
 from llmc.schedules.qlayout import UNIT
 
 _QUADS = 4  # of activations in a register

@@ -1,6 +1,6 @@
 """Integer products of many rows with matrix instructions on bytes (smmla): twice the products of a dot product each.
 
-Few rows stay with dot products (ilinear.py). For more, codes of a pass are unpacked once, in the order that the
+Few rows stay with dot products (iblocks.py). For more, codes of a pass are unpacked once, in the order that the
 instruction takes (matrix_tile.py), into a piece that the first-level cache holds for all rows.
 """
 
@@ -13,8 +13,9 @@ from tvm.tirx.script import builder as T
 
 from llmc.schedules import emit as e
 from llmc.schedules.iactivations import IntActivations
+from llmc.schedules.iblocks import IntBlocks
 from llmc.schedules.ilanes import LaneIntBlocks
-from llmc.schedules.ilinear import IntBlocks, RowOf, Vectors, Write
+from llmc.schedules.isums import RowOf, Vectors, Write
 from llmc.schedules.matrix_tile import LANES, both_rows, turned, zipped
 from llmc.schedules.qlayout import UNIT
 

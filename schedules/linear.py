@@ -313,12 +313,21 @@ def row_sizes(largest: int) -> list[int]:
     return [s for s in (16, 8, 4, 2, 1) if s < largest]
 
 
-def for_tiles(tile: int, count: Any, body: Callable[[int, Any], None]) -> None:
-    """body(rows, start) over 0 .. count - 1 in tiles of `tile` rows, then of powers of two."""
+def for_tiles(tile: int, count: Any, body: Callable[[int, Any], None], *, whole: bool = False) -> None:
+    """body(rows, start) over 0 .. count - 1 in tiles of `tile` rows, then of powers of two.
+
+    Args:
+        whole: the rest is one tile instead: more code, but no second way through the weights.
+    """
     with e.loop(count // tile) as i:
         body(tile, i * tile)
     done = e.let(count // tile * tile)
     rest = e.let(count - done)
+    if whole:
+        for rows in range(tile - 1, 0, -1):
+            with T.If(rest == rows), T.Then():
+                body(rows, done)
+        return
     for rows in row_sizes(tile):
         with T.If(T.bitwise_and(rest, e.i64(rows)) != 0), T.Then():
             body(rows, e.let(done + T.bitwise_and(rest, e.i64(~(2 * rows - 1)))))
@@ -449,13 +458,13 @@ def _all_rows(
         min(large, max(1, schedule.few_bytes // micro.step_bytes)) if cut and schedule.few_bytes else large
     )
     few = _several_tiles(t, tile) if small < large and most != 1 else None
-    chunk = large if few is None else e.let(tirx.Select(few, e.i64(small), e.i64(large)))
+    chunk = large if few is None else e.opaque(tirx.Select(few, e.i64(small), e.i64(large)))
     chunks = (steps + (chunk - 1)) // chunk
     row_blocks = (t + (t_block - 1)) // t_block
     with e.parallel(blocks * row_blocks, caps) as task:
-        block = e.let(task % blocks if schedule.block_fast else task // row_blocks)
-        first = e.let((task // blocks if schedule.block_fast else task % row_blocks) * t_block)
-        count = e.let(T.min(e.i64(t_block), t - first))
+        block = e.opaque(task % blocks if schedule.block_fast else task // row_blocks)
+        first = e.opaque((task // blocks if schedule.block_fast else task % row_blocks) * t_block)
+        count = e.opaque(T.min(e.i64(t_block), t - first))
         # with an activation too: its polynomial is then in the code once, not per row of the tiles
         one_pass = isinstance(chunks, int) and chunks == 1
         in_parts = any(micro.width(rows) < micro.vectors for rows in (1, tile))

@@ -117,12 +117,12 @@ def quant_linear(cfg: QuantLinearConfig, caps: Capabilities) -> Any:
             values = work.prepare()
             # tasks of about equal numbers of rows, in whole tiles
             most = -(-cfg.t_block // ROWS) * ROWS
-            row_blocks = e.let((t + (most - 1)) // most)
-            each = e.let(((t + row_blocks - 1) // row_blocks + (ROWS - 1)) // ROWS * ROWS)
+            row_blocks = e.opaque((t + (most - 1)) // most)
+            each = e.opaque(((t + row_blocks - 1) // row_blocks + (ROWS - 1)) // ROWS * ROWS)
             with work.parallel(layout.blocks * row_blocks) as task:
-                block = e.let(task // row_blocks)
-                first = e.let(task % row_blocks * each)
-                count = e.let(T.max(e.i64(0), T.min(each, t - first)))
-                base = e.let(block * work.block_bytes)
+                block = e.opaque(task // row_blocks)
+                first = e.opaque(task % row_blocks * each)
+                count = e.opaque(T.max(e.i64(0), T.min(each, t - first)))
+                base = e.opaque(block * work.block_bytes)
                 work.multiply(values, count, most, base, lambda r: first + r, partial(store, block))
     return built[0]

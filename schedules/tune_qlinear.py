@@ -261,7 +261,7 @@ class TunableIntLinear(TunableQuantLinear):
     name = "int_linear"
     schedule_type = IntLinearSchedule
     schemes = ("w8a8", "w4a8")
-    prefetches = (0, 512, 1024, 2304, 4096)  # fewer: these kernels take up to 8 s to build
+    prefetches = (0, 512, 1024, 2304, 4096, 18432)
 
     def takes(self, config: Any) -> bool:
         return type(config) is self.config_type and bool(config.layout.of.activation_bits)

@@ -78,9 +78,9 @@ class Bench:
             plain = LinearConfig(outputs, inputs, _BF16, _BF16, _BF16)
             return linear_by_rows(plain, self.caps), plain.packed_shape(self.caps), _BF16
         layout = quant_layout(by_name(scheme), outputs, inputs, self.caps)
-        config = QuantLinearConfig(outputs, layout, _BF16, _BF16)
-        if prefetch is not None:
-            config = dataclasses.replace(config, prefetch=prefetch)
+        if prefetch is None:  # as LowerLinear
+            prefetch = 0 if layout.quads else QuantLinearConfig.prefetch
+        config = QuantLinearConfig(outputs, layout, _BF16, _BF16, prefetch=prefetch)
         return quant_linear_by_rows(config, self.caps), layout.packed_shape, "uint8"
 
     def nbytes(self, kernel: Kernel) -> int:
