@@ -202,6 +202,16 @@ class _StatementCompiler(ExpressionCompiler):
 
         return run
 
+    def _stmt_assertstmt(self, s: Any) -> Runner:
+        condition = self.expr(s.condition)
+
+        def run(m: Machine) -> None:
+            m.node = s
+            if not np.all(np.asarray(condition(m))):
+                raise failure("assertion", "An assertion of the kernel does not hold", s)
+
+        return run
+
     def _stmt_for(self, s: Any) -> Runner:
         slot = self.slot(s.loop_var)
         start, extent, body = self.expr(s.min), self.expr(s.extent), self.stmt(s.body)
