@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -206,7 +206,7 @@ class TunableDecode(_TunableAttention):
 
     name = "attention_decode"
     schedule_type = DecodeSchedule
-    shared = ("splits",)
+    shared: ClassVar[tuple[str, ...]] = ("splits",)
 
     def buckets(self, task: AttentionConfig) -> tuple[Bucket, ...]:
         return tuple(b for b in BUCKETS if b.high and b.high <= 16)

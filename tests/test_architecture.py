@@ -80,7 +80,7 @@ ALLOWED: dict[str, set[str]] = {
     "schedules": {*BASE, "quant.schemes", "quant.weight"},
     "passes": {*BASE, "schedules", "frontend.graph", "quant.schemes"},
     # the tuner's runner places weights as the runtime does
-    "targets": {*BASE, "link", "passes", "schedules", "runtime.library", "runtime.memory"},
+    "targets": {*BASE, "link", "passes", "schedules", "runtime.cuda", "runtime.library", "runtime.memory"},
     "runtime": {"artifact", "cuda_driver", "errors", "host", "knobs", "kv_plan"},
     # kernels come in lowered; running a whole step needs what lowers and lays out
     "simulate": {

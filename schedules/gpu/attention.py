@@ -25,7 +25,6 @@ from llmc.schedules.gpu.rope import Pages, append
 from llmc.schedules.rope import RopeConfig, RopeOperands
 
 _EMPTY = -1e30
-_MIN_SPLIT_KEYS = 128  # a smaller piece of context is not worth a block
 
 
 def _units(cfg: AttentionConfig) -> int:
@@ -147,7 +146,7 @@ def _pieces(cfg: AttentionConfig, args: Operands, sequence: Any) -> tuple[Any, A
     """(first key, keys per piece, end of keys): whole pages, at most `splits` pieces, none very small."""
     high = e.let(e.i64(args.context_len[sequence]))
     low = e.let(first_visible(cfg, high - 1) // cfg.page_size * cfg.page_size)
-    least = -(-_MIN_SPLIT_KEYS // cfg.page_size) * cfg.page_size
+    least = -(-cfg.decode.choices[0].least_keys // cfg.page_size) * cfg.page_size
     per = e.ceildiv(e.ceildiv(high - low, cfg.splits), cfg.page_size) * cfg.page_size
     return low, e.let(T.max(e.i64(least), per)), high
 

@@ -71,4 +71,3 @@ def fits_registers(sums: int, threads: int) -> bool:
     """Whether threads with so many float32 sums each have registers for them, and a block is not too large."""
     each = sums + SPARE_REGISTERS
     return each <= 255 and threads <= MOST_THREADS and each * threads <= REGISTERS
-

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from llmc.caps import Capabilities
-from llmc.schedules.choice import ByRows
 from llmc.schedules.gpu import gemm
 from llmc.schedules.gpu.configs import GpuLinearSchedule, Way, shared_limit
 from llmc.schedules.gpu.emit import WARP
@@ -25,11 +23,8 @@ _BLOCKS = 8  # of a multiprocessor that are worth counting
 class TunableGpuLinear(TunableLinear):
     """y = x @ weight.T with its epilogue; which of the matmuls runs is part of the schedule, so thresholds are measured."""
 
-    schedule_type = GpuLinearSchedule
-    shared = ()
-
-    def task(self, config: LinearConfig) -> LinearConfig:
-        return replace(config, lead=0, schedule=ByRows((GpuLinearSchedule(),)))  # type: ignore[arg-type]
+    schedule_type: ClassVar[type] = GpuLinearSchedule
+    shared: ClassVar[tuple[str, ...]] = ()
 
     def sampled_buckets(self, task: LinearConfig) -> tuple[Bucket, ...]:
         return (self.buckets(task)[0], self.buckets(task)[-1])
@@ -46,9 +41,7 @@ class TunableGpuLinear(TunableLinear):
     def build(self, config: LinearConfig, caps: Capabilities) -> Any:
         return linear(config, caps)
 
-    def terms(
-        self, task: LinearConfig, schedule: Any, rows: int, caps: Capabilities
-    ) -> dict[str, float]:
+    def terms(self, task: LinearConfig, schedule: Any, rows: int, caps: Capabilities) -> dict[str, float]:
         outputs = 2 * task.n if task.gated else task.n
         if schedule.way == Way.UNITS:
             tile = tile_of(schedule)

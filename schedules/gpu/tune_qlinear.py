@@ -24,7 +24,9 @@ from llmc.schedules.tune_qlinear import (
 )
 
 _FEW_ROWS = 16
-_SUMS_PER_TILE = 16 * WARP_ROWS // WARP  # float32 of a thread per tile of 16 rows, and as many of a group's part
+_SUMS_PER_TILE = (
+    16 * WARP_ROWS // WARP
+)  # float32 of a thread per tile of 16 rows, and as many of a group's part
 
 
 class TunableGpuQuantLinear(TunableQuantLinear):

@@ -11,6 +11,7 @@ from llmc.caps import Capabilities
 from llmc.errors import LlmcError
 from llmc.host import architecture
 from llmc.targets.backend import Backend, Built
+from llmc.targets.cuda import library, tuning
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,11 @@ BACKEND = Backend(
     capabilities=capabilities,
     tvm_target=tvm_target,
     missing=missing,
+    tunables=tuning.tunables,
+    runner=tuning.runner,
+    device=tuning.device,
+    library=library.write_library,
+    unfit=library.unfit,
     build=build,
     several=True,
     on_device=True,
