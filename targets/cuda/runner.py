@@ -75,7 +75,7 @@ class CudaRunner(Runner):
         return Limits(self._clock.copy_bandwidth(), peak(self._gpu.arch, cycles))
 
     def load(self, path: Path) -> Any:
-        return load_library(path, self._gpu)
+        return load_library(path, self._gpu)["k"]
 
     def copies(self, array: np.ndarray[Any, Any]) -> Sequence[Any]:
         return self._tensors(array, self._count(array.nbytes))
