@@ -39,8 +39,8 @@ def attention_prefill(cfg: AttentionConfig, caps: Capabilities) -> Any:
     The host does not know how the tokens are distributed over sequences: it launches as many tiles as there can be, and a
     block finds its sequence by counting.
     """
-    on_units = flash.takes(cfg, caps)
-    tokens = flash.tokens_per_tile(cfg) if on_units else tokens_per_tile(cfg, caps)
+    cut = flash.shape(cfg, caps)
+    tokens = tokens_per_tile(cfg, caps) if cut is None else cut.rows // heads_per_tile(cfg)
     units = _units(cfg)
     built: list[Any] = []
     with e.kernel(built):
@@ -48,23 +48,25 @@ def attention_prefill(cfg: AttentionConfig, caps: Capabilities) -> Any:
         args = Operands(cfg, t, b, w, p)
         with e.root():
             args.view()
-            with g.launch((t // tokens + b) * units, THREADS) as (number, thread):
-                unit, tile_number = e.let(number % units), e.let(number // units)
+            tiles = e.let(t // tokens + b)
+            with g.launch(tiles * units, THREADS if cut is None else cut.threads) as (number, thread):
+                # later tiles of a sequence see more keys; they go first, so that the short ones fill the gaps at the end
+                unit, tile_number = e.let(number % units), e.let(tiles - 1 - number // units)
                 sequence, first = _find_tile(args, tile_number, tokens)
                 tile: Tile | flash.FlashTile
-                if on_units:
-                    tile = flash.FlashTile(cfg, caps, args, thread, unit)
-                else:
+                if cut is None:
                     tile = Tile(cfg, caps, args, tokens, thread, unit)
+                else:
+                    tile = flash.FlashTile(cfg, caps, args, cut, thread, unit)
                 with g.when(sequence < b):
                     start = e.let(e.i64(args.query_start[sequence]))
                     length = e.let(e.i64(args.query_start[sequence + 1]) - start)
                     used = e.let(T.min(e.i64(tokens), length - first))
                     position = e.let(e.i64(args.context_len[sequence]) - length + first)
-                    tile.start(e.let(start + first), used)
-                    low = first_visible(cfg, position) // cfg.page_size * cfg.page_size
-                    tile.visit(e.let(sequence * w), e.let(low), e.let(position + used), position)
-                    tile.finish()
+                    low = e.let(first_visible(cfg, position) // cfg.page_size * cfg.page_size)
+                    tile.run(
+                        e.let(start + first), used, e.let(sequence * w), low, e.let(position + used), position
+                    )
     return built[0]
 
 

@@ -115,6 +115,12 @@ class Tile:
                 e.store(register, 0, e.f32(0.0), 1)
         g.barrier()
 
+    def run(self, first_token: Any, used: Any, table: Any, begin: Any, end: Any, position: Any) -> None:
+        """Attention of tokens [first_token, first_token + used) to keys [begin, end); see `visit`."""
+        self.start(first_token, used)
+        self.visit(table, begin, end, position)
+        self.finish()
+
     # -- keys --------------------------------------------------------------------------------------------------------
 
     def visit(self, table: Any, begin: Any, end: Any, position: Any) -> None:
@@ -187,7 +193,7 @@ class Tile:
                     e.store(self.scores, index, weight, 1)
                     e.store(total, 0, total[0] + weight, 1)
                 g.warp_reduce(total, g.add)
-                T.evaluate(T.tvm_storage_sync("warp"))  # the old maximum is read by all lanes before
+                g.warp_barrier()  # the old maximum is read by all lanes before
                 with g.when(lane == 0):
                     factor = e.let(T.exp(old - top[0]))
                     e.store(self.factor, row, factor, 1)
