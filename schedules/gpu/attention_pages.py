@@ -35,7 +35,7 @@ class PageTiles:
         memory: shared memory, uint16.
         keys: per tile; a power of two, 16 or more.
         table: where the sequence's row of the block table begins.
-        end: keys of the sequence.
+        end: keys of the sequence, int32.
         thread, threads: of those who copy a tile together.
     """
 
@@ -62,29 +62,29 @@ class PageTiles:
         self._pages = [g.local(1, "int32") for _ in range(keys // self.run)]
 
     def find(self, first: Any) -> None:
-        """Look the pages of the tile at key `first` up, for the next `copy`; behind the last key its page again."""
+        """Look the pages of the tile at key `first` (int32) up, for the next `copy`; behind the last key its page again."""
         for n, page in enumerate(self._pages):
             key = T.min(first + n * self.run, self.end - 1)
-            e.store(page, 0, self.args.block_table[self.table + key // self.cfg.page_size], 1)
+            e.store(page, 0, self.args.block_table[self.table + e.i64(key // self.cfg.page_size)], 1)
 
     def copy(self, to: Any, first: Any) -> None:
         """Begin to copy the tile at key `first`, whose pages were found, to element `to` of the memory."""
         cfg, ps = self.cfg, self.cfg.page_size
-        left = e.let(g.i32(self.end - first))  # keys of the tile that exist
+        left = g.held(self.end - first)  # keys of the tile that exist
         inside = e.let(first % ps)
         for n, page in enumerate(self._pages):
-            base = e.let((e.i64(page[0]) * cfg.layers + self.args.layer) * cfg.kv_heads + self.kv_head)
-            at = e.i64(0) if self.run == ps else e.let((inside + n * self.run) % ps)
-            self._copy_keys(to, e.let(base * (cfg.key_dim * ps) + at), n * self.run, left)
-            self._copy_values(to, e.let((base * ps + at) * cfg.value_dim), n * self.run, left)
+            base = g.held((e.i64(page[0]) * cfg.layers + self.args.layer) * cfg.kv_heads + self.kv_head)
+            at = g.i32(0) if self.run == ps else e.let((inside + n * self.run) % ps)
+            self._copy_keys(to, base * (cfg.key_dim * ps) + at, n * self.run, left)
+            self._copy_values(to, (base * ps + at) * cfg.value_dim, n * self.run, left)
 
     def _copy_keys(self, to: Any, base: Any, number: int, left: Any) -> None:
         pieces, ps, dims = self.run // _CHUNK, self.cfg.page_size, self.cfg.key_dim
         lines = self.threads // pieces
         part, line = e.let(self.thread % pieces * _CHUNK), e.let(self.thread // pieces)
-        valid = e.let(part + number < left)
-        source = e.let(base + (line * ps + part))
-        target = e.let(to + (line * self.k_line + part + number))
+        valid = part + number < left
+        source = g.held(base + (line * ps + part))
+        target = g.held(to + (line * self.k_line + part + number))
         for turn in range(-(-dims // lines)):
             first = turn * lines
 
@@ -102,7 +102,7 @@ class PageTiles:
     def _copy_values(self, to: Any, base: Any, number: int, left: Any) -> None:
         pieces = self.cfg.value_dim // _CHUNK
         chunks = self.run * pieces
-        source = e.let(base + self.thread * _CHUNK)
+        source = g.held(base + self.thread * _CHUNK)
         for first in range(0, chunks, self.threads):
 
             def piece(first: int = first) -> None:

@@ -65,6 +65,17 @@ def local(size: int, dtype: str = "float32") -> Any:
     return T.alloc_buffer((size,), dtype, scope="local")
 
 
+def held(value: Any) -> Any:
+    """A value that is computed once, in a register.
+
+    A name (emit.let) alone does not say so: TVM's simplifier writes what stands behind it into every use, and a division
+    of 64 bits in each address of a loop is more than the device's compiler takes out again.
+    """
+    register = local(1, str(value.ty.dtype))
+    e.store(register, 0, value, 1)
+    return register[0]
+
+
 def barrier() -> None:
     """All threads of the block meet."""
     T.evaluate(T.tvm_storage_sync("shared"))

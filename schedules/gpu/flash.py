@@ -88,8 +88,8 @@ class FlashTile:
         self.cfg, self.caps, self.args, self.cut, self.thread = cfg, caps, args, cut, thread
         group, self.share = cfg.heads // cfg.kv_heads, heads_per_tile(cfg)
         shares = group // self.share
-        self.kv_head = e.let(unit_number // shares)
-        self.first_head = e.let(self.kv_head * group + unit_number % shares * self.share)
+        self.kv_head = g.held(unit_number // shares)
+        self.first_head = g.held(self.kv_head * group + unit_number % shares * self.share)
         self.memory = g.arena(cut.shared_bytes(cfg))
 
     def run(self, first_token: Any, used: Any, table: Any, begin: Any, end: Any, position: Any) -> None:
@@ -100,42 +100,43 @@ class FlashTile:
             begin, end: keys that are visited; begin lies on a page's boundary.
         """
         cfg, cut = self.cfg, self.cut
+        begin, end, position = (g.held(g.i32(value)) for value in (begin, end, position))
         pages = PageTiles(
-            cfg, self.args, self.memory, cut.keys, self.kv_head, table, end, self.thread, cut.threads
+            *(cfg, self.args, self.memory, cut.keys, self.kv_head),
+            *(g.held(table), end, self.thread, cut.threads),
         )
         stages, ring = cut.stages, cut.rows * query_line(cfg)
-        count = e.let(e.ceildiv(end - begin, cut.keys))
+        count = g.held(T.truncdiv(end - begin + (cut.keys - 1), g.i32(cut.keys)))
         self._load_queries(first_token, used)
         unit.commit()
         pages.find(begin)
         for s in range(stages - 1):
             with g.when(count > s):
-                pages.copy(g.i32(ring + s * pages.size), e.let(begin + s * cut.keys))
+                pages.copy(g.i32(ring + s * pages.size), begin + s * cut.keys)
             unit.commit()
-            pages.find(e.let(begin + (s + 1) * cut.keys))
-        unit.wait(stages - 1)
-        g.barrier()
+            pages.find(begin + (s + 1) * cut.keys)
         warp = e.let(self.thread // g.WARP)
         first_row = e.let(warp * (16 * cut.tiles))
         lane = e.let(self.thread % g.WARP)
-        where, last = e.let(g.i32(position)), e.let(g.i32(end))
         tile = WarpTile(
-            *(cfg, self.caps, self.args, pages, 0, lane, first_row, where),
+            *(cfg, self.caps, self.args, pages, 0, lane, first_row, position),
             *(self.first_head, self.share, cut.tiles),
         )
+        if tile.keeps_query:
+            unit.wait(stages - 1)
+            g.barrier()
         tile.start()
-        with e.loop(count) as i:
-            first = e.let(begin + i * cut.keys)
+        with g.loop(count) as i:
+            first = g.held(begin + i * cut.keys)
             unit.wait(stages - 2)
-            g.barrier()  # the tile is there, and the one before it has been read
+            g.barrier()  # tile (and queries) are there, and the one before it has been read
             with g.when(i + (stages - 1) < count):
-                slot = g.i32((i + (stages - 1)) % stages) * pages.size
-                pages.copy(e.let(slot + ring), e.let(first + (stages - 1) * cut.keys))
+                slot = (i + (stages - 1)) % stages * pages.size
+                pages.copy(slot + ring, first + (stages - 1) * cut.keys)
             unit.commit()
-            pages.find(e.let(first + stages * cut.keys))
-            key = e.let(g.i32(first))
-            with g.when(key <= tile.last_place):
-                tile.visit(e.let(g.i32(i % stages) * pages.size + ring), key, last)
+            pages.find(first + stages * cut.keys)
+            with g.when(first <= tile.last_place):
+                tile.visit(i % stages * pages.size + ring, first, end)
         tile.add_up()
         self._store(tile, first_token, used)
 

@@ -47,7 +47,6 @@ class WarpTile:
         position: of row 0's token in its sequence, int32.
         first_head: of row 0.
         tiles: of 16 rows.
-        keep_query: hold the queries in registers; else they are read again for each tile of keys.
     """
 
     def __init__(
@@ -71,16 +70,29 @@ class WarpTile:
         # what scores are multiplied with to become exponents of 2
         self.unit = cfg.scale * _LOG2E if self.plain else 1.0
         # thread l holds rows l / 4 and l / 4 + 8 of each tile
-        self.rows = [[e.let(first_row + lane // 4 + (16 * m + 8 * i)) for i in range(2)] for m in range(tiles)]
-        self.places = [[e.let(position + row // share) for row in rows] for rows in self.rows]
-        self.first_place = e.let(position + first_row // share)
-        self.last_place = e.let(position + (first_row + (16 * tiles - 1)) // share)
+        self.rows = [
+            [e.let(first_row + lane // 4 + (16 * m + 8 * i)) for i in range(2)] for m in range(tiles)
+        ]
+        self.places = [[g.held(position + row // share) for row in rows] for rows in self.rows]
+        self.first_place = g.held(position + first_row // share)
+        self.last_place = g.held(position + (first_row + (16 * tiles - 1)) // share)
+        self._query_at = g.held((first_row + lane % 16) * query_line(cfg) + (query + lane // 16 * 8))
         self.out = [[g.local(4) for _ in range(cfg.value_dim // 8)] for _ in range(tiles)]
         self.largest, self.total = ([[g.local(1) for _ in range(2)] for _ in range(tiles)] for _ in range(2))
         self._held: list[Any] = []
 
+    def one_place(self, position: Any) -> None:
+        """All rows are of the token at `position` (int32), also those that fill the tile up."""
+        self.first_place = self.last_place = position
+        self.places = [[self.first_place] * 2 for _ in self.rows]
+
+    @property
+    def keeps_query(self) -> bool:
+        """Whether the queries stay in registers; else they are read again for each tile of keys."""
+        return self.tiles == 1 and self.cfg.key_dim <= _HELD
+
     def start(self) -> None:
-        """Clear the running softmax; the queries are in shared memory, behind a barrier."""
+        """Clear the running softmax; if queries are kept, they are in shared memory, behind a barrier."""
         for m in range(self.tiles):
             for registers in self.out[m]:
                 for i in range(4):
@@ -88,22 +100,23 @@ class WarpTile:
             for i in range(2):
                 e.store(self.largest[m][i], 0, e.f32(_LOWEST), 1)
                 e.store(self.total[m][i], 0, e.f32(0.0), 1)
-        if self.tiles == 1 and self.cfg.key_dim <= _HELD:
+        if self.keeps_query:
             self._held = [self._query(0, step) for step in range(self.cfg.key_dim // 16)]
 
     def _query(self, m: int, step: int) -> Any:
         registers = g.local(4, "uint32")
-        line = query_line(self.cfg)
-        row = self.first_row + self.lane % 16 + 16 * m
-        at = row * line + (self.query + step * 16 + self.lane // 16 * 8)
-        unit.load_x4(registers, self.pages.memory, e.let(at))
+        at = self._query_at + (16 * m * query_line(self.cfg) + step * 16)
+        unit.load_x4(registers, self.pages.memory, at)
         return registers
 
-    def _transposed(self, base: Any, line: int, row: int, column: int) -> Any:
-        """16 rows x 16 columns from (row, column) of a tile as second operands of two mma: columns 0..7, 8..15."""
+    def _corner(self, base: Any, line: int) -> Any:
+        """Where the lane's row of the first 16 x 16 of a tile begins, for `_transposed`."""
+        return g.held(base + (self.lane % 16 * line + self.lane // 16 * 8))
+
+    def _transposed(self, corner: Any, offset: int) -> Any:
+        """16 x 16 elements at an offset as second operands of two mma: columns 0..7, 8..15."""
         registers = g.local(4, "uint32")
-        at = base + ((self.lane % 16 + row) * line + (column + self.lane // 16 * 8))
-        unit.load_x4(registers, self.pages.memory, e.let(at), transposed=True)
+        unit.load_x4(registers, self.pages.memory, corner + offset, transposed=True)
         return registers
 
     def visit(self, base: Any, first: Any, end: Any) -> None:
@@ -118,7 +131,8 @@ class WarpTile:
 
     def _score(self, base: Any) -> list[list[Any]]:
         """Products of queries and keys: [tile][8 keys]."""
-        cfg, keys = self.cfg, self.pages.keys
+        cfg, keys, line = self.cfg, self.pages.keys, self.pages.k_line
+        corner = self._corner(base, line)
         scores = [[g.local(4) for _ in range(keys // 8)] for _ in range(self.tiles)]
         for registers in (r for row in scores for r in row):
             for i in range(4):
@@ -129,7 +143,7 @@ class WarpTile:
             else:
                 left = [self._query(m, step) for m in range(self.tiles)]
             for pair in range(keys // 16):
-                right = self._transposed(base, self.pages.k_line, step * 16, pair * 16)
+                right = self._transposed(corner, step * 16 * line + pair * 16)
                 for m in range(self.tiles):
                     unit.mma(scores[m][2 * pair], left[m], right, 0, cfg.dtype)
                     unit.mma(scores[m][2 * pair + 1], left[m], right, 2, cfg.dtype)
@@ -170,14 +184,14 @@ class WarpTile:
             for m in range(self.tiles):
                 for i in range(2):
                     own, place = e.let(first + self.lane % 4 * 2), self.places[m][i]
-                    high = e.let(T.min(place, end - 1) - own)
+                    high = g.held(T.min(place, end - 1) - own)
                     low = None
                     if cfg.window:
                         low = place - (cfg.window - 1)
                     if cfg.chunk:
                         begin = place // cfg.chunk * cfg.chunk
                         low = begin if low is None else T.max(low, begin)
-                    low = None if low is None else e.let(low - own)
+                    low = None if low is None else g.held(low - own)
                     for n, registers in enumerate(scores[m]):
                         for j in range(2):
                             seen = g.i32(n * 8 + j) <= high
@@ -190,14 +204,14 @@ class WarpTile:
         """Scores to weights; the four threads of a row agree on its maximum, and each keeps a sum of its own."""
         for i in range(2):
             top, added = g.local(1), g.local(1)
-            old = e.let(self.largest[m][i][0])
+            old = g.held(self.largest[m][i][0])
             e.store(top, 0, old, 1)
             for registers in scores:
                 for j in range(2):
                     e.store(top, 0, T.max(top[0], registers[2 * i + j]), 1)
             g.warp_reduce(top, T.max, first=2)
             # of a row that sees nothing yet all weights become 2^-huge, not 2^0
-            shift = e.let(T.Select(top[0] <= e.f32(_MASKED), e.f32(0.0), top[0] * e.f32(self.unit)))
+            shift = g.held(T.Select(top[0] <= e.f32(_MASKED), e.f32(0.0), top[0] * e.f32(self.unit)))
             e.store(added, 0, e.f32(0.0), 1)
             for registers in scores:
                 for j in range(2):
@@ -215,6 +229,7 @@ class WarpTile:
 
     def _weigh(self, base: Any, weights: list[list[Any]]) -> None:
         cfg, pages = self.cfg, self.pages
+        corner = self._corner(base + pages.v_offset, pages.v_line)
         for step in range(pages.keys // 16):
             left = []
             for m in range(self.tiles):
@@ -225,7 +240,7 @@ class WarpTile:
                         pair = pack(source[2 * i], source[2 * i + 1], cfg.dtype)
                         e.store(left[m], 2 * half + i, pair, 1)
             for pair in range(cfg.value_dim // 16):
-                right = self._transposed(e.let(base + pages.v_offset), pages.v_line, step * 16, pair * 16)
+                right = self._transposed(corner, step * 16 * pages.v_line + pair * 16)
                 for m in range(self.tiles):
                     unit.mma(self.out[m][2 * pair], left[m], right, 0, cfg.dtype)
                     unit.mma(self.out[m][2 * pair + 1], left[m], right, 2, cfg.dtype)
