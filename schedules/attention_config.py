@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmc.schedules.choice import ByRows
+from llmc.schedules.gpu.configs import GpuDecodeSchedule, GpuPrefillSchedule, kind_of
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ class AttentionConfig:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> AttentionConfig:
-        prefill = ByRows.from_json(PrefillSchedule, values["prefill"])
-        decode = ByRows.from_json(DecodeSchedule, values["decode"])
+        prefill_kind = kind_of(values["prefill"], PrefillSchedule, GpuPrefillSchedule)
+        decode_kind = kind_of(values["decode"], DecodeSchedule, GpuDecodeSchedule)
+        prefill = ByRows.from_json(prefill_kind, values["prefill"])
+        decode = ByRows.from_json(decode_kind, values["decode"])
         return AttentionConfig(**{**values, "prefill": prefill, "decode": decode})

@@ -156,7 +156,7 @@ class TunablePrefill(_TunableAttention):
     """Attention of ``step``: one sequence whose tokens are all new."""
 
     name = "attention_prefill"
-    schedule_type = PrefillSchedule
+    schedule_type: ClassVar[type] = PrefillSchedule
 
     def buckets(self, task: AttentionConfig) -> tuple[Bucket, ...]:
         return tuple(b for b in BUCKETS if b.low > 16)
@@ -205,7 +205,7 @@ class TunableDecode(_TunableAttention):
     """Attention of ``decode``: sequences with one new token each."""
 
     name = "attention_decode"
-    schedule_type = DecodeSchedule
+    schedule_type: ClassVar[type] = DecodeSchedule
     shared: ClassVar[tuple[str, ...]] = ("splits",)
 
     def buckets(self, task: AttentionConfig) -> tuple[Bucket, ...]:

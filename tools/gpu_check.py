@@ -220,7 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--prepare", type=Path, metavar="DIR", help="build what is needed, without a GPU")
     parser.add_argument("--prepared", type=Path, metavar="DIR", help="what --prepare wrote")
-    parser.add_argument("--target", default="", help="with --prepare (default: the GPU here, else cuda/sm_90a)")
+    parser.add_argument(
+        "--target", default="", help="with --prepare (default: the GPU here, else cuda/sm_90a)"
+    )
     parser.add_argument(
         "--python", default="", help="with --prepare: take along TVM's runtime for this version"
     )

@@ -280,7 +280,9 @@ class ExpressionCompiler:
     def _call_tvm_storage_sync(self, e: Any) -> Evaluator:
         scope = str(e.args[0].value)
         if scope == "warp":
-            return lambda m: m.warp_barrier()
+            raise failure(
+                "unsupported", 'A storage sync of scope "warp" becomes no instruction of the GPU', e
+            )
         return lambda m: m.barrier()
 
     def _call_address_of(self, e: Any) -> Evaluator:

@@ -67,12 +67,29 @@ class GpuQuantSchedule:
 
 
 @dataclass(frozen=True)
-class GpuExpertSchedule:
-    """How an expert kernel runs: `tiles` of 16 rows of one expert per block (0 = 1), and its warps (0 = 4)."""
+class GpuPrefillSchedule:
+    """How prefill attention is cut on the matrix units: flash.FlashShape; warps = 0: by the heads' size."""
 
-    tiles: int = 0
     warps: int = 0
-    vectors: ClassVar[int] = 0
+    tiles: int = 0
+    keys: int = 0
+    stages: int = 0
+
+
+@dataclass(frozen=True)
+class GpuDecodeSchedule:
+    """How decode attention is cut.
+
+    Attributes:
+        splits, least_keys: as in DecodeSchedule.
+        warps, keys, stages: on the matrix units: flash_decode.DecodeShape; warps = 0: by the heads' size.
+    """
+
+    splits: int = 8
+    least_keys: int = 128
+    warps: int = 0
+    keys: int = 0
+    stages: int = 0
 
 
 def schedules_in(schedule: ByRows[Any], kind: type[S]) -> ByRows[S]:

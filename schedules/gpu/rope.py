@@ -155,12 +155,12 @@ class Pages:
         return g.narrow(e.let(value), cfg.kv_dtype, self.caps)
 
 
-def append(ops: RopeOperands, pages: Pages, token: Any, thread: Any) -> None:
-    """Keys (rotated) and values of a token, all heads."""
-    heads = (e.i64(0), pages.cfg.kv_heads)
+def append(ops: RopeOperands, pages: Pages, token: Any, heads: tuple[Any, int], thread: Any) -> None:
+    """Keys (rotated) and values of a token, for cached heads (first, how many)."""
     pages.at(token)
-    rotate(ops, 1, token, heads, thread, pages.store_key)
-    rotate(ops, 2, token, heads, thread, pages.store_value)
+    first = heads[0]
+    rotate(ops, 1, token, heads, thread, lambda n, d, value: pages.store_key(first + n, d, value))
+    rotate(ops, 2, token, heads, thread, lambda n, d, value: pages.store_value(first + n, d, value))
 
 
 def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
@@ -186,7 +186,7 @@ def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
                 vp = e.flat(v_pool, pages * a.layers * hk * ps * dv)
             with g.launch(t, THREADS) as (token, thread):
                 if cfg.k is not None:
-                    append(ops, Pages(a, slots, kp, vp, layer, caps), token, thread)
+                    append(ops, Pages(a, slots, kp, vp, layer, caps), token, (e.i64(0), hk), thread)
 
                 def store(head: Any, d: Any, value: Any) -> None:
                     at = (token * a.heads + head) * dk + d

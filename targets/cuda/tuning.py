@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 def tunables() -> tuple[Tunable, ...]:
     """The kernel classes whose schedules can be tuned."""
-    from llmc.schedules.gpu.tune_attention import TunableGpuDecode
+    from llmc.schedules.gpu.tune_attention import TunableGpuDecode, TunableGpuPrefill
     from llmc.schedules.gpu.tune_linear import TunableGpuLinear
     from llmc.schedules.gpu.tune_qlinear import TunableGpuIntLinear, TunableGpuQuantLinear
 
-    return (TunableGpuLinear(), TunableGpuQuantLinear(), TunableGpuIntLinear(), TunableGpuDecode())
+    linears = (TunableGpuLinear(), TunableGpuQuantLinear(), TunableGpuIntLinear())
+    return (*linears, TunableGpuPrefill(), TunableGpuDecode())
 
 
 def runner(caps: Capabilities) -> Runner:

@@ -54,7 +54,9 @@ def test_addresses() -> None:
     with socket.socket() as held:  # a port that nobody listens at
         held.bind(("127.0.0.1", 0))
         worker = RemoteWorker(f"127.0.0.1:{held.getsockname()[1]}", "cpu")
-        with pytest.raises(LlmcError, match=r"No llmc measures at 127.0.0.1:\d+.*rpc_server.*\[rpc-unreachable\]"):
+        with pytest.raises(
+            LlmcError, match=r"No llmc measures at 127.0.0.1:\d+.*rpc_server.*\[rpc-unreachable\]"
+        ):
             worker.ask({"do": "limits"}, 1)
     result = CliRunner().invoke(app, ["tune", "--measure", "c.zip", "--rpc", "a:1"])
     assert result.exit_code == 2 and "[tune-rpc]" in result.stderr
