@@ -31,6 +31,11 @@ def _warp_barrier(m: Machine) -> None:
     m.warp_barrier()
 
 
+@model("llmc_dynamic_shared")
+def _dynamic_shared(m: Machine, size: Any) -> None:
+    """Says how much shared memory a kernel has; the allocation itself is modelled."""
+
+
 @model("llmc_to_bf16")
 def _to_bf16(m: Machine, value: Any) -> Any:
     return np.asarray(value).astype(ml_dtypes.bfloat16).view(np.uint16)[()]

@@ -187,7 +187,7 @@ class Tile:
                     e.store(self.scores, index, weight, 1)
                     e.store(total, 0, total[0] + weight, 1)
                 g.warp_reduce(total, g.add)
-                T.evaluate(T.tvm_storage_sync("warp"))  # the old maximum is read by all lanes before
+                g.warp_barrier()  # the old maximum is read by all lanes before
                 with g.when(lane == 0):
                     factor = e.let(T.exp(old - top[0]))
                     e.store(self.factor, row, factor, 1)

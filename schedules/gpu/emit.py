@@ -51,6 +51,20 @@ def shared(size: int, dtype: str = "float32", name: str = "shared") -> Any:
     return named(name, T.alloc_buffer((size,), dtype, scope="shared"))
 
 
+def arena(size: int) -> Any:
+    """The kernel's dynamic shared memory, `size` bytes of it as uint16: one per kernel, and more than 48 KB if need be.
+
+    The call tells of its size in the generated source (targets/cuda/build.py), where nothing else does.
+    """
+    T.evaluate(device_call("llmc_dynamic_shared", _DYNAMIC_SHARED, i32(size)))
+    return named("arena", T.alloc_buffer((size // 2,), "uint16", scope="shared.dyn"))
+
+
+_DYNAMIC_SHARED = """
+__device__ __forceinline__ void llmc_dynamic_shared(int bytes) {}
+"""
+
+
 def local(size: int, dtype: str = "float32") -> Any:
     """Registers of a thread; index it with constants only, else it goes to memory."""
     return T.alloc_buffer((size,), dtype, scope="local")
@@ -67,7 +81,10 @@ __device__ __forceinline__ void llmc_warp_barrier() { __syncwarp(); }
 
 
 def warp_barrier() -> None:
-    """All threads of the warp meet, and see what the others wrote. (TVM's own word for it writes nothing.)"""
+    """All threads of the warp meet, and see what the others wrote before.
+
+    TVM's own storage sync of scope "warp" becomes no instruction at all.
+    """
     T.evaluate(device_call("llmc_warp_barrier", _WARP_BARRIER))
 
 

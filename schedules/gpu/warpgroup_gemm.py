@@ -143,9 +143,7 @@ class _Block:
         self.ops, self.caps, self.tile, self.thread, self.tiles = ops, caps, tile, thread, tiles
         self.chunks = ops.cfg.k // _CHUNK
         self.steps = -(-ops.cfg.k // _DEPTH)
-        memory = g.named("stages", T.alloc_buffer((tile.shared_bytes,), "uint8", scope="shared.dyn"))
-        self.memory = memory
-        self.elements = e.flat(memory, tile.shared_bytes // 2, "uint16")
+        self.elements = g.arena(tile.shared_bytes)
         self.x_bytes = tile.rows * 2 * _DEPTH  # of a stage
         self.w_bytes = tile.columns * 2 * _DEPTH
         self.w_at = tile.stages * self.x_bytes
@@ -169,10 +167,14 @@ class _Block:
                 self._multiply()
 
     def _filled(self, stage: Any) -> Any:
-        return g.address(self.memory, self.barriers_at + stage * bulk.BARRIER_BYTES)
+        return self._address(self.barriers_at + stage * bulk.BARRIER_BYTES)
 
     def _free(self, stage: Any) -> Any:
-        return g.address(self.memory, self.barriers_at + (self.tile.stages + stage) * bulk.BARRIER_BYTES)
+        return self._address(self.barriers_at + (self.tile.stages + stage) * bulk.BARRIER_BYTES)
+
+    def _address(self, byte: Any) -> Any:
+        """Of a byte of the shared memory, a multiple of 2."""
+        return g.address(self.elements, byte // 2)
 
     # -- the warpgroup that fetches ----------------------------------------------------------------------------------
 
@@ -238,7 +240,7 @@ class _Block:
         with g.when(self.thread < there):
             source = (e.i64(first + self.thread) * ops.shape[1] + step * _CHUNKS) * (ROWS * _CHUNK)
             to = self.w_at + stage * self.w_bytes + self.thread * _BLOCK_BYTES
-            bulk.copy(g.address(self.memory, to), g.address(ops.w, e.let(source)), size, barrier)
+            bulk.copy(self._address(to), g.address(ops.w, e.let(source)), size, barrier)
 
     def _announce(self, number: Any) -> None:
         """The thread's part of x of stage `number` has arrived: one arrival per warp."""
@@ -256,8 +258,8 @@ class _Block:
         group = e.let(g.from_first(inside // wg.WARPGROUP))
         sums = g.local(wg.registers_of(tile.columns))
         first = e.let(group * (wg.ROWS // ROWS * _BLOCK_BYTES))
-        left = e.let(wg.descriptor(g.address(self.memory, first), wg.PIECE_BYTES, _BLOCK_BYTES))
-        right = e.let(wg.descriptor(g.address(self.memory, self.w_at), wg.PIECE_BYTES, _BLOCK_BYTES))
+        left = e.let(wg.descriptor(self._address(first), wg.PIECE_BYTES, _BLOCK_BYTES))
+        right = e.let(wg.descriptor(self._address(self.w_at), wg.PIECE_BYTES, _BLOCK_BYTES))
 
         def products(number: Any, step: Any, count: int) -> None:
             stage = _kept(number % tile.stages)
