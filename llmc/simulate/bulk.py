@@ -156,7 +156,9 @@ def _copy(m: Machine, to: Pointer, source: Pointer, count: Any, barrier: Pointer
         assert isinstance(memory, Memory)
         at = m.spread(pointer.index).astype(np.int64)[active] * pointer.dtype.itemsize
         if (at % 16).any():
-            raise failure("alignment", f"A bulk copy begins at byte {int(at[at % 16 != 0][0])} of {memory.name}", m.node)
+            raise failure(
+                "alignment", f"A bulk copy begins at byte {int(at[at % 16 != 0][0])} of {memory.name}", m.node
+            )
         index = at[:, None] + np.arange(size)
         memory.check(index, memory.data.shape[1], m.lanes, active, m.node)
         memory.touch_by(index[:, :: memory.granule] // memory.granule, actors, m.lanes, write, m.node)

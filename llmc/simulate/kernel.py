@@ -20,7 +20,10 @@ _CHUNK = 32768  # threads that run side by side
 _AXES = ("x", "y", "z")
 _DEVICE_CALL = "tirx.cuda.func_call"
 _WAIT = "llmc_barrier_wait"
-_READS = {"llmc_copy16": 1, "llmc_bulk_copy": 1}  # device functions -> which of their arguments they only read at
+_READS = {
+    "llmc_copy16": 1,
+    "llmc_bulk_copy": 1,
+}  # device functions -> which of their arguments they only read at
 Runner = Callable[[Machine], None]
 
 
@@ -346,9 +349,7 @@ class _StatementCompiler(ExpressionCompiler):
 
         return run
 
-    def _launch(
-        self, host: Machine, grid: list[int], block: list[int], body: Runner, counting: bool
-    ) -> None:
+    def _launch(self, host: Machine, grid: list[int], block: list[int], body: Runner, counting: bool) -> None:
         threads, blocks = block[0] * block[1] * block[2], grid[0] * grid[1] * grid[2]
         if threads > 1024 or threads < 1:
             raise failure("unsupported", f"A block has {threads} threads; a GPU takes 1 to 1024")
@@ -357,7 +358,8 @@ class _StatementCompiler(ExpressionCompiler):
         for value in host.values:  # a launch begins when the one before has ended
             if isinstance(value, Memory):
                 value.forget(OrderedShadow if counting else None)
-        step = max(1, self.chunk // threads)
+        # blocks in lockstep would wait for each other's counting barriers
+        step = 1 if counting else max(1, self.chunk // threads)
         for first in range(0, blocks, step):
             lanes = Lanes(first, min(step, blocks - first), threads)
             if counting:

@@ -65,7 +65,9 @@ class Machine:
 
     def part(self, mask: Array, strands: Strands, strand: int) -> Machine:
         """The machine of some of its threads, that goes its own way from here on."""
-        return Machine(self.lanes, list(self.values), self.counts, mask, self.node, strands=strands, strand=strand)
+        return Machine(
+            self.lanes, list(self.values), self.counts, mask, self.node, strands=strands, strand=strand
+        )
 
     def wait_until(self, ready: Callable[[], bool], what: str) -> None:
         """Let other threads run until `ready`.

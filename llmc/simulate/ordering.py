@@ -181,7 +181,9 @@ class OrderedShadow:
         lost = self.writer[row, units] != me  # another one wrote the same in the same statement
         if lost.any():
             at = tuple(np.argwhere(lost)[0])
-            self._race(memory, units, actors, clocks, at, int(self.writer[row, units][at]), True, True, statement)
+            self._race(
+                memory, units, actors, clocks, at, int(self.writer[row, units][at]), True, True, statement
+            )
         self.write_time[row, units] = actors.times[:, :1]
         self.readers[row, units] = 0
 

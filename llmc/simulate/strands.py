@@ -37,7 +37,9 @@ class Strands:
 
     def run(self) -> None:
         """Until all have ended, or one has failed: its error is raised."""
-        threads = [threading.Thread(target=self._strand, args=(i,), daemon=True) for i in range(len(self._bodies))]
+        threads = [
+            threading.Thread(target=self._strand, args=(i,), daemon=True) for i in range(len(self._bodies))
+        ]
         for thread in threads:
             thread.start()
         self._turns[0].release()
@@ -56,7 +58,9 @@ class Strands:
         while not ready():
             self._waiting += 1
             if self._waiting > sum(self._alive):
-                raise failure("deadlock", f"All threads that still run wait, some of them for {what}", statement)
+                raise failure(
+                    "deadlock", f"All threads that still run wait, some of them for {what}", statement
+                )
             self._pass_on(number)
             self._turns[number].acquire()
             if self._error is not None:

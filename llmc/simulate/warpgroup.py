@@ -52,7 +52,9 @@ def _products(m: Machine) -> Products:
 def _clocks(m: Machine) -> Clocks:
     clocks = m.lanes.clocks
     if not isinstance(clocks, Clocks):
-        raise failure("unsupported", "Products of warpgroups are modelled in kernels with counting barriers", m.node)
+        raise failure(
+            "unsupported", "Products of warpgroups are modelled in kernels with counting barriers", m.node
+        )
     return clocks
 
 
@@ -116,9 +118,13 @@ def _operand(m: Machine, descriptor: Any, rows: int, groups: Ints) -> tuple[Memo
     if (words != words[:, :1]).any():
         raise failure("barrier", "The threads of a warpgroup give different descriptors", m.node)
     word = words[:, 0]
-    start, leading, stride = (((word >> np.uint64(s)) & np.uint64(_FIELD)).astype(np.int64) << 4 for s in (0, 16, 32))
+    start, leading, stride = (
+        ((word >> np.uint64(s)) & np.uint64(_FIELD)).astype(np.int64) << 4 for s in (0, 16, 32)
+    )
     if (word >> np.uint64(49)).any():
-        raise failure("unsupported", "The simulator knows descriptors without swizzling and base offset", m.node)
+        raise failure(
+            "unsupported", "The simulator knows descriptors without swizzling and base offset", m.node
+        )
     row, byte = np.arange(rows)[:, None], np.arange(_WIDTH)[None, :]
     offset = lambda s: s[:, None, None]  # noqa: E731
     at = offset(start) + row // 8 * offset(stride) + row % 8 * 16 + byte // 16 * offset(leading) + byte % 16
@@ -178,6 +184,8 @@ def _accumulate(m: Machine, p: Products, sums: Pointer, product: Array, add: Arr
 _KINDS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "s8": np.int8, "e4m3": ml_dtypes.float8_e4m3fn}
 for _columns in range(8, 257, 8):
     for _name, _kind in _KINDS.items():
-        FUNCTIONS[f"llmc_wgmma_{_name}_{_columns}"] = lambda m, *args, k=_kind, c=_columns: _multiply(m, k, c, *args)
+        FUNCTIONS[f"llmc_wgmma_{_name}_{_columns}"] = lambda m, *args, k=_kind, c=_columns: _multiply(
+            m, k, c, *args
+        )
     for _sums in ("f32", "s32"):
         FUNCTIONS[f"llmc_matrix_results_{_sums}_{_columns // 2}"] = _results

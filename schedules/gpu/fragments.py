@@ -1,6 +1,6 @@
 """Results of matrix units on their way to memory: four threads hold a row of 8 columns, memory wants 16 bytes of a thread.
 
-In a fragment of 8 columns thread q of a quad (four neighbouring threads) holds columns 2 q and 2 q + 1, which are a word of 16-bit
+In a fragment of 8 columns thread q of a quad (four neighbouring threads) holds columns 2 q and 2 q + 1: a word of 16-bit
 numbers. Four fragments make 32 columns: after an exchange within the quad each thread has one of the fragments.
 """
 

@@ -54,7 +54,8 @@ class WarpgroupTile:
 
     def __post_init__(self) -> None:
         per_thread = self.fetch_registers + self.warpgroups * self.multiply_registers
-        if self.columns % 32 or not 32 <= self.columns <= 256 or self.stages <= _BEHIND:
+        # a stage is free when the next one is being multiplied, and filled when _BEHIND more are on their way
+        if self.columns % 64 or not 64 <= self.columns <= 256 or self.stages < _BEHIND + 2:
             raise ValueError(f"not a tile: {self}")
         if per_thread * wg.WARPGROUP > 65536:
             raise ValueError(f"a multiprocessor has 65536 registers: {self}")
@@ -139,7 +140,9 @@ def _kept(value: Any) -> Any:
 class _Block:
     """One block of threads."""
 
-    def __init__(self, ops: Operands, caps: Capabilities, tile: WarpgroupTile, thread: Any, tiles: Tiles) -> None:
+    def __init__(
+        self, ops: Operands, caps: Capabilities, tile: WarpgroupTile, thread: Any, tiles: Tiles
+    ) -> None:
         self.ops, self.caps, self.tile, self.thread, self.tiles = ops, caps, tile, thread, tiles
         self.chunks = ops.cfg.k // _CHUNK
         self.steps = -(-ops.cfg.k // _DEPTH)
