@@ -8,12 +8,12 @@ from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
-from llmc.schedules.gpu import gemm, warpgroup_gemm
+from llmc.schedules.gpu import gemm
 from llmc.schedules.gpu.gemv import Operands, gemv, layout_of
+from llmc.schedules.gpu.many_rows import many_rows
 from llmc.schedules.linear import LinearConfig
 
 _SHARED_ROWS = 4  # rows of x that share one pass over the weight, without matrix units
-WARPGROUP_ROWS = 64  # up to so many, half of a warpgroup's tile would be idle
 
 
 def linear(cfg: LinearConfig, caps: Capabilities) -> Any:
@@ -47,24 +47,7 @@ def _on_matrix_units(ops: Operands, caps: Capabilities) -> None:
         with T.Then():
             gemm.gemm(ops, caps, gemm.FEW_ROWS)
         with T.Else():
-            if not warpgroup_gemm.takes(ops.cfg, caps):
-                gemm.gemm(ops, caps, large)
-            else:
-                with T.If(ops.t <= WARPGROUP_ROWS):
-                    with T.Then():
-                        gemm.gemm(ops, caps, gemm.SOME_ROWS)
-                    with T.Else():
-                        _on_warpgroups(ops, caps)
-
-
-def _on_warpgroups(ops: Operands, caps: Capabilities) -> None:
-    """Wide tiles have more work per byte; narrow ones if there are not enough of those to give every multiprocessor one."""
-    wide, narrow = warpgroup_gemm.WIDE, warpgroup_gemm.NARROW
-    with T.If(warpgroup_gemm.tiles_of(ops, wide) >= caps.multiprocessors):
-        with T.Then():
-            warpgroup_gemm.gemm(ops, caps, wide)
-        with T.Else():
-            warpgroup_gemm.gemm(ops, caps, narrow)
+            many_rows(ops, caps, large)
 
 
 def _warps(cfg: LinearConfig, caps: Capabilities) -> int:

@@ -11,6 +11,7 @@ host, drops rows past the last one, and is one instruction of a warp per 512 byt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ _CHUNK = 8  # elements in 16 bytes
 _CHUNKS = _DEPTH // _CHUNK
 _STEP = 16  # columns of one instruction
 _BLOCK_BYTES = _CHUNKS * wg.PIECE_BYTES  # of 8 rows in a stage
+_WARPS = wg.WARPGROUP // g.WARP
 _BEHIND = 2  # stages of x that are on their way when the one before them is announced
 _GROUP = 16  # tiles that lie below each other and are computed one after the other, before the next columns
 
@@ -49,8 +51,8 @@ class WarpgroupTile:
     columns: int
     stages: int
     warpgroups: int = 2
-    fetch_registers: int = 56
-    multiply_registers: int = 224
+    fetch_registers: int = 40
+    multiply_registers: int = 232
 
     def __post_init__(self) -> None:
         per_thread = self.fetch_registers + self.warpgroups * self.multiply_registers
@@ -102,7 +104,7 @@ def gemm(ops: Operands, caps: Capabilities, tile: WarpgroupTile) -> None:
     tiles = tiles_of(ops, tile)
     blocks = T.min(tiles, e.i64(caps.multiprocessors))
     with g.launch(blocks, tile.threads) as (number, thread), g.at_most_one_block():
-        _Block(ops, caps, tile, thread, Tiles(ops, tile, number, blocks)).run()
+        _Block(ops, caps, tile, thread, lambda: Tiles(ops, tile, number, blocks)).run()
 
 
 class Tiles:
@@ -141,9 +143,10 @@ class _Block:
     """One block of threads."""
 
     def __init__(
-        self, ops: Operands, caps: Capabilities, tile: WarpgroupTile, thread: Any, tiles: Tiles
+        self, ops: Operands, caps: Capabilities, tile: WarpgroupTile, thread: Any, tiles: Callable[[], Tiles]
     ) -> None:
-        self.ops, self.caps, self.tile, self.thread, self.tiles = ops, caps, tile, thread, tiles
+        self.ops, self.caps, self.tile, self.thread = ops, caps, tile, thread
+        self.tiles_of_part = tiles  # each part of the block counts for itself: fewer registers
         self.chunks = ops.cfg.k // _CHUNK
         self.steps = -(-ops.cfg.k // _DEPTH)
         self.elements = g.arena(tile.shared_bytes)
@@ -156,9 +159,9 @@ class _Block:
         tile = self.tile
         with g.when(self.thread == 0):
             for stage in range(tile.stages):
-                # filled: the threads' warps with x, and one for the weight; free: the warps that multiply
-                bulk.init(self._filled(stage), wg.WARPGROUP // g.WARP + 1)
-                bulk.init(self._free(stage), tile.warpgroups * wg.WARPGROUP // g.WARP)
+                # filled: each warp that fetches, with x and with the weight; free: the warps that multiply
+                bulk.init(self._filled(stage), 2 * _WARPS)
+                bulk.init(self._free(stage), tile.warpgroups * _WARPS)
             bulk.async_fence()
         g.barrier()
         with T.If(self.thread < wg.WARPGROUP):
@@ -182,8 +185,9 @@ class _Block:
     # -- the warpgroup that fetches ----------------------------------------------------------------------------------
 
     def _fetch(self) -> None:
-        with g.loop(self.tiles.count) as turn:
-            row, block = self.tiles.at(turn)
+        tiles = self.tiles_of_part()
+        with g.loop(tiles.count) as turn:
+            row, block = tiles.at(turn)
             rows = self._x_rows(row)
             with g.loop(self.steps) as step:
                 number = e.let(turn * self.steps + step)
@@ -197,7 +201,7 @@ class _Block:
                     self._announce(number - _BEHIND)
         for left in reversed(range(_BEHIND)):
             unit.wait(left)
-            number = e.let(self.tiles.count * self.steps - (left + 1))
+            number = e.let(tiles.count * self.steps - (left + 1))
             with g.when(number >= 0):
                 self._announce(number)
 
@@ -229,20 +233,22 @@ class _Block:
                 copies()
 
     def _fetch_weight(self, stage: Any, step: Any, first: Any) -> None:
-        """The first warp: a thread for each block of 8 rows of the weight."""
-        ops, per_tile = self.ops, self.tile.columns // ROWS
-        there = e.let(T.min(ops.shape[0] - first, per_tile))
+        """A thread for each block of 8 rows of the weight, as many in each warp: a warp begins its copies one by one."""
+        ops, per_warp = self.ops, self.tile.columns // ROWS // _WARPS
+        warp, lane = e.let(self.thread // g.WARP), e.let(self.thread % g.WARP)
+        mine = e.let(first + warp * per_warp)
+        there = e.let(T.max(T.min(ops.shape[0] - mine, per_warp), 0))
         chunks = g.i32(_CHUNKS)
         if self.chunks % _CHUNKS:
             chunks = e.let(T.min(self.chunks - step * _CHUNKS, chunks))
         size = e.let(chunks * wg.PIECE_BYTES)
         barrier = self._filled(stage)
-        with g.when(self.thread == 0):
+        with g.when(lane == 0):
             bulk.expect(barrier, there * size)
         g.warp_barrier()
-        with g.when(self.thread < there):
-            source = (e.i64(first + self.thread) * ops.shape[1] + step * _CHUNKS) * (ROWS * _CHUNK)
-            to = self.w_at + stage * self.w_bytes + self.thread * _BLOCK_BYTES
+        with g.when(lane < there):
+            source = (e.i64(mine + lane) * ops.shape[1] + step * _CHUNKS) * (ROWS * _CHUNK)
+            to = self.w_at + stage * self.w_bytes + (warp * per_warp + lane) * _BLOCK_BYTES
             bulk.copy(self._address(to), g.address(ops.w, e.let(source)), size, barrier)
 
     def _announce(self, number: Any) -> None:
@@ -276,8 +282,9 @@ class _Block:
                 wg.mma(sums, a + ahead, b + ahead, add, tile.columns, dtype)
             wg.commit()
 
-        with g.loop(self.tiles.count) as turn:
-            row, block = self.tiles.at(turn)
+        tiles = self.tiles_of_part()
+        with g.loop(tiles.count) as turn:
+            row, block = tiles.at(turn)
             tail = self.ops.cfg.k % _DEPTH // _STEP
             with g.loop(self.steps - (tail > 0)) as step:
                 number = e.let(turn * self.steps + step)

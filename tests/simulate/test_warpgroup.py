@@ -67,7 +67,7 @@ def check(func: Any, cfg: LinearConfig, rows: int) -> None:
 
 CASES = [
     # tile, rows, n, k, types, options: tails of rows, columns and depth; more stages than there are, and fewer
-    (SMALL, 300, 136, 336, "bfloat16", "bfloat16", {"has_bias": True, "has_residual": True}),
+    (SMALL, 200, 136, 336, "bfloat16", "bfloat16", {"has_bias": True, "has_residual": True}),
     (SMALL, 70, 72, 48, "float16", "float32", {"has_residual": True, "activation": "gelu_tanh"}),
     (SMALL, 130, 40, 64, "bfloat16", "bfloat16", {"gated": True, "activation": "silu", "has_bias": True}),
     (
@@ -103,7 +103,7 @@ def run(patch: Callable[[pytest.MonkeyPatch], None] | None = None, tile: Warpgro
         if patch is not None:
             patch(context)
         func = only(CFG, CAPS, tile)
-    check(func, CFG, 300)
+    check(func, CFG, 200)
 
 
 def without(module: Any, name: str, which: int) -> Callable[[pytest.MonkeyPatch], None]:
@@ -154,7 +154,11 @@ WRONG: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", WRONG)
+FEW = ("x is not shown to the matrix units", "nobody waits for a free stage", "products are not waited for")
+ALL = [pytest.param(w, marks=[] if w in FEW else [pytest.mark.slow]) for w in WRONG]
+
+
+@pytest.mark.parametrize("what", ALL)
 def test_a_slip_is_found(what: str) -> None:
     patch, said = WRONG[what]
     with pytest.raises(SimulationError, match=said):
@@ -179,7 +183,9 @@ CHANGED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
-@pytest.mark.parametrize("what", CHANGED)
+@pytest.mark.parametrize(
+    "what", [pytest.param(c, marks=[] if "strides" in c else [pytest.mark.slow]) for c in CHANGED]
+)
 def test_a_change_does_not_pass(what: str) -> None:
     with pytest.raises((AssertionError, SimulationError)):
         run(CHANGED[what])
@@ -205,4 +211,4 @@ def test_a_tile_that_cannot_be() -> None:
         with pytest.raises(ValueError, match="not a tile"):
             WarpgroupTile(*wrong)
     with pytest.raises(ValueError, match="65536 registers"):
-        WarpgroupTile(64, 4, 2, 56, 240)
+        WarpgroupTile(64, 4, 2, 40, 240)
