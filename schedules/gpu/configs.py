@@ -22,7 +22,8 @@ class Way(IntEnum):
 
     UNTUNED = 0  # by the number of rows, with constants as thresholds
     THREADS = 1  # plain arithmetic, columns shared among warps
-    UNITS = 2  # matrix units
+    UNITS = 2  # matrix units, a warp at a time
+    WARPGROUPS = 3  # matrix units that four warps feed together
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class GpuLinearSchedule:
         rows, warps, in_flight: of THREADS: rows of x that share one pass over the weight, warps of a block, 16-byte
             loads that a thread has under way. warps = 0: by the weight's size.
         tile_rows, tile_columns, warp_rows, warp_columns, stages: of UNITS: gemm.TileConfig.
+        warpgroups: of WARPGROUPS, with tile_columns and stages: warpgroup_gemm.WarpgroupTile.
         vectors: as in LinearSchedule; on these machines the layout is the same for all schedules.
     """
 
@@ -46,6 +48,7 @@ class GpuLinearSchedule:
     warp_rows: int = 0
     warp_columns: int = 0
     stages: int = 0
+    warpgroups: int = 0
     vectors: ClassVar[int] = 0
 
 

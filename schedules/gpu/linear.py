@@ -8,9 +8,10 @@ from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
-from llmc.schedules.gpu import gemm
+from llmc.schedules.gpu import gemm, warpgroup_gemm
 from llmc.schedules.gpu.configs import GpuLinearSchedule, Way, schedules_in
 from llmc.schedules.gpu.gemv import Operands, gemv, layout_of
+from llmc.schedules.gpu.many_rows import many_rows
 from llmc.schedules.linear import LinearConfig
 
 _SHARED_ROWS = 4  # rows of x that share one pass over the weight, without matrix units
@@ -40,6 +41,8 @@ def _run(ops: Operands, caps: Capabilities, schedule: GpuLinearSchedule, warps: 
         _untuned(ops, caps, warps, most)
     elif schedule.way == Way.THREADS:
         gemv(ops, caps, schedule.rows, schedule.warps or warps, schedule.in_flight)
+    elif schedule.way == Way.WARPGROUPS:
+        warpgroup_gemm.gemm(ops, caps, warpgroup_tile_of(schedule))
     else:
         gemm.gemm(ops, caps, tile_of(schedule))
 
@@ -52,6 +55,15 @@ def tile_of(schedule: GpuLinearSchedule) -> gemm.TileConfig:
     """
     s = schedule
     return gemm.TileConfig(s.tile_rows, s.tile_columns, s.warp_rows, s.warp_columns, s.stages)
+
+
+def warpgroup_tile_of(schedule: GpuLinearSchedule) -> warpgroup_gemm.WarpgroupTile:
+    """The tile of a schedule for warpgroups.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return warpgroup_gemm.WarpgroupTile(schedule.tile_columns, schedule.stages, schedule.warpgroups)
 
 
 def _untuned(ops: Operands, caps: Capabilities, warps: int, most: int) -> None:
@@ -79,7 +91,7 @@ def _on_matrix_units(ops: Operands, caps: Capabilities, most: int) -> None:
         with T.Then():
             gemm.gemm(ops, caps, gemm.FEW_ROWS)
         with T.Else():
-            gemm.gemm(ops, caps, large)
+            many_rows(ops, caps, large, most)
 
 
 def _warps(cfg: LinearConfig, caps: Capabilities) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from llmc.caps import Capabilities
-from llmc.schedules.gpu import gemm
+from llmc.schedules.gpu import gemm, warpgroup_gemm
 from llmc.schedules.gpu.configs import GpuLinearSchedule, Way, shared_limit
 from llmc.schedules.gpu.emit import WARP
 from llmc.schedules.gpu.gemv import ROWS
-from llmc.schedules.gpu.linear import linear, tile_of
+from llmc.schedules.gpu.linear import linear, tile_of, warpgroup_tile_of
+from llmc.schedules.gpu.many_rows import WARPGROUP_ROWS
 from llmc.schedules.gpu.spaces import OneOf, fits_registers
 from llmc.schedules.linear import LinearConfig
 from llmc.schedules.tunable import Bucket, Knob, Space, balance
@@ -26,6 +27,13 @@ class TunableGpuLinear(TunableLinear):
     schedule_type: ClassVar[type] = GpuLinearSchedule
     shared: ClassVar[tuple[str, ...]] = ()
 
+    def samples(self, caps: Capabilities) -> tuple[LinearConfig, ...]:
+        # of sizes that every kind of matmul takes
+        kinds = [
+            LinearConfig(128, 256, t, t, t, activation="silu", gated=True) for t in ("bfloat16", "float32")
+        ]
+        return tuple(self.task(config) for config in kinds)
+
     def sampled_buckets(self, task: LinearConfig) -> tuple[Bucket, ...]:
         return (self.buckets(task)[0], self.buckets(task)[-1])
 
@@ -36,6 +44,8 @@ class TunableGpuLinear(TunableLinear):
             parts += (_threads(task, bucket, caps),)
         if on_units and bucket.high != 1:
             parts += (_units(task, bucket, caps),)
+        if warpgroup_gemm.takes(task, caps) and not 0 < bucket.high < WARPGROUP_ROWS:
+            parts += (_warpgroups(caps),)
         return OneOf(GpuLinearSchedule(), (), parts=parts)
 
     def build(self, config: LinearConfig, caps: Capabilities) -> Any:
@@ -54,6 +64,18 @@ class TunableGpuLinear(TunableLinear):
                 "warp_reuse": tile.warp_rows * tile.warp_columns / (tile.warp_rows + tile.warp_columns),
                 "bytes_ahead": tile.shared_bytes * (tile.stages - 1) / tile.stages,
                 "wasted_rows": -(-rows // tile.rows) * tile.rows / rows,
+            }
+        if schedule.way == Way.WARPGROUPS:
+            wide = warpgroup_tile_of(schedule)
+            tiles = -(-rows // wide.rows) * -(-outputs // wide.columns)
+            return {
+                # a block per multiprocessor goes through the tiles
+                **block_terms(tiles, wide.threads, wide.shared_bytes, wide.columns / 2, caps),
+                "units": 2.0,
+                "reuse": wide.rows * wide.columns / (wide.rows + wide.columns),
+                "warp_reuse": 64 * wide.columns / (64 + wide.columns),
+                "bytes_ahead": float(wide.stage_bytes * (wide.stages - 1)),
+                "wasted_rows": -(-rows // wide.rows) * wide.rows / rows,
             }
         shared_rows, warps = max(1, schedule.rows), schedule.warps or 4
         passes = -(-rows // shared_rows)
@@ -92,6 +114,26 @@ def _units(task: LinearConfig, bucket: Bucket, caps: Capabilities) -> Space:
         Way.UNITS, 0, 0, 0, few.rows, few.columns, few.warp_rows, few.warp_columns, few.stages
     )
     return Space(first, knobs, lambda s: tile_fits(s, caps))
+
+
+def _warpgroups(caps: Capabilities) -> Space:
+    knobs = (
+        Knob("tile_columns", (64, 128, 192, 256)),
+        Knob("stages", (4, 5, 6, 7, 8)),
+        Knob("warpgroups", (1, 2)),
+    )
+
+    def valid(schedule: GpuLinearSchedule) -> bool:
+        try:
+            return warpgroup_tile_of(schedule).shared_bytes <= caps.shared_bytes
+        except ValueError:
+            return False
+
+    usual = warpgroup_gemm.NARROW
+    first = GpuLinearSchedule(
+        Way.WARPGROUPS, tile_columns=usual.columns, stages=usual.stages, warpgroups=usual.warpgroups
+    )
+    return Space(first, knobs, valid)
 
 
 def tile_fits(schedule: GpuLinearSchedule, caps: Capabilities) -> bool:
