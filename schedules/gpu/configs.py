@@ -6,9 +6,12 @@ searches (tune_linear.py, tune_qlinear.py, tune_attention.py beside this) and wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, ClassVar, TypeVar
+
+from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules.choice import ByRows
@@ -98,6 +101,15 @@ class GpuDecodeSchedule:
 def schedules_in(schedule: ByRows[Any], kind: type[S]) -> ByRows[S]:
     """The schedules of a config if they are of that kind; else (another machine's defaults) the untuned one."""
     return schedule if isinstance(schedule.choices[0], kind) else ByRows((kind(),))
+
+
+def emit_by_rows(schedules: ByRows[S], rows: Any, body: Callable[[S, int], None]) -> None:
+    """ByRows.emit, without a word on `rows` to TVM's simplifier.
+
+    Where few rows are known to come, it would write the number of the last row without the multiplication that shows that
+    16 bytes may be loaded at a time.
+    """
+    schedules.emit(T.reinterpret("int64", T.reinterpret("uint64", rows)), body)
 
 
 def kind_of(values: dict[str, Any], *kinds: type[Any]) -> type[Any]:

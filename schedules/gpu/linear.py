@@ -9,7 +9,7 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.gpu import gemm, warpgroup_gemm
-from llmc.schedules.gpu.configs import GpuLinearSchedule, Way, schedules_in
+from llmc.schedules.gpu.configs import GpuLinearSchedule, Way, emit_by_rows, schedules_in
 from llmc.schedules.gpu.gemv import Operands, gemv, layout_of
 from llmc.schedules.gpu.many_rows import many_rows
 from llmc.schedules.linear import LinearConfig
@@ -31,7 +31,7 @@ def linear(cfg: LinearConfig, caps: Capabilities) -> Any:
         with e.root():
             ops.view()
             schedules = schedules_in(cfg.schedule, GpuLinearSchedule)
-            schedules.emit(t, lambda schedule, most: _run(ops, caps, schedule, warps, most))
+            emit_by_rows(schedules, t, lambda schedule, most: _run(ops, caps, schedule, warps, most))
     return built[0]
 
 

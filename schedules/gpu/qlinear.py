@@ -12,7 +12,7 @@ from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.choice import ByRows
 from llmc.schedules.gpu import qgemm, qgemv, qint
-from llmc.schedules.gpu.configs import GpuQuantSchedule, Way, schedules_in
+from llmc.schedules.gpu.configs import GpuQuantSchedule, Way, emit_by_rows, schedules_in
 from llmc.schedules.gpu.qoperands import Operands, QuantOperands
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.tune_qlinear import QuantKernel
@@ -35,7 +35,7 @@ def quant_linear(kernel: QuantKernel | QuantLinearConfig, caps: Capabilities) ->
             ops.view()
             if cfg.layout.of.activation_bits:
                 qint.quantize_rows(ops)
-            schedules.emit(t, lambda schedule, most: _run(ops, caps, schedule, most))
+            emit_by_rows(schedules, t, lambda schedule, most: _run(ops, caps, schedule, most))
     return built[0]
 
 
