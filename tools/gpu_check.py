@@ -64,8 +64,8 @@ SECTIONS = {
     "experts": Section("gpu_kernels", "experts", 60),
     "prefill": Section("gpu_kernels", "prefill_attention", 90),
     "decode": Section("gpu_kernels", "decode_attention", 60),
-    "model-bf16": Section("gpu_models", "model_bf16", 240),
-    "model-q4g128": Section("gpu_models", "model_q4", 240),
+    "model-bf16": Section("gpu_models", "model_bf16", 300),
+    "model-q4g128": Section("gpu_models", "model_q4", 300),
     "torch": Section("gpu_models", "torch_compiled", 420),
 }
 _LEAST = 20.0  # seconds; with less left no section is begun

@@ -26,7 +26,7 @@ import torch
 from tools.gpu_device import Device, Row, Sizes
 from tools.gpu_kernels import Session, WrongResult
 
-_WORKERS = min(8, os.cpu_count() or 1)
+_WORKERS = min(16, os.cpu_count() or 1)
 _RUNS = 3
 
 

@@ -9,6 +9,7 @@ Nothing here needs a GPU. On the other machine nothing needs a compiler then: TV
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import subprocess
@@ -45,32 +46,48 @@ _ALLOWED = {
     "w8a8": 6e-2,
     "w4a8": 6e-2,
 }  # relative error of logits: int8 activations are rounded anew at each layer
-_MOST = 60 << 20  # bytes of a part, where the way to the machine has a limit
 Told = Callable[[str], None]
 
 
 def prepare(folder: Path, target: str, sizes: Sizes, sections: tuple[str, ...], told: Told) -> None:
-    """Write everything that the sections need below `folder`.
+    """Write everything that the sections need below `folder`; what an earlier call for the same target wrote stays.
 
     Args:
         target: with its preset; ``simulator`` builds for the stand-in.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    made_of = json.dumps({"target": target, "code": _code()}) + "\n"
+    about = folder / "about.json"
+    if not about.exists() or about.read_text() != made_of:
+        for name in ("kernels", "tokens", "schemes", "models"):  # of other code, or unfinished
+            shutil.rmtree(folder / name, ignore_errors=True)
     stand_in = target == "simulator"
     preset = "cuda/sm_90" if stand_in else target
     artifacts = "cpu" if stand_in else target
-    (folder / "about.json").write_text(json.dumps({"target": target}) + "\n")
+    about.write_text(made_of)
     for name, make in _bundles(sizes).items():
-        if name in {_BUNDLE_OF.get(section) for section in sections}:
+        path = folder / "kernels" / f"{name}.zip"
+        if name in {_BUNDLE_OF.get(section) for section in sections} and not path.exists():
             told(f"kernels: {name}")
-            _write_bundle(folder / "kernels" / f"{name}.zip", preset, stand_in, make)
+            _write_bundle(path, preset, stand_in, make)
     for section, write in (("tokens", _tokens), ("schemes", _schemes)):
         if section in sections:
             write(folder / section, artifacts, sizes, told)
     for name in ("bf16", "q4g128"):
-        if {f"model-{name}", *(["torch"] if name == "bf16" else [])} & set(sections):
+        wanted = {f"model-{name}", *(["torch"] if name == "bf16" else [])} & set(sections)
+        if wanted and not (folder / "models" / name).exists():
             told(f"model: {name}")
             _model(folder / "models" / name, artifacts, name, sizes)
+
+
+def _code() -> str:
+    """A hash of all that is imported from this tree."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parent.parent
+    for folder in ("llmc", "passes", "schedules", "runtime", "targets", "tools"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 _BUNDLE_OF = {
@@ -171,8 +188,10 @@ def _write_bundle(path: Path, preset: str, stand_in: bool, make: Callable[[Any],
     kernels = make(caps)
     funcs, told = ({name: pair[i] for name, pair in kernels.items()} for i in range(2))
     path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
     if not stand_in:
-        write_kernels(funcs, backend.tvm_target(caps), caps, path, told)
+        write_kernels(funcs, backend.tvm_target(caps), caps, part, told)
+        part.rename(path)
         return
     import tvm
 
@@ -181,9 +200,10 @@ def _write_bundle(path: Path, preset: str, stand_in: bool, make: Callable[[Any],
     named = {name: func.with_attr("global_symbol", name) for name, func in funcs.items()}
     lowered = simt.lower(tvm.IRModule(named), backend.tvm_target(caps))
     plain = tvm.IRModule({gvar.name_hint: func for gvar, func in lowered.functions.items()})
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as held:
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as held:
         held.writestr("tir.json", tvm.ir.save_json(plain))
         held.writestr("about.json", json.dumps(told))
+    part.rename(path)
 
 
 # -- small models ----------------------------------------------------------------------------------------------------------
@@ -203,6 +223,8 @@ def _tokens(folder: Path, target: str, sizes: Sizes, told: Told) -> None:
     from tools.tiny_configs import tiny_model
 
     for name in TINY_MODELS[: None if sizes.tiny_tokens > 100 else 1]:
+        if (folder / name / "artifact").exists():  # written last
+            continue
         told(f"tokens: {name}")
         model, prompt = tiny_model(name), [1, 2, 3]
         with tempfile.TemporaryDirectory() as work:
@@ -223,6 +245,8 @@ def _schemes(folder: Path, target: str, sizes: Sizes, told: Told) -> None:
     model = tiny_model("llama", **({"hidden_size": 256, "intermediate_size": 512} if big else {}))
     ids = [int(i) for i in np.random.default_rng(3).integers(3, 256, 40)]
     for scheme in SCHEMES if big else ("q4g32",):
+        if (folder / scheme / "artifact").exists():  # written last
+            continue
         told(f"schemes: {scheme}")
         spec = dict(dtype="bf16", quant=scheme, max_seq_len=64)
         with tempfile.TemporaryDirectory() as work:
@@ -264,8 +288,6 @@ def _config(sizes: Sizes) -> dict[str, Any]:
 
 def _model(folder: Path, target: str, name: str, sizes: Sizes) -> None:
     """An artifact whose weight files are missing, the plan by which they are packed, and the source's config."""
-    if folder.exists():
-        shutil.rmtree(folder)
     with tempfile.TemporaryDirectory(prefix="llmc-prepare-") as work:
         source = Path(work) / "source"
         source.mkdir()
@@ -273,7 +295,7 @@ def _model(folder: Path, target: str, name: str, sizes: Sizes) -> None:
         compile_without_weights(
             source,
             Path(work) / "artifact",
-            folder,
+            Path(work) / "out",
             target=target,
             dtype="bf16",
             max_seq_len=min(8192, 2 * sizes.prompt + 256),
@@ -281,7 +303,8 @@ def _model(folder: Path, target: str, name: str, sizes: Sizes) -> None:
             max_step_tokens=sizes.prompt,
             **({} if name == "bf16" else {"quant": name}),
         )
-        shutil.copytree(source, folder / "source")
+        shutil.copytree(source, Path(work) / "out" / "source")
+        shutil.copytree(Path(work) / "out", folder)
 
 
 def compile_without_weights(source: Path, scratch: Path, out: Path, **fields: Any) -> None:
