@@ -60,7 +60,7 @@ SECTIONS = {
     "flat": Section("gpu_kernels", "flat", 60),
     "gemv": Section("gpu_kernels", "gemv", 60),
     "quant": Section("gpu_kernels", "quant", 120),
-    "integers": Section("gpu_kernels", "integers", 90),
+    "integers": Section("gpu_kernels", "integers", 120),
     "experts": Section("gpu_kernels", "experts", 60),
     "prefill": Section("gpu_kernels", "prefill_attention", 90),
     "decode": Section("gpu_kernels", "decode_attention", 60),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,7 @@ def gemv(s: Session) -> Iterator[Row]:
 # -- quantized matmuls ---------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=1)  # several numbers of rows, one after the other
 def quantized_weight(scheme: str, n: int, k: int, layout: str) -> tuple[Any, Any]:
     """(packed uint8 of n rows, the dequantized float32 rows that repeat in it), in numpy."""
     import numpy as np
