@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -11,7 +12,6 @@ from llmc.schedules import emit as e
 from llmc.schedules.gpu import emit as g
 from llmc.schedules.gpu import fragments
 from llmc.schedules.gpu.epilogue import finish
-from llmc.schedules.gpu.gemv import ROWS, Operands
 from llmc.schedules.gpu.qcodes import pack
 
 _WIDE = 8 * fragments.QUAD  # columns that a quad stores at a time
@@ -23,10 +23,21 @@ class FragmentStore:
     Args:
         sums: registers, four for each 8 columns of the weight's rows (see warpgroup.mma).
         lane: of the thread in its warp.
+        block_rows: rows of the weight that lie together; in a gated one the first half of them are gates: 8 or 32.
+        factor: row of x -> what its sums are multiplied with first, or None.
     """
 
-    def __init__(self, ops: Operands, caps: Capabilities, sums: Any, lane: Any) -> None:
+    def __init__(
+        self,
+        ops: Any,
+        caps: Capabilities,
+        sums: Any,
+        lane: Any,
+        block_rows: int = 8,
+        factor: Callable[[Any], Any] = lambda row: None,
+    ) -> None:
         self.ops, self.caps, self.sums, self.lane = ops, caps, sums, lane
+        self.block_rows, self.factor = block_rows, factor
         self.part = e.let(lane % fragments.QUAD)
         cfg = ops.cfg
         self.narrow = cfg.out_dtype != "float32"
@@ -35,30 +46,37 @@ class FragmentStore:
             e.flat(ops._residual, ops.t * cfg.n // 2, "uint32") if ops.residual is not None else None
         )
 
-    def store(self, first_row: Any, first_block: Any, blocks: int) -> None:
-        """Columns of `blocks` blocks of the weight, from `first_block` on, of 16 rows; what is out of range is dropped."""
-        cfg = self.ops.cfg
-        outputs = ROWS // 2 if cfg.gated else ROWS  # columns of y per block
-        first = e.let(first_block * outputs)
+    def store(self, first_row: Any, first: Any, count: int) -> None:
+        """`count` fragments of 8 columns of y, from column `first` on, of 16 rows; what is out of range is dropped."""
         for half in range(2):
             row = e.let(first_row + self.lane // fragments.QUAD + 8 * half)
             inside = e.let(row < self.ops.t)
             # rows past the last one are computed like it: all threads of a quad must take part
             safe = e.let(T.min(row, self.ops.t - 1))
-            for group in range(blocks * outputs // _WIDE):
-                self._store_wide(half, safe, inside, e.let(first + group * _WIDE), group)
+            factor = self.factor(safe)
+            for group in range(count // fragments.QUAD):
+                self._store_wide(half, safe, inside, e.let(first + group * _WIDE), group, factor)
 
-    def _sums(self, half: int, fragment: int) -> list[list[Any]]:
+    def _sums(self, half: int, fragment: int, factor: Any) -> list[list[Any]]:
         """Of the thread's two columns of a fragment of y: the sum, or the gate and what it multiplies."""
-        get = lambda piece: [self.sums[4 * piece + 2 * half + i] for i in range(2)]  # noqa: E731
+
+        def get(piece: int) -> list[Any]:
+            found = [self.sums[4 * piece + 2 * half + i] for i in range(2)]
+            return found if factor is None else [e.let(f * factor) for f in found]
+
         if not self.ops.cfg.gated:
             return [[value] for value in get(fragment)]
-        both = fragments.gates_apart(get(2 * fragment), get(2 * fragment + 1), self.lane)
+        if self.block_rows == 8:
+            both = fragments.gates_apart(get(2 * fragment), get(2 * fragment + 1), self.lane)
+        else:
+            per_half = self.block_rows // 16
+            first = fragment // per_half * 2 * per_half + fragment % per_half
+            both = (get(first), get(first + per_half))
         if self.ops.cfg.gate_second:
             both = both[::-1]
         return [list(pair) for pair in zip(*both, strict=True)]
 
-    def _store_wide(self, half: int, row: Any, inside: Any, column: Any, group: int) -> None:
+    def _store_wide(self, half: int, row: Any, inside: Any, column: Any, group: int, factor: Any) -> None:
         """32 columns of y from `column` on; thread q of a quad stores 8 of them, from 8 q on."""
         ops, cfg = self.ops, self.ops.cfg
         mine = e.let(column + self.part * 8)
@@ -69,7 +87,7 @@ class FragmentStore:
             fragment = group * fragments.QUAD + i
             at = e.let(column + 8 * i + 2 * self.part)
             values = []
-            for c, sums in enumerate(self._sums(half, fragment)):
+            for c, sums in enumerate(self._sums(half, fragment, factor)):
                 # a column behind the last one takes the bias of one that there is
                 known = e.let(T.min(at + c, e.i64(cfg.n - 1)))
                 value = finish(cfg, sums, known, row, ops.bias, None)
