@@ -10,7 +10,7 @@ from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
-from llmc.schedules.gpu import qgemm, qgemv, qint
+from llmc.schedules.gpu import qgemm, qgemv, qint, warpgroup_qgemm
 from llmc.schedules.gpu.qoperands import QuantOperands
 from llmc.schedules.qlinear import QuantLinearConfig
 
@@ -54,6 +54,7 @@ def _ways(
             partial(qgemv.gemv, ops, caps, _SHARED_ROWS, warps),
         )
         return [(lambda t: t == 1, few), (lambda t: t > 1, many)]
+    many = partial(warpgroup_qgemm.many_rows, ops, caps, many)
     return [(lambda t: t <= 16, few), (lambda t: t > 16, many)]
 
 
