@@ -56,7 +56,7 @@ class Kernel:
     def run(self, args: Sequence[Any], *, chunk: int = _CHUNK) -> list[Counts]:
         """See simulate()."""
         compiler = self._compiler
-        host = Machine(Lanes(0, 1, 1), [None] * 4096, Counts())
+        host = Machine(Lanes(0, 1, 1), [None] * len(compiler.slots), Counts())
         _bind(compiler, host, self._params, args)
         compiler.chunk, compiler.launches = chunk, []
         with np.errstate(all="ignore"):

@@ -185,6 +185,13 @@ def narrow(value: Any, dtype: str, caps: Capabilities) -> Any:
     return e.narrow(value, dtype, 1, caps)
 
 
+def kept(value: Any) -> Any:
+    """A value in a register. TVM writes what e.let names in the place of the name, a long expression again and again."""
+    register = local(1, str(value.ty.dtype))
+    e.store(register, 0, value, 1)
+    return register[0]
+
+
 def loop(count: Any) -> Any:
     """A serial loop over int32."""
     return T.serial(i32(count))

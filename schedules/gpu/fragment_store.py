@@ -48,14 +48,17 @@ class FragmentStore:
 
     def store(self, first_row: Any, first: Any, count: int) -> None:
         """`count` fragments of 8 columns of y, from column `first` on, of 16 rows; what is out of range is dropped."""
+        self._mine = g.kept(first + self.part * 8)  # columns that the thread stores
+        self._own = g.kept(first + self.part * 2)  # columns whose sums it holds
+        self._exact = self.ops.cfg.n % (8 * count) == 0  # no tile reaches behind the last column
         for half in range(2):
-            row = e.let(first_row + self.lane // fragments.QUAD + 8 * half)
+            row = g.kept(first_row + self.lane // fragments.QUAD + 8 * half)
             inside = e.let(row < self.ops.t)
             # rows past the last one are computed like it: all threads of a quad must take part
-            safe = e.let(T.min(row, self.ops.t - 1))
-            factor = self.factor(safe)
+            start = g.kept(T.min(row, self.ops.t - 1) * self.ops.cfg.n)
+            factor = self.factor(T.min(row, self.ops.t - 1))
             for group in range(count // fragments.QUAD):
-                self._store_wide(half, safe, inside, e.let(first + group * _WIDE), group, factor)
+                self._store_wide(half, start, inside, group, factor)
 
     def _sums(self, half: int, fragment: int, factor: Any) -> list[list[Any]]:
         """Of the thread's two columns of a fragment of y: the sum, or the gate and what it multiplies."""
@@ -76,21 +79,21 @@ class FragmentStore:
             both = both[::-1]
         return [list(pair) for pair in zip(*both, strict=True)]
 
-    def _store_wide(self, half: int, row: Any, inside: Any, column: Any, group: int, factor: Any) -> None:
-        """32 columns of y from `column` on; thread q of a quad stores 8 of them, from 8 q on."""
+    def _store_wide(self, half: int, start: Any, inside: Any, group: int, factor: Any) -> None:
+        """32 columns of y, of a row that begins at `start`; thread q of a quad stores 8 of them, from 8 q on."""
         ops, cfg = self.ops, self.ops.cfg
-        mine = e.let(column + self.part * 8)
-        whole = e.let(T.And(inside, mine < cfg.n))
-        added = self._residual(row, mine) if self.residual is not None else []
+        mine = e.let(self._mine + group * _WIDE)
+        whole = inside if self._exact else e.let(T.And(inside, mine < cfg.n))
+        added = self._residual(start, mine) if self.residual is not None else []
         words = []
         for i in range(fragments.QUAD):
             fragment = group * fragments.QUAD + i
-            at = e.let(column + 8 * i + 2 * self.part)
+            at = e.let(self._own + (group * _WIDE + 8 * i))
             values = []
             for c, sums in enumerate(self._sums(half, fragment, factor)):
                 # a column behind the last one takes the bias of one that there is
-                known = e.let(T.min(at + c, e.i64(cfg.n - 1)))
-                value = finish(cfg, sums, known, row, ops.bias, None)
+                known = e.let(at + c if self._exact else T.min(at + c, e.i64(cfg.n - 1)))
+                value = finish(cfg, sums, known, None, ops.bias, None)
                 values.append(e.let(value + added[i][c]) if added else value)
             if self.narrow:
                 words.append(pack(values[0], values[1], cfg.out_dtype))
@@ -99,19 +102,19 @@ class FragmentStore:
             for c, value in enumerate(values):
                 e.store(pair, c, value, 1)
             with g.when(T.And(inside, at < cfg.n)):
-                e.store(ops.y, row * cfg.n + at, e.load(pair, e.i64(0), 2), 2)
+                e.store(ops.y, start + at, e.load(pair, e.i64(0), 2), 2)
         if self.narrow:
             vector = g.local(fragments.QUAD, "uint32")
             for i, word in enumerate(fragments.turned(words, self.lane)):
                 e.store(vector, i, word, 1)
             with g.when(whole):
-                where = e.let((row * cfg.n + mine) // 2)
+                where = e.let((start + mine) // 2)
                 e.store(self.words, where, e.load(vector, e.i64(0), fragments.QUAD), fragments.QUAD)
 
-    def _residual(self, row: Any, mine: Any) -> list[list[Any]]:
+    def _residual(self, start: Any, mine: Any) -> list[list[Any]]:
         """Of each fragment what is added to the thread's two columns; anything past the last column."""
         cfg = self.ops.cfg
-        column = e.let(T.min(mine, e.i64(cfg.n - 8)))
-        vector = e.let(e.load(self.residual, e.let((row * cfg.n + column) // 2), fragments.QUAD))
+        column = mine if self._exact else e.let(T.min(mine, e.i64(cfg.n - 8)))
+        vector = e.let(e.load(self.residual, e.let((start + column) // 2), fragments.QUAD))
         words = fragments.turned(g.elements(vector, fragments.QUAD), self.lane)
         return [fragments.unpacked(word, cfg.in_dtype) for word in words]
