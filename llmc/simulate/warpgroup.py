@@ -181,7 +181,7 @@ def _accumulate(m: Machine, p: Products, sums: Pointer, product: Array, add: Arr
     p.current.append(id(registers))
 
 
-_KINDS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "s8": np.int8, "e4m3": ml_dtypes.float8_e4m3fn}
+_KINDS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "s8": np.int8}
 for _columns in range(8, 257, 8):
     for _name, _kind in _KINDS.items():
         FUNCTIONS[f"llmc_wgmma_{_name}_{_columns}"] = lambda m, *args, k=_kind, c=_columns: _multiply(

@@ -45,7 +45,6 @@ KINDS = {
     "bfloat16": Kind("bf16", "float32", "f32", "f", ", 1, 1, 0, 0", 16),
     "float16": Kind("f16", "float32", "f32", "f", ", 1, 1, 0, 0", 16),
     "int8": Kind("s8", "int32", "s32", "r", "", 32),
-    "float8_e4m3fn": Kind("e4m3", "float32", "f32", "f", ", 1, 1", 32),
 }
 
 _DESCRIPTOR = """

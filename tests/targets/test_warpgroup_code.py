@@ -98,21 +98,17 @@ def test_every_epilogue_assembles_without_spills(tile: Any, options: dict[str, A
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "options"),
     [
         ("q4g32", {"has_residual": True}),
-        *(
-            pytest.param(scheme, options, marks=pytest.mark.slow)
-            for scheme, options in (
-                ("q4g128", {"gated": True, "activation": "silu"}),
-                ("q4g64a", {"has_bias": True}),
-                ("q8", {"has_residual": True}),
-                ("fp8", {}),
-                ("w8a8", {"has_residual": True}),
-                ("w4a8", {"gated": True, "activation": "silu"}),
-            )
-        ),
+        ("q4g128", {"gated": True, "activation": "silu"}),
+        ("q4g64a", {"has_bias": True}),
+        ("q8", {"has_residual": True}),
+        ("fp8", {}),
+        ("w8a8", {"has_residual": True}),
+        ("w4a8", {"gated": True, "activation": "silu"}),
     ],
 )
 def test_quantized_kernels_assemble_without_spills(scheme: str, options: dict[str, Any]) -> None:
