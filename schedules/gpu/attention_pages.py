@@ -24,8 +24,8 @@ _CHUNK = 8  # elements in 16 bytes
 
 
 def stage_elements(cfg: AttentionConfig, keys: int) -> int:
-    """16-bit elements of a tile of keys and of their values."""
-    return cfg.key_dim * (keys + PAD) + keys * (cfg.value_dim + PAD)
+    """16-bit elements of a tile of keys and of their values (which latent ones are a part of)."""
+    return cfg.key_dim * (keys + PAD) + (0 if cfg.latent else keys * (cfg.value_dim + PAD))
 
 
 class PageTiles:
@@ -76,7 +76,8 @@ class PageTiles:
             base = g.held((e.i64(page[0]) * cfg.layers + self.args.layer) * cfg.kv_heads + self.kv_head)
             at = g.i32(0) if self.run == ps else e.let((inside + n * self.run) % ps)
             self._copy_keys(to, base * (cfg.key_dim * ps) + at, n * self.run, left)
-            self._copy_values(to, (base * ps + at) * cfg.value_dim, n * self.run, left)
+            if not cfg.latent:
+                self._copy_values(to, (base * ps + at) * cfg.value_dim, n * self.run, left)
 
     def _copy_keys(self, to: Any, base: Any, number: int, left: Any) -> None:
         pieces, ps, dims = self.run // _CHUNK, self.cfg.page_size, self.cfg.key_dim

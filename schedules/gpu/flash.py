@@ -122,7 +122,7 @@ class FlashTile:
             *(cfg, self.caps, self.args, pages, 0, lane, first_row, position),
             *(self.first_head, self.share, cut.tiles),
         )
-        if tile.keeps_query:
+        if tile.kept_steps:
             unit.wait(stages - 1)
             g.barrier()
         tile.start()

@@ -77,7 +77,7 @@ class WarpTile:
         self.first_place = g.held(position + first_row // share)
         self.last_place = g.held(position + (first_row + (16 * tiles - 1)) // share)
         self._query_at = g.held((first_row + lane % 16) * query_line(cfg) + (query + lane // 16 * 8))
-        self.out = [[g.local(4) for _ in range(cfg.value_dim // 8)] for _ in range(tiles)]
+        self.out = [[g.local(4) for _ in range(self.columns // 8)] for _ in range(tiles)]
         self.largest, self.total = ([[g.local(1) for _ in range(2)] for _ in range(tiles)] for _ in range(2))
         self._held: list[Any] = []
 
@@ -87,9 +87,19 @@ class WarpTile:
         self.places = [[self.first_place] * 2 for _ in self.rows]
 
     @property
-    def keeps_query(self) -> bool:
-        """Whether the queries stay in registers; else they are read again for each tile of keys."""
-        return self.tiles == 1 and self.cfg.key_dim <= _HELD
+    def columns(self) -> int:
+        """Elements of the value that the warp adds up."""
+        return self.cfg.value_dim
+
+    @property
+    def steps(self) -> int:
+        """Of 16 elements of the key that the warp multiplies."""
+        return self.cfg.key_dim // 16
+
+    @property
+    def kept_steps(self) -> int:
+        """Of so many steps the queries stay in registers; of the others they are read again for each tile of keys."""
+        return self.steps if self.tiles == 1 and self.cfg.key_dim <= _HELD else 0
 
     def start(self) -> None:
         """Clear the running softmax; if queries are kept, they are in shared memory, behind a barrier."""
@@ -100,8 +110,7 @@ class WarpTile:
             for i in range(2):
                 e.store(self.largest[m][i], 0, e.f32(_LOWEST), 1)
                 e.store(self.total[m][i], 0, e.f32(0.0), 1)
-        if self.keeps_query:
-            self._held = [self._query(0, step) for step in range(self.cfg.key_dim // 16)]
+        self._held = [self._query(0, step) for step in range(self.kept_steps)]
 
     def _query(self, m: int, step: int) -> Any:
         registers = g.local(4, "uint32")
@@ -137,8 +146,8 @@ class WarpTile:
         for registers in (r for row in scores for r in row):
             for i in range(4):
                 e.store(registers, i, e.f32(0.0), 1)
-        for step in range(cfg.key_dim // 16):
-            if self._held:
+        for step in range(self.steps):
+            if step < len(self._held):
                 left = [self._held[step]]
             else:
                 left = [self._query(m, step) for m in range(self.tiles)]
@@ -229,7 +238,7 @@ class WarpTile:
 
     def _weigh(self, base: Any, weights: list[list[Any]]) -> None:
         cfg, pages = self.cfg, self.pages
-        corner = self._corner(base + pages.v_offset, pages.v_line)
+        corner = self._value_corner(base)
         for step in range(pages.keys // 16):
             left = []
             for m in range(self.tiles):
@@ -239,11 +248,18 @@ class WarpTile:
                         source = weights[m][2 * step + half]
                         pair = pack(source[2 * i], source[2 * i + 1], cfg.dtype)
                         e.store(left[m], 2 * half + i, pair, 1)
-            for pair in range(cfg.value_dim // 16):
-                right = self._transposed(corner, step * 16 * pages.v_line + pair * 16)
+            for pair in range(self.columns // 16):
+                right = self._value_operand(corner, step * 16, pair * 16)
                 for m in range(self.tiles):
                     unit.mma(self.out[m][2 * pair], left[m], right, 0, cfg.dtype)
                     unit.mma(self.out[m][2 * pair + 1], left[m], right, 2, cfg.dtype)
+
+    def _value_corner(self, base: Any) -> Any:
+        return self._corner(base + self.pages.v_offset, self.pages.v_line)
+
+    def _value_operand(self, corner: Any, key: int, column: int) -> Any:
+        """Values of 16 keys, columns 0..7 and 8..15 from `column` on, as second operands of two mma."""
+        return self._transposed(corner, key * self.pages.v_line + column)
 
     def add_up(self) -> None:
         """Complete the sums of rows; after the last tile of keys."""
