@@ -11,6 +11,7 @@ import numpy as np
 import tvm
 from tvm import tirx
 
+from llmc.simulate import bulk, warpgroup  # noqa: F401  (they register models)
 from llmc.simulate.errors import failure
 from llmc.simulate.intrinsics import FUNCTIONS
 from llmc.simulate.machine import Machine, Pointer

@@ -13,9 +13,17 @@ from llmc.simulate.errors import failure
 from llmc.simulate.expressions import ExpressionCompiler, dtype_of, root_of, type_text, visit
 from llmc.simulate.machine import Counts, Machine
 from llmc.simulate.memory import Array, Lanes, Memory, Registers
+from llmc.simulate.ordering import Clocks, OrderedShadow
+from llmc.simulate.strands import Strands
 
 _CHUNK = 32768  # threads that run side by side
 _AXES = ("x", "y", "z")
+_DEVICE_CALL = "tirx.cuda.func_call"
+_WAIT = "llmc_barrier_wait"
+_READS = {
+    "llmc_copy16": 1,
+    "llmc_bulk_copy": 1,
+}  # device functions -> which of their arguments they only read at
 Runner = Callable[[Machine], None]
 
 
@@ -117,7 +125,12 @@ class _StatementCompiler(ExpressionCompiler):
             if write:
                 self.written.add(root)
 
+        only_read: list[Any] = []
+
         def node(n: Any) -> None:
+            name = str(getattr(n.op, "name", "")) if isinstance(n, tvm.ir.Call) else ""
+            if name == _DEVICE_CALL and str(n.args[0].value) in _READS:
+                only_read.append(n.args[1 + _READS[str(n.args[0].value)]])
             if isinstance(n, tirx.DeclBuffer):
                 source = root_of(n.data)
                 roots[n.buffer] = roots.get(source, source)
@@ -125,8 +138,8 @@ class _StatementCompiler(ExpressionCompiler):
                 note(n.source, False)
             elif isinstance(n, tirx.BufferStore):
                 note(n.buffer, True)
-            elif isinstance(n, tvm.ir.Call) and str(getattr(n.op, "name", "")) == "tirx.address_of":
-                note(n.args[0].source, True)
+            elif name == "tirx.address_of":
+                note(n.args[0].source, not any(n.same_as(other) for other in only_read))
 
         visit(body, node)
 
@@ -183,10 +196,14 @@ class _StatementCompiler(ExpressionCompiler):
     def _stmt_ifthenelse(self, s: Any) -> Runner:
         cond, yes = self.expr(s.condition), self.stmt(s.then_case)
         no = self.stmt(s.else_case) if s.else_case is not None else None
+        both_wait = no is not None and _calls(s.then_case, _WAIT) and _calls(s.else_case, _WAIT)
 
         def run(m: Machine) -> None:
             m.node = s
             c = np.asarray(cond(m))
+            if both_wait and c.ndim and no is not None:
+                _side_by_side(m, c, yes, no)
+                return
             if c.ndim == 0:
                 if c:
                     yes(m)
@@ -267,7 +284,10 @@ class _StatementCompiler(ExpressionCompiler):
             if scope.startswith("shared"):
                 m.counts.shared_bytes += size * dtype.itemsize
                 raw = _poison(m.lanes.blocks, size * dtype.itemsize)
-                m.values[slot] = Memory(name, raw, granule, shared=True, watch=self.races)
+                make = OrderedShadow if m.lanes.clocks is not None else None
+                memory = Memory(name, raw, granule, shared=True, watch=self.races, make=make)
+                m.lanes.place(memory)
+                m.values[slot] = memory
             else:
                 m.values[slot] = Registers(name, size, dtype, m.lanes.n)
 
@@ -308,11 +328,12 @@ class _StatementCompiler(ExpressionCompiler):
         sizes = {tag: self.expr(value) for tag, value in extents.items()}
         body = self._bound(s)
         self._launching = False
+        counting = _calls(s, "llmc_barrier_init")
 
         def run(m: Machine) -> None:
             grid = [int(sizes[f"blockIdx.{a}"](m)) if f"blockIdx.{a}" in sizes else 1 for a in _AXES]
             block = [int(sizes[f"threadIdx.{a}"](m)) if f"threadIdx.{a}" in sizes else 1 for a in _AXES]
-            self._launch(m, grid, block, body)
+            self._launch(m, grid, block, body, counting)
 
         return run
 
@@ -328,7 +349,7 @@ class _StatementCompiler(ExpressionCompiler):
 
         return run
 
-    def _launch(self, host: Machine, grid: list[int], block: list[int], body: Runner) -> None:
+    def _launch(self, host: Machine, grid: list[int], block: list[int], body: Runner, counting: bool) -> None:
         threads, blocks = block[0] * block[1] * block[2], grid[0] * grid[1] * grid[2]
         if threads > 1024 or threads < 1:
             raise failure("unsupported", f"A block has {threads} threads; a GPU takes 1 to 1024")
@@ -336,13 +357,41 @@ class _StatementCompiler(ExpressionCompiler):
         self.launches.append(counts)
         for value in host.values:  # a launch begins when the one before has ended
             if isinstance(value, Memory):
-                value.forget()
-        step = max(1, self.chunk // threads)
+                value.forget(OrderedShadow if counting else None)
+        # blocks in lockstep would wait for each other's counting barriers
+        step = 1 if counting else max(1, self.chunk // threads)
         for first in range(0, blocks, step):
             lanes = Lanes(first, min(step, blocks - first), threads)
+            if counting:
+                lanes.clocks = Clocks(lanes)
             self._coordinates = _coordinates(lanes, grid, block)
             counts.shared_bytes = 0
             body(Machine(lanes, list(host.values), counts))
+
+
+def _calls(node: Any, name: str) -> bool:
+    """Whether a device function is called in a statement."""
+    found: list[bool] = []
+
+    def see(n: Any) -> None:
+        if isinstance(n, tvm.ir.Call) and str(getattr(n.op, "name", "")) == _DEVICE_CALL:
+            found.append(str(n.args[0].value) == name)
+
+    visit(node, see)
+    return any(found)
+
+
+def _side_by_side(m: Machine, condition: Array, yes: Runner, no: Runner) -> None:
+    """Both branches, whose threads wait for each other."""
+    if m.strands is not None:
+        raise failure("unsupported", "Branches that wait for each other stand within such branches", m.node)
+    parts = [(m.narrowed(c), body) for c, body in ((condition, yes), (~condition, no))]
+    bodies = [
+        lambda strands, number, mask=mask, body=body: body(m.part(mask, strands, number))
+        for mask, body in parts
+        if mask is not None
+    ]
+    Strands(bodies).run()
 
 
 def _coordinates(lanes: Lanes, grid: list[int], block: list[int]) -> dict[str, Array]:

@@ -31,6 +31,11 @@ def launch(grid: Any, threads: int) -> Iterator[tuple[Any, Any]]:
         yield block, thread
 
 
+def at_most_one_block() -> Any:
+    """The launch of the body has a multiprocessor to itself: its threads may take all registers of one."""
+    return T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 1)
+
+
 def named(name: str, buffer: Any) -> Any:
     """The buffer with a name, for the generated source and the simulator's messages."""
     return IRBuilder.name(name, buffer)
@@ -114,6 +119,11 @@ def elements(vector: Any, count: int) -> list[Any]:
 def across(value: Any, offset: int) -> Any:
     """The value of the thread whose number in the warp differs in the bit `offset`."""
     return T.tvm_warp_shuffle_xor(tirx.IntImm("uint32", 0xFFFFFFFF), value, offset, WARP, WARP)
+
+
+def from_first(value: Any) -> Any:
+    """The value of the warp's first thread."""
+    return T.tvm_warp_shuffle(tirx.IntImm("uint32", 0xFFFFFFFF), value, 0, WARP, WARP)
 
 
 def warp_reduce(register: Any, op: Callable[[Any, Any], Any], first: int = WARP // 2, last: int = 1) -> None:

@@ -10,6 +10,7 @@ from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.gpu import gemm
 from llmc.schedules.gpu.gemv import Operands, gemv, layout_of
+from llmc.schedules.gpu.many_rows import many_rows
 from llmc.schedules.linear import LinearConfig
 
 _SHARED_ROWS = 4  # rows of x that share one pass over the weight, without matrix units
@@ -46,7 +47,7 @@ def _on_matrix_units(ops: Operands, caps: Capabilities) -> None:
         with T.Then():
             gemm.gemm(ops, caps, gemm.FEW_ROWS)
         with T.Else():
-            gemm.gemm(ops, caps, large)
+            many_rows(ops, caps, large)
 
 
 def _warps(cfg: LinearConfig, caps: Capabilities) -> int:

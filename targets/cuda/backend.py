@@ -93,6 +93,7 @@ def capabilities(preset: str) -> Capabilities:
         has_mma_bf16=least >= 80,
         has_mma_bytes=least >= 80,
         has_async_copy=least >= 80,
+        has_wgmma=set(names) == {"sm_90a"},
     )
 
 
