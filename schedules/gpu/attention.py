@@ -12,7 +12,7 @@ from llmc.schedules.attention import partial_shape
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.attention_tile import Operands, first_visible
 from llmc.schedules.gpu import emit as g
-from llmc.schedules.gpu import flash, flash_decode, flash_latent
+from llmc.schedules.gpu import flash, flash_decode, flash_group, flash_latent
 from llmc.schedules.gpu.attention_tile import (
     THREADS,
     Tile,
@@ -29,6 +29,13 @@ _WAVES = 4
 _MANY_TOKENS = 64  # as many as a block can take
 _PLAIN_RESIDENT = 4  # blocks of the plain kernel that a multiprocessor is taken to hold
 _MIN_SPLIT_KEYS = 128  # a smaller piece of context is not worth a block
+
+
+_PREFILL_TILES: dict[type, Any] = {
+    flash.FlashShape: flash.FlashTile,
+    flash_group.GroupShape: flash_group.GroupTile,
+    flash_latent.LatentShape: flash_latent.LatentTile,
+}
 
 
 class _Prefill:
@@ -48,7 +55,7 @@ class _Prefill:
             self.cut = flash_latent.shape(cfg, caps, _MANY_TOKENS)
             share = self.cut.share(cfg)
             self.units, self.tokens = cfg.heads // share, self.cut.rows // share
-        elif (cut := flash.shape(cfg, caps)) is not None:
+        elif (cut := flash_group.shape(cfg, caps) or flash.shape(cfg, caps)) is not None:
             self.cut, self.tokens = cut, cut.rows // heads_per_tile(cfg)
         else:
             self.tokens = tokens_per_tile(cfg, caps)
@@ -58,7 +65,7 @@ class _Prefill:
         """The block's tile, which has a method `run`."""
         if self.cut is None:
             return Tile(self.cfg, self.caps, args, self.tokens, thread, unit)
-        kind = flash_latent.LatentTile if self.cfg.latent else flash.FlashTile
+        kind = _PREFILL_TILES[type(self.cut)]
         return kind(self.cfg, self.caps, args, self.cut, thread, unit)
 
 

@@ -22,7 +22,7 @@ from llmc.schedules.gpu import emit as g
 from llmc.schedules.gpu import matrix_unit as unit
 from llmc.schedules.gpu.attention_pages import PageTiles, stage_elements
 from llmc.schedules.gpu.attention_tile import final_factor
-from llmc.schedules.gpu.flash_warp import LN2, WarpTile, query_line, takes
+from llmc.schedules.gpu.flash_warp import LN2, Fragment, WarpTile, query_line, takes
 from llmc.schedules.gpu.qcodes import pack
 
 _CHUNK = 8  # elements in 16 bytes
@@ -87,7 +87,9 @@ def shape(cfg: AttentionConfig, caps: Capabilities, tokens: int) -> LatentShape:
         if cut.shared_bytes(cfg) <= caps.shared_bytes:
             needed = -(-cut.share(cfg) * tokens // 16)
             return LatentShape(min(cut.tiles, needed), cut.keys)
-    raise ValueError(f"latents of {cfg.key_dim} elements do not fit {caps.shared_bytes} bytes of shared memory")
+    raise ValueError(
+        f"latents of {cfg.key_dim} elements do not fit {caps.shared_bytes} bytes of shared memory"
+    )
 
 
 class _LatentWarp(WarpTile):
@@ -115,7 +117,7 @@ class _LatentWarp(WarpTile):
     def kept_steps(self) -> int:
         return min(self.steps, _KEPT)  # the sums of the values take half of the registers
 
-    def _score(self, base: Any) -> list[list[Any]]:
+    def _score(self, base: Any) -> list[list[Fragment]]:
         line = self.pages.k_line
         scores = super()._score(base + self.half * (self.cfg.key_dim // 2 * line))
         registers = [(r, i) for r in scores[0] for i in range(4)]
@@ -123,7 +125,7 @@ class _LatentWarp(WarpTile):
             e.store(self.parts, self._own + number * g.WARP, register[i], 1)
         g.barrier()
         for number, (register, i) in enumerate(registers):
-            e.store(register, i, register[i] + self.parts[self._other + number * g.WARP], 1)
+            register.put(i, register[i] + self.parts[self._other + number * g.WARP])
         return scores
 
     def _value_corner(self, base: Any) -> Any:
@@ -268,7 +270,9 @@ class LatentTile:
             factor = final_factor(cfg, args, largest, total, head)
             base = g.held((token * cfg.heads + head) * (cfg.value_dim // 2))
             for low, high, column in pairs:
-                e.store(out, base + T.truncdiv(column, g.i32(2)), pack(low * factor, high * factor, cfg.dtype), 1)
+                e.store(
+                    out, base + T.truncdiv(column, g.i32(2)), pack(low * factor, high * factor, cfg.dtype), 1
+                )
 
         self._each(store)
 

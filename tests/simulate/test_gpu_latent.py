@@ -78,7 +78,11 @@ EACH = [
     *(
         pytest.param(cfg, context, id=name, marks=pytest.mark.slow)
         for name, cfg, context in (
-            ("small-f16", replace(SMALL, dtype="float16", kv_dtype="float16", sinks_dtype="", page_size=16), 450),
+            (
+                "small-f16",
+                replace(SMALL, dtype="float16", kv_dtype="float16", sinks_dtype="", page_size=16),
+                450,
+            ),
             ("many-heads", replace(SMALL, heads=80, softcap=4.0, window=90), 450),
             ("lite", LITE, 300),
             ("large", LARGE, 150),
