@@ -79,9 +79,12 @@ class _Decode:
     def __init__(self, cfg: AttentionConfig, caps: Capabilities) -> None:
         self.cfg, self.caps = cfg, caps
         self.units = cfg.heads // heads_per_tile(cfg)
-        self.cut: Any = flash_latent.shape(cfg, caps, 1) if cfg.latent else flash_decode.shape(cfg, caps)
+        self.cut: Any = None
         if cfg.latent:
+            self.cut = flash_latent.shape(cfg, caps, 1)
             self.units = cfg.heads // self.cut.share(cfg)
+        else:
+            self.cut = flash_decode.shape(cfg, caps)
         self.threads = THREADS if self.cut is None else self.cut.threads
         self.resident = _PLAIN_RESIDENT if self.cut is None else self.cut.resident(cfg, caps)
 

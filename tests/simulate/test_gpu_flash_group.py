@@ -81,8 +81,9 @@ WORDS: list[tuple[Any, str, tuple[int, ...]]] = [
     (wg, "fence", (0, 1)),
     (wg, "wait_for", (0, 1)),
 ]
+DEFAULT = (("wait_for", 1), ("async_fence", 1))
 ORDER = [
-    pytest.param(module, name, i, id=f"{name}-{i}", marks=[] if i == uses[-1] else [pytest.mark.slow])
+    pytest.param(module, name, i, id=f"{name}-{i}", marks=[] if (name, i) in DEFAULT else [pytest.mark.slow])
     for module, name, uses in WORDS
     for i in uses
 ]
