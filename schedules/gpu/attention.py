@@ -74,6 +74,7 @@ class _Decode:
 
     Attributes:
         resident: blocks that a multiprocessor holds.
+        appends: blocks write the keys and values of new tokens themselves.
     """
 
     def __init__(self, cfg: AttentionConfig, caps: Capabilities) -> None:
@@ -86,6 +87,7 @@ class _Decode:
         else:
             self.cut = flash_decode.shape(cfg, caps)
         self.threads = THREADS if self.cut is None else self.cut.threads
+        self.appends = isinstance(self.cut, flash_decode.DecodeShape) and flash_decode.appends(cfg)
         self.resident = _PLAIN_RESIDENT if self.cut is None else self.cut.resident(cfg, caps)
 
     def make(self, args: Operands, thread: Any, unit: Any) -> Any:
@@ -152,7 +154,8 @@ def _find_tile(args: Operands, number: Any, tokens: int) -> tuple[Any, Any]:
 def attention_decode(cfg: AttentionConfig, caps: Capabilities, rope: RopeConfig | None = None) -> Any:
     """The PrimFunc of llmc.schedules.attention.attention_decode, for a machine with threads.
 
-    Three launches: keys and values of the new tokens to their pages (with `rope`), pieces of the context, their merge.
+    Up to three launches: keys and values of the new tokens to their pages (with `rope`, unless the blocks of the second launch
+    do that), pieces of the context, their merge.
     """
     kind = _Decode(cfg, caps)
     units, splits, group = kind.units, cfg.splits, cfg.heads // cfg.kv_heads
@@ -166,7 +169,7 @@ def attention_decode(cfg: AttentionConfig, caps: Capabilities, rope: RopeConfig 
         with e.root():
             args.view()
             part = e.flat(partial, b * cfg.kv_heads * splits * group * width)
-            if ops is not None and args.slots is not None:
+            if ops is not None and args.slots is not None and not kind.appends:
                 with g.launch(b * cfg.kv_heads, ROPE_THREADS) as (number, thread):
                     token, head = e.let(number // cfg.kv_heads), e.let(number % cfg.kv_heads)
                     pages = Pages(cfg, args.slots, args.k, args.v, args.layer, caps)

@@ -27,12 +27,14 @@ from llmc.schedules.gpu.flash_warp import Fragment, WarpTile, takes
 
 _CHUNK = 8  # elements in 16 bytes
 _STEP = 16  # elements of a row that one instruction multiplies
-_KEYS = 128
 _STAGES = 2
 _GROUPS = 2  # that multiply
 _WARPS = wg.WARPGROUP // g.WARP
 _FETCH_REGISTERS, _MULTIPLY_REGISTERS = 56, 224
-_WIDEST = 128
+_WIDEST = 256
+_NARROW = (
+    128  # up to so many elements the sums of 128 keys' scores fit the registers beside those of the values
+)
 # 16 bytes that neighbouring threads copy to neighbouring blocks of 8 keys, or of 8 elements, fall into different banks
 _KEY_PAD, _VALUE_PAD = 16, 8
 
@@ -45,7 +47,7 @@ class GroupShape:
         keys: of a tile.
     """
 
-    keys: int = _KEYS
+    keys: int
 
     @property
     def rows(self) -> int:
@@ -80,9 +82,10 @@ class GroupShape:
 
 def shape(cfg: AttentionConfig, caps: Capabilities) -> GroupShape | None:
     """The cut for these heads; None = this kernel is not made for them."""
-    cut = GroupShape()
-    if not caps.has_wgmma or not takes(cfg, caps) or max(cfg.key_dim, cfg.value_dim) > _WIDEST:
+    widest = max(cfg.key_dim, cfg.value_dim)
+    if not caps.has_wgmma or not takes(cfg, caps) or widest > _WIDEST:
         return None
+    cut = GroupShape(128 if widest <= _NARROW else 64)
     return cut if cut.shared_bytes(cfg) <= caps.shared_bytes else None
 
 

@@ -155,12 +155,19 @@ class Pages:
         return g.narrow(e.let(value), cfg.kv_dtype, self.caps)
 
 
-def append(ops: RopeOperands, pages: Pages, token: Any, heads: tuple[Any, int], thread: Any) -> None:
+def append(
+    ops: RopeOperands,
+    pages: Pages,
+    token: Any,
+    heads: tuple[Any, int],
+    thread: Any,
+    threads: int = THREADS,
+) -> None:
     """Keys (rotated) and values of a token, for cached heads (first, how many)."""
     pages.at(token)
     first = heads[0]
-    rotate(ops, 1, token, heads, thread, lambda n, d, value: pages.store_key(first + n, d, value))
-    rotate(ops, 2, token, heads, thread, lambda n, d, value: pages.store_value(first + n, d, value))
+    rotate(ops, 1, token, heads, thread, lambda n, d, value: pages.store_key(first + n, d, value), threads)
+    rotate(ops, 2, token, heads, thread, lambda n, d, value: pages.store_value(first + n, d, value), threads)
 
 
 def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
