@@ -70,6 +70,17 @@ def local(size: int, dtype: str = "float32") -> Any:
     return T.alloc_buffer((size,), dtype, scope="local")
 
 
+def held(value: Any) -> Any:
+    """A value that is computed once, in a register.
+
+    A name (emit.let) alone does not say so: TVM's simplifier writes what stands behind it into every use, and a division
+    of 64 bits in each address of a loop is more than the device's compiler takes out again.
+    """
+    register = local(1, str(value.ty.dtype))
+    e.store(register, 0, value, 1)
+    return register[0]
+
+
 def barrier() -> None:
     """All threads of the block meet."""
     T.evaluate(T.tvm_storage_sync("shared"))
@@ -86,6 +97,16 @@ def warp_barrier() -> None:
     TVM's own storage sync of scope "warp" becomes no instruction at all.
     """
     T.evaluate(device_call("llmc_warp_barrier", _WARP_BARRIER))
+
+
+_DEVICE_FENCE = """
+__device__ __forceinline__ void llmc_device_fence() { __threadfence(); }
+"""
+
+
+def device_fence() -> None:
+    """What the thread wrote to global memory is there for all that is read on the device later, past all caches."""
+    T.evaluate(device_call("llmc_device_fence", _DEVICE_FENCE))
 
 
 def i32(value: Any) -> Any:
@@ -178,18 +199,38 @@ __device__ __forceinline__ unsigned short llmc_to_bf16(float x) {
 """
 
 
+_EXP2 = """
+__device__ __forceinline__ float llmc_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+"""
+_TANH = """
+__device__ __forceinline__ float llmc_tanh(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 2.8853900817779268f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(y + 1.0f));
+  return 1.0f - 2.0f * y;
+}
+"""
+
+
+def exp2(value: Any) -> Any:
+    """2^x in one instruction (error 2 ulp; 0 for very low x)."""
+    return device_call("llmc_exp2", _EXP2, value, result="float32")
+
+
+def tanh(value: Any) -> Any:
+    """tanh(x) = 1 - 2 / (e^2x + 1), with an absolute error of a few 1e-7."""
+    return device_call("llmc_tanh", _TANH, value, result="float32")
+
+
 def narrow(value: Any, dtype: str, caps: Capabilities) -> Any:
     """float32 to `dtype` (bf16 as uint16 bits), rounded to nearest even; NaN stays NaN."""
     if dtype == "bfloat16" and caps.has_mma_bf16:  # such machines have the conversion too
         return device_call("llmc_to_bf16", _TO_BF16, value, result="uint16")
     return e.narrow(value, dtype, 1, caps)
-
-
-def kept(value: Any) -> Any:
-    """A value in a register. TVM writes what e.let names in the place of the name, a long expression again and again."""
-    register = local(1, str(value.ty.dtype))
-    e.store(register, 0, value, 1)
-    return register[0]
 
 
 def loop(count: Any) -> Any:

@@ -48,14 +48,14 @@ class FragmentStore:
 
     def store(self, first_row: Any, first: Any, count: int) -> None:
         """`count` fragments of 8 columns of y, from column `first` on, of 16 rows; what is out of range is dropped."""
-        self._mine = g.kept(first + self.part * 8)  # columns that the thread stores
-        self._own = g.kept(first + self.part * 2)  # columns whose sums it holds
+        self._mine = g.held(first + self.part * 8)  # columns that the thread stores
+        self._own = g.held(first + self.part * 2)  # columns whose sums it holds
         self._exact = self.ops.cfg.n % (8 * count) == 0  # no tile reaches behind the last column
         for half in range(2):
-            row = g.kept(first_row + self.lane // fragments.QUAD + 8 * half)
+            row = g.held(first_row + self.lane // fragments.QUAD + 8 * half)
             inside = e.let(row < self.ops.t)
             # rows past the last one are computed like it: all threads of a quad must take part
-            start = g.kept(T.min(row, self.ops.t - 1) * self.ops.cfg.n)
+            start = g.held(T.min(row, self.ops.t - 1) * self.ops.cfg.n)
             factor = self.factor(T.min(row, self.ops.t - 1))
             for group in range(count // fragments.QUAD):
                 self._store_wide(half, start, inside, group, factor)

@@ -108,20 +108,20 @@ class Tiles:
     def __init__(self, t: Any, across: int, tile: WarpgroupTile, number: Any, blocks: Any) -> None:
         self._tile = tile
         self._number, self._blocks = g.i32(number), g.i32(blocks)
-        self._down = g.kept(g.i32(e.ceildiv(t, tile.rows)))
+        self._down = g.held(g.i32(e.ceildiv(t, tile.rows)))
         self._across = across
         total = self._down * self._across
-        self.count = g.kept(tirx.truncdiv(total - self._number + self._blocks - 1, self._blocks))
+        self.count = g.held(tirx.truncdiv(total - self._number + self._blocks - 1, self._blocks))
 
     def at(self, turn: Any) -> tuple[Any, Any]:
         """(first row of x, first row of the weight) of the block's tile `turn`, int32."""
-        index = g.kept(self._number + turn * self._blocks)
+        index = g.held(self._number + turn * self._blocks)
         per_group = g.i32(_GROUP * self._across)
-        first = g.kept(tirx.truncdiv(index, per_group) * _GROUP)
-        inside = g.kept(tirx.truncmod(index, per_group))
-        height = g.kept(T.min(self._down - first, g.i32(_GROUP)))
-        row = g.kept((first + tirx.truncmod(inside, height)) * self._tile.rows)
-        return row, g.kept(tirx.truncdiv(inside, height) * self._tile.columns)
+        first = g.held(tirx.truncdiv(index, per_group) * _GROUP)
+        inside = g.held(tirx.truncmod(index, per_group))
+        height = g.held(T.min(self._down - first, g.i32(_GROUP)))
+        row = g.held((first + tirx.truncmod(inside, height)) * self._tile.rows)
+        return row, g.held(tirx.truncdiv(inside, height) * self._tile.columns)
 
 
 def launch(
@@ -240,7 +240,7 @@ class Block:
             self.begin_tile(first)
             with g.loop(self.steps) as step:
                 number = e.let(turn * self.steps + step)
-                stage = g.kept(number % self.tile.stages)
+                stage = g.held(number % self.tile.stages)
                 bulk.wait(self._free(stage), 1 - number // self.tile.stages % 2)
                 self._fetch_x(stage, step, rows)
                 self.fetch_weight(stage, step, first)
@@ -285,7 +285,7 @@ class Block:
         bulk.async_fence()
         g.warp_barrier()
         with g.when(self.thread % g.WARP == 0):
-            bulk.arrive(self.filled(g.kept(number % self.tile.stages)))
+            bulk.arrive(self.filled(g.held(number % self.tile.stages)))
 
     def _multiply(self) -> None:
         inside = e.let(self.thread - wg.WARPGROUP)
@@ -309,7 +309,7 @@ class Block:
 
     def wait_filled(self, number: Any) -> Any:
         """Until stage `number` is filled; where it lies."""
-        stage = g.kept(number % self.tile.stages)
+        stage = g.held(number % self.tile.stages)
         bulk.wait(self.filled(stage), number // self.tile.stages % 2)
         return stage
 
@@ -347,4 +347,4 @@ class Block:
     def release(self, number: Any) -> None:
         """The warp has multiplied stage `number`."""
         with g.when(self.thread % g.WARP == 0):
-            bulk.arrive(self._free(g.kept(number % self.tile.stages)))
+            bulk.arrive(self._free(g.held(number % self.tile.stages)))

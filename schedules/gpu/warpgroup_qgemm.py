@@ -203,7 +203,7 @@ class _QuantBlock(Block):
 
     def multiply_tile(self, number: Any, first: Any) -> Any:
         groups, layout = self.groups, self.layout
-        block = g.kept(first // WARP_ROWS)
+        block = g.held(first // WARP_ROWS)
         for i in range(wg.registers_of(TILE.columns)):
             e.store(self._total, i, e.f32(0.0), 1)
         per_step = wg.KINDS[self.x.dtype].columns

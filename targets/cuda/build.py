@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
+from dataclasses import replace
 from typing import Any
 
 import tvm
@@ -18,6 +19,7 @@ from llmc.artifact import DeviceCode, DeviceImage, DeviceKernel
 from llmc.targets import simt
 from llmc.targets.backend import Built
 from llmc.targets.cuda import compiler, resources
+from llmc.targets.cuda.backend import capabilities
 
 
 def build(module: Any, target: Any, archs: tuple[str, ...]) -> Built:
@@ -55,13 +57,14 @@ def _assemble(root: Any, archs: tuple[str, ...]) -> tuple[dict[str, bytes], tupl
     source = str(device.inspect_source())
     table = _kernel_table(host, source)
     host.clear_imports()
-    threads = threads_of(source)
+    threads, dynamic = threads_of(source), dynamic_shared_of(source)
     files: dict[str, bytes] = {}
     kernels: list[DeviceKernel] = []
     for arch in archs:
         done = compiler.assemble(source, arch)
         found = resources.parse(done.log)
-        resources.check(found, threads)
+        resources.check(found, threads, dynamic, capabilities(arch).shared_bytes)
+        found = tuple(replace(k, shared_bytes=k.shared_bytes + dynamic.get(k.name, 0)) for k in found)
         kernels.extend(found)
         files[arch] = serialised("cubin", table, done.cubin)
     return files, tuple(kernels)
@@ -71,6 +74,14 @@ def threads_of(source: str) -> dict[str, int]:
     """Kernel -> threads of a block, from its launch bounds."""
     found = re.findall(r"__launch_bounds__\((\d+)[^)]*\)\s+(\w+)\(", source)
     return {name: int(threads) for threads, name in found}
+
+
+def dynamic_shared_of(source: str) -> dict[str, int]:
+    """Kernel -> bytes of shared memory that its launch asks for, where it does; the assembler does not see them."""
+    parts = re.split(r"__launch_bounds__\([^)]*\)\s+(\w+)\([^)]*\)\s*\{", source)
+    bodies = dict(zip(parts[1::2], parts[2::2], strict=True))
+    sizes = {name: re.search(r"llmc_dynamic_shared\((\d+)\)", body) for name, body in bodies.items()}
+    return {name: int(size[1]) for name, size in sizes.items() if size}
 
 
 def _find_device(root: Any) -> tuple[Any, Any]:
