@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tvm
 
+from llmc.errors import LlmcError
 from llmc.quant.schemes import by_name
 from llmc.schedules import emit as e
 from llmc.schedules.gpu import warpgroup_block, warpgroup_gemm, warpgroup_qgemm
@@ -20,7 +21,7 @@ from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.targets import simt
 from llmc.targets.cuda import compiler, resources
 from llmc.targets.cuda.backend import capabilities, tvm_target
-from llmc.targets.cuda.build import threads_of
+from llmc.targets.cuda.build import dynamic_shared_of, threads_of
 from tests.targets.test_cuda import needs_compiler
 
 PRESET = "sm_90a"
@@ -66,7 +67,12 @@ def check(source: str) -> None:
     assert kernel.arch == PRESET and not kernel.spill_bytes and not kernel.stack_bytes
     # 384 threads with all registers of a multiprocessor; setmaxnreg shares them out anew
     assert kernel.registers == 168 and threads_of(source) == {kernel.name: 384}
-    resources.check([kernel], threads_of(source))
+    most = capabilities(PRESET).shared_bytes
+    dynamic = dynamic_shared_of(source)
+    assert 160 << 10 <= dynamic[kernel.name] <= most
+    resources.check([kernel], threads_of(source), dynamic, most)
+    with pytest.raises(LlmcError, match=r"bytes of shared memory; a block may have 102400"):
+        resources.check([kernel], threads_of(source), dynamic, 100 << 10)
     # ptxas says so when it makes products wait for each other (C7510), and when it ignores setmaxnreg (C7508)
     assert not re.findall(r"serializ\w+|setmaxnreg|C75\d\d", done.log)
 
