@@ -56,7 +56,9 @@ class Kernel:
     def run(self, args: Sequence[Any], *, chunk: int = _CHUNK) -> list[Counts]:
         """See simulate()."""
         compiler = self._compiler
-        host = Machine(Lanes(0, 1, 1), [None] * len(compiler.slots), Counts())
+        # the parameters and the variables of their shapes may be new
+        room = len(compiler.slots) + len(args) + sum(np.ndim(a) for a in args)
+        host = Machine(Lanes(0, 1, 1), [None] * room, Counts())
         _bind(compiler, host, self._params, args)
         compiler.chunk, compiler.launches = chunk, []
         with np.errstate(all="ignore"):

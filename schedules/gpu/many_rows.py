@@ -11,10 +11,13 @@ from llmc.schedules.gpu.gemv import Operands
 WARPGROUP_ROWS = 64  # up to so many rows, half of a warpgroup kernel's tile would be idle
 
 
-def many_rows(ops: Operands, caps: Capabilities, tile: gemm.TileConfig) -> None:
-    """The launches for more rows than the smallest tile has; `tile` where there are no warpgroup units."""
+def many_rows(ops: Operands, caps: Capabilities, tile: gemm.TileConfig, most: int = 0) -> None:
+    """The launches for more rows than the smallest tile has, up to `most` (0 = any); `tile` without warpgroup units."""
     if not warpgroup_gemm.takes(ops.cfg, caps):
         gemm.gemm(ops, caps, tile)
+        return
+    if 0 < most <= WARPGROUP_ROWS:
+        gemm.gemm(ops, caps, gemm.SOME_ROWS)
         return
     with T.If(ops.t <= WARPGROUP_ROWS):
         with T.Then():

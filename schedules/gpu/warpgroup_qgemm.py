@@ -72,9 +72,9 @@ def gemm(ops: Operands, caps: Capabilities) -> None:
     warpgroup_block.launch(ops.t, outputs, caps, TILE, lambda thread, tiles: made(ops, caps, thread, tiles))
 
 
-def many_rows(ops: Operands, caps: Capabilities, otherwise: Callable[[], None]) -> None:
-    """The launches for more than a few rows; `otherwise` makes the one without warpgroups."""
-    if not takes(ops, caps):
+def many_rows(ops: Operands, caps: Capabilities, otherwise: Callable[[], None], most: int = 0) -> None:
+    """The launches for more than a few rows, up to `most` (0 = any); `otherwise` makes the one without warpgroups."""
+    if not takes(ops, caps) or 0 < most <= WARPGROUP_ROWS:
         otherwise()
         return
     with T.If(ops.t <= WARPGROUP_ROWS):
