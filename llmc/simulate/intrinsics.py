@@ -36,6 +36,11 @@ def _dynamic_shared(m: Machine, size: Any) -> None:
     """Says how much shared memory a kernel has; the allocation itself is modelled."""
 
 
+@model("llmc_device_fence")
+def _device_fence(m: Machine) -> None:
+    """Orders writes of one thread; memory is one here."""
+
+
 @model("llmc_exp2")
 def _exp2(m: Machine, value: Any) -> Any:
     with np.errstate(under="ignore", over="ignore"):

@@ -108,11 +108,14 @@ def _results(m: Machine, sums: Pointer) -> None:
     _wait(m, 0)
 
 
-def _operand(m: Machine, descriptor: Any, rows: int, groups: Ints) -> tuple[Memory, Array]:
+def _operand(
+    m: Machine, descriptor: Any, rows: int, groups: Ints, across: bool = False
+) -> tuple[Memory, Array]:
     """(memory, bytes i64[groups, rows, 32] of it) that the descriptors of warpgroups name.
 
     Args:
         groups: lanes of warpgroups, [groups, 128].
+        across: the operand's rows lie side by side (MN-major), those of one column after the other.
     """
     words = m.spread(descriptor).astype(np.uint64)[groups]
     if (words != words[:, :1]).any():
@@ -127,7 +130,13 @@ def _operand(m: Machine, descriptor: Any, rows: int, groups: Ints) -> tuple[Memo
         )
     row, byte = np.arange(rows)[:, None], np.arange(_WIDTH)[None, :]
     offset = lambda s: s[:, None, None]  # noqa: E731
-    at = offset(start) + row // 8 * offset(stride) + row % 8 * 16 + byte // 16 * offset(leading) + byte % 16
+    if across:
+        column = byte // 2
+        inside = column % 8 * 16 + row % 8 * 2 + byte % 2
+        at = offset(start) + row // 8 * offset(stride) + column // 8 * offset(leading) + inside
+    else:
+        inside = row % 8 * 16 + byte % 16
+        at = offset(start) + row // 8 * offset(stride) + byte // 16 * offset(leading) + inside
     memory = next((s for s in reversed(m.lanes.shared) if s.address <= int(at.min())), None)
     if memory is None:
         raise failure("bounds", f"A descriptor names address {int(at.min())} of shared memory", m.node)
@@ -136,7 +145,11 @@ def _operand(m: Machine, descriptor: Any, rows: int, groups: Ints) -> tuple[Memo
     return memory, at
 
 
-def _multiply(m: Machine, kind: Any, columns: int, sums: Pointer, left: Any, right: Any, add: Any) -> None:
+def _multiply(
+    m: Machine, kind: Any, columns: int, sums: Pointer, *operands: Any, across: bool = False
+) -> None:
+    """operands: of the left a descriptor or four registers, the right's descriptor, whether to add."""
+    *left, right, add = operands
     m.whole_warps("a product of warpgroups")
     p, clocks, lanes, active = _products(m), _clocks(m), m.lanes, m.active
     if not p.fenced:
@@ -152,15 +165,31 @@ def _multiply(m: Machine, kind: Any, columns: int, sums: Pointer, left: Any, rig
     known = clocks.known[clocks.at(active)].reshape(len(groups), GROUP, -1).min(1)
     actors = async_actors(block, clocks.threads + warps, times, visible, known)
     values = []
-    for descriptor, rows in ((left, _ROWS), (right, columns)):
-        memory, at = _operand(m, descriptor, rows, groups)
+    wide = np.int32 if kind == np.int8 else np.float32
+    if len(left) == 4:
+        values.append(_held(m, left, kind, groups).astype(wide))
+    described = [(right, columns, across)] if values else [(left[0], _ROWS, False), (right, columns, across)]
+    for descriptor, rows, turned in described:
+        memory, at = _operand(m, descriptor, rows, groups, turned)
         units = np.unique(at.reshape(len(groups), -1)[:, :: memory.granule] // memory.granule, axis=1)
         memory.touch_by(units, actors, lanes, False, m.node)
         raw = memory.data[block[:, None, None], at]
-        wide = np.int32 if kind == np.int8 else np.float32
         values.append(np.ascontiguousarray(raw).view(kind).astype(wide))
     product = values[0] @ values[1].transpose(0, 2, 1)
     _accumulate(m, p, sums, product, np.asarray(m.spread(add)), groups)
+
+
+def _held(m: Machine, words: list[Any], kind: Any, groups: Ints) -> Array:
+    """A left operand of 64 x 16 in registers: each warp holds 16 rows as for mma.m16n8k16."""
+    thread = np.arange(GROUP)
+    row, column = thread // 32 * 16 + thread % 32 // 4, thread % 4 * 2
+    found = np.zeros((len(groups), _ROWS, 16), np.float32)
+    for number, word in enumerate(words):
+        pair = np.ascontiguousarray(m.spread(word).astype(np.uint32)[groups]).view(kind)
+        for i in range(2):
+            part = pair.reshape(*groups.shape, 2)[..., i].astype(np.float32)
+            found[:, row + number % 2 * 8, column + number // 2 * 8 + i] = part
+    return found
 
 
 def _accumulate(m: Machine, p: Products, sums: Pointer, product: Array, add: Array, groups: Ints) -> None:
@@ -181,11 +210,16 @@ def _accumulate(m: Machine, p: Products, sums: Pointer, product: Array, add: Arr
     p.current.append(id(registers))
 
 
-_KINDS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "s8": np.int8, "e4m3": ml_dtypes.float8_e4m3fn}
+_KINDS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "s8": np.int8}
 for _columns in range(8, 257, 8):
     for _name, _kind in _KINDS.items():
         FUNCTIONS[f"llmc_wgmma_{_name}_{_columns}"] = lambda m, *args, k=_kind, c=_columns: _multiply(
             m, k, c, *args
         )
+    for _name in ("bf16", "f16"):
+        for _left in ("across", "held"):
+            FUNCTIONS[f"llmc_wgmma_{_name}_{_columns}_{_left}"] = (
+                lambda m, *args, k=_KINDS[_name], c=_columns: _multiply(m, k, c, *args, across=True)
+            )
     for _sums in ("f32", "s32"):
         FUNCTIONS[f"llmc_matrix_results_{_sums}_{_columns // 2}"] = _results

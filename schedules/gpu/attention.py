@@ -12,7 +12,7 @@ from llmc.schedules.attention import partial_shape
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.attention_tile import Operands, first_visible
 from llmc.schedules.gpu import emit as g
-from llmc.schedules.gpu import flash, flash_decode
+from llmc.schedules.gpu import flash, flash_decode, flash_group, flash_latent
 from llmc.schedules.gpu.attention_tile import (
     THREADS,
     Tile,
@@ -20,18 +20,89 @@ from llmc.schedules.gpu.attention_tile import (
     heads_per_tile,
     tokens_per_tile,
 )
+from llmc.schedules.gpu.configs import GpuPrefillSchedule
 from llmc.schedules.gpu.rope import THREADS as ROPE_THREADS
 from llmc.schedules.gpu.rope import Pages, append
 from llmc.schedules.rope import RopeConfig, RopeOperands
 
 _EMPTY = -1e30
 _WAVES = 4
+_MANY_TOKENS = 64  # as many as a block can take
 _PLAIN_RESIDENT = 4  # blocks of the plain kernel that a multiprocessor is taken to hold
 
 
-def _units(cfg: AttentionConfig) -> int:
-    """(cached head, share of its query heads) pairs."""
-    return cfg.heads // heads_per_tile(cfg)
+_PREFILL_TILES: dict[type, Any] = {
+    flash.FlashShape: flash.FlashTile,
+    flash_group.GroupShape: flash_group.GroupTile,
+    flash_latent.LatentShape: flash_latent.LatentTile,
+}
+
+
+def _untuned_group(cfg: AttentionConfig, caps: Capabilities) -> flash_group.GroupShape | None:
+    """The cut for warpgroups, unless the tuner has chosen one for warps."""
+    tuned = cfg.prefill.choices[0]
+    chosen = isinstance(tuned, GpuPrefillSchedule) and tuned.warps
+    return None if chosen else flash_group.shape(cfg, caps)
+
+
+class _Prefill:
+    """Which kernel does prefill, and its geometry.
+
+    Attributes:
+        tokens: of a block.
+        units: (cached head, share of its query heads) pairs.
+        threads: of a block.
+    """
+
+    def __init__(self, cfg: AttentionConfig, caps: Capabilities) -> None:
+        self.cfg, self.caps = cfg, caps
+        self.units = cfg.heads // heads_per_tile(cfg)
+        self.cut: Any = None
+        if cfg.latent:
+            self.cut = flash_latent.shape(cfg, caps, _MANY_TOKENS)
+            share = self.cut.share(cfg)
+            self.units, self.tokens = cfg.heads // share, self.cut.rows // share
+        elif (cut := _untuned_group(cfg, caps) or flash.shape(cfg, caps)) is not None:
+            self.cut, self.tokens = cut, cut.rows // heads_per_tile(cfg)
+        else:
+            self.tokens = tokens_per_tile(cfg, caps)
+        self.threads = THREADS if self.cut is None else self.cut.threads
+
+    def make(self, args: Operands, thread: Any, unit: Any) -> Any:
+        """The block's tile, which has a method `run`."""
+        if self.cut is None:
+            return Tile(self.cfg, self.caps, args, self.tokens, thread, unit)
+        kind = _PREFILL_TILES[type(self.cut)]
+        return kind(self.cfg, self.caps, args, self.cut, thread, unit)
+
+
+class _Decode:
+    """Which kernel does decode, and its geometry: see _Prefill.
+
+    Attributes:
+        resident: blocks that a multiprocessor holds.
+        appends: blocks write the keys and values of new tokens themselves.
+    """
+
+    def __init__(self, cfg: AttentionConfig, caps: Capabilities) -> None:
+        self.cfg, self.caps = cfg, caps
+        self.units = cfg.heads // heads_per_tile(cfg)
+        self.cut: Any = None
+        if cfg.latent:
+            self.cut = flash_latent.shape(cfg, caps, 1)
+            self.units = cfg.heads // self.cut.share(cfg)
+        else:
+            self.cut = flash_decode.shape(cfg, caps)
+        self.threads = THREADS if self.cut is None else self.cut.threads
+        self.appends = isinstance(self.cut, flash_decode.DecodeShape) and flash_decode.appends(cfg)
+        self.resident = _PLAIN_RESIDENT if self.cut is None else self.cut.resident(cfg, caps)
+
+    def make(self, args: Operands, thread: Any, unit: Any) -> Any:
+        """The block's tile, which has methods `decode`, `finish` and `store_partial`."""
+        if self.cut is None:
+            return Tile(self.cfg, self.caps, args, 1, thread, unit)
+        kind = flash_latent.LatentTile if self.cfg.latent else flash_decode.DecodeTile
+        return kind(self.cfg, self.caps, args, self.cut, thread, unit)
 
 
 def attention_prefill(cfg: AttentionConfig, caps: Capabilities) -> Any:
@@ -40,9 +111,8 @@ def attention_prefill(cfg: AttentionConfig, caps: Capabilities) -> Any:
     The host does not know how the tokens are distributed over sequences: it launches as many tiles as there can be, and a
     block finds its sequence by counting.
     """
-    cut = flash.shape(cfg, caps)
-    tokens = tokens_per_tile(cfg, caps) if cut is None else cut.rows // heads_per_tile(cfg)
-    units = _units(cfg)
+    kind = _Prefill(cfg, caps)
+    tokens, units = kind.tokens, kind.units
     built: list[Any] = []
     with e.kernel(built):
         t, b, w, p = (e.dim(name) for name in ("T", "B", "W", "P"))
@@ -50,15 +120,11 @@ def attention_prefill(cfg: AttentionConfig, caps: Capabilities) -> Any:
         with e.root():
             args.view()
             tiles = e.let(t // tokens + b)
-            with g.launch(tiles * units, THREADS if cut is None else cut.threads) as (number, thread):
+            with g.launch(tiles * units, kind.threads) as (number, thread):
                 # later tiles of a sequence see more keys; they go first, so that the short ones fill the gaps at the end
                 unit, tile_number = g.held(number % units), g.held(tiles - 1 - number // units)
                 sequence, first = _find_tile(args, tile_number, tokens)
-                tile: Tile | flash.FlashTile
-                if cut is None:
-                    tile = Tile(cfg, caps, args, tokens, thread, unit)
-                else:
-                    tile = flash.FlashTile(cfg, caps, args, cut, thread, unit)
+                tile = kind.make(args, thread, unit)
                 with g.when(sequence < b):
                     start = g.held(e.i64(args.query_start[sequence]))
                     length = e.let(e.i64(args.query_start[sequence + 1]) - start)
@@ -95,12 +161,11 @@ def _find_tile(args: Operands, number: Any, tokens: int) -> tuple[Any, Any]:
 def attention_decode(cfg: AttentionConfig, caps: Capabilities, rope: RopeConfig | None = None) -> Any:
     """The PrimFunc of llmc.schedules.attention.attention_decode, for a machine with threads.
 
-    Three launches: keys and values of the new tokens to their pages (with `rope`), pieces of the context, their merge.
+    Up to three launches: keys and values of the new tokens to their pages (with `rope`, unless the blocks of the second launch
+    do that), pieces of the context, their merge.
     """
-    units, splits, group = _units(cfg), cfg.splits, cfg.heads // cfg.kv_heads
-    cut = flash_decode.shape(cfg, caps)
-    threads = THREADS if cut is None else cut.threads
-    resident = _PLAIN_RESIDENT if cut is None else cut.resident(cfg, caps)
+    kind = _Decode(cfg, caps)
+    units, splits, group = kind.units, cfg.splits, cfg.heads // cfg.kv_heads
     width = partial_shape(cfg)[-1]
     built: list[Any] = []
     with e.kernel(built):
@@ -111,18 +176,18 @@ def attention_decode(cfg: AttentionConfig, caps: Capabilities, rope: RopeConfig 
         with e.root():
             args.view()
             part = e.flat(partial, b * cfg.kv_heads * splits * group * width)
-            if ops is not None and args.slots is not None:
+            if ops is not None and args.slots is not None and not kind.appends:
                 with g.launch(b * cfg.kv_heads, ROPE_THREADS) as (number, thread):
                     token, head = e.let(number // cfg.kv_heads), e.let(number % cfg.kv_heads)
                     pages = Pages(cfg, args.slots, args.k, args.v, args.layer, caps)
                     append(ops, pages, token, (head, 1), thread)
-            most = e.let(_most_pieces(b * units, splits, caps.multiprocessors * resident))
+            most = e.let(_most_pieces(b * units, splits, caps.multiprocessors * kind.resident))
 
             def row_base(sequence: Any, head: Any, split: Any) -> Any:
                 pair = sequence * cfg.kv_heads + head // group
                 return ((pair * splits + split) * group + head % group) * width
 
-            with g.launch(b * units * most, threads) as (number, thread):
+            with g.launch(b * units * most, kind.threads) as (number, thread):
                 split, rest = g.held(T.truncmod(number, most)), g.held(T.truncdiv(number, most))
                 unit, sequence = (
                     g.held(T.truncmod(rest, e.i64(units))),
@@ -131,11 +196,7 @@ def attention_decode(cfg: AttentionConfig, caps: Capabilities, rope: RopeConfig 
                 low, per_split, high = _pieces(cfg, args, sequence, most)
                 begin = g.held(low + split * per_split)
                 end = g.held(T.min(high, begin + per_split))
-                tile: Tile | flash_decode.DecodeTile
-                if cut is None:
-                    tile = Tile(cfg, caps, args, 1, thread, unit)
-                else:
-                    tile = flash_decode.DecodeTile(cfg, caps, args, cut, thread, unit)
+                tile = kind.make(args, thread, unit)
                 with g.when(begin < end):
                     tile.decode(sequence, begin, end, e.let(high - 1))
                     with T.If(per_split >= high - low):

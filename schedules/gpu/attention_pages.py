@@ -24,8 +24,8 @@ _CHUNK = 8  # elements in 16 bytes
 
 
 def stage_elements(cfg: AttentionConfig, keys: int) -> int:
-    """16-bit elements of a tile of keys and of their values."""
-    return cfg.key_dim * (keys + PAD) + keys * (cfg.value_dim + PAD)
+    """16-bit elements of a tile of keys and of their values (which latent ones are a part of)."""
+    return cfg.key_dim * (keys + PAD) + (0 if cfg.latent else keys * (cfg.value_dim + PAD))
 
 
 class PageTiles:
@@ -57,6 +57,7 @@ class PageTiles:
         self.k_line, self.v_line = keys + PAD, cfg.value_dim + PAD
         self.v_offset = cfg.key_dim * self.k_line
         self.size = stage_elements(cfg, keys)
+        self.dim_step = self.k_line  # elements from one of a key to the next
         # tokens of a tile that are sure to lie on one page, if tiles begin at multiples of so many
         self.run = math.gcd(cfg.page_size, keys)
         self._pages = [g.local(1, "int32") for _ in range(keys // self.run)]
@@ -76,7 +77,16 @@ class PageTiles:
             base = g.held((e.i64(page[0]) * cfg.layers + self.args.layer) * cfg.kv_heads + self.kv_head)
             at = g.i32(0) if self.run == ps else e.let((inside + n * self.run) % ps)
             self._copy_keys(to, base * (cfg.key_dim * ps) + at, n * self.run, left)
-            self._copy_values(to, (base * ps + at) * cfg.value_dim, n * self.run, left)
+            if not cfg.latent:
+                self._copy_values(to, (base * ps + at) * cfg.value_dim, n * self.run, left)
+
+    def _key_place(self, dim: Any, key: Any) -> Any:
+        """Element of a tile where element `dim` of 8 keys lies."""
+        return dim * self.k_line + key
+
+    def _value_place(self, key: Any, dim: Any) -> Any:
+        """Element of a tile where 8 elements of a value lie."""
+        return self.v_offset + key * self.v_line + dim
 
     def _copy_keys(self, to: Any, base: Any, number: int, left: Any) -> None:
         pieces, ps, dims = self.run // _CHUNK, self.cfg.page_size, self.cfg.key_dim
@@ -84,13 +94,13 @@ class PageTiles:
         part, line = e.let(self.thread % pieces * _CHUNK), e.let(self.thread // pieces)
         valid = part + number < left
         source = g.held(base + (line * ps + part))
-        target = g.held(to + (line * self.k_line + part + number))
+        target = g.held(to + self._key_place(line, part + number))
         for turn in range(-(-dims // lines)):
             first = turn * lines
 
             def piece(first: int = first) -> None:
                 unit.copy16(
-                    self.memory, target + first * self.k_line, self.args.k, source + first * ps, valid
+                    self.memory, target + first * self.dim_step, self.args.k, source + first * ps, valid
                 )
 
             if first + lines <= dims:
@@ -108,7 +118,7 @@ class PageTiles:
             def piece(first: int = first) -> None:
                 chunk = e.let(self.thread + first)
                 key = e.let(chunk // pieces + number)
-                target = to + (self.v_offset + key * self.v_line + chunk % pieces * _CHUNK)
+                target = to + self._value_place(key, chunk % pieces * _CHUNK)
                 # zeros behind the last key: a weight of 0 times what happens to lie there could be NaN
                 unit.copy16(self.memory, e.let(target), self.args.v, source + first * _CHUNK, key < left)
 

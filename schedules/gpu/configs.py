@@ -60,7 +60,7 @@ class GpuQuantSchedule:
     """How a kernel with a quantized weight runs for some numbers of rows.
 
     Attributes:
-        way: a Way.
+        way: a Way; WARPGROUPS has no further fields.
         rows: of THREADS: rows of x per block.
         tiles: of UNITS: tiles of 16 rows of x per block.
         warps: of a block, which share the columns out.

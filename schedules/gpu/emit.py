@@ -99,6 +99,16 @@ def warp_barrier() -> None:
     T.evaluate(device_call("llmc_warp_barrier", _WARP_BARRIER))
 
 
+_DEVICE_FENCE = """
+__device__ __forceinline__ void llmc_device_fence() { __threadfence(); }
+"""
+
+
+def device_fence() -> None:
+    """What the thread wrote to global memory is there for all that is read on the device later, past all caches."""
+    T.evaluate(device_call("llmc_device_fence", _DEVICE_FENCE))
+
+
 def i32(value: Any) -> Any:
     """An int32 expression."""
     if isinstance(value, int):

@@ -85,7 +85,7 @@ class FlashTile:
         cfg: AttentionConfig,
         caps: Capabilities,
         args: Operands,
-        cut: FlashShape,
+        cut: Any,
         thread: Any,
         unit_number: Any,
     ) -> None:
@@ -126,7 +126,7 @@ class FlashTile:
             *(cfg, self.caps, self.args, pages, 0, lane, first_row, position),
             *(self.first_head, self.share, cut.tiles),
         )
-        if tile.keeps_query:
+        if tile.kept_steps:
             unit.wait(stages - 1)
             g.barrier()
         tile.start()
@@ -144,8 +144,12 @@ class FlashTile:
         tile.add_up()
         self._store(tile, first_token, used)
 
+    def _query_place(self, row: Any, piece: Any) -> Any:
+        """Element of the memory where 8 elements of a query lie."""
+        return row * query_line(self.cfg) + piece * _CHUNK
+
     def _load_queries(self, first_token: Any, used: Any) -> None:
-        cfg, args, line = self.cfg, self.args, query_line(self.cfg)
+        cfg, args = self.cfg, self.args
         pieces = cfg.key_dim // _CHUNK
 
         def load(i: Any) -> None:
@@ -155,7 +159,7 @@ class FlashTile:
             head = e.let(self.first_head + row % self.share)
             at = token * cfg.heads + head if cfg.token_major else head * args.t + token
             source = e.let(at * cfg.key_dim + piece * _CHUNK)
-            unit.copy16(self.memory, e.let(g.i32(row * line + piece * _CHUNK)), args.q, source, True)
+            unit.copy16(self.memory, e.let(g.i32(self._query_place(row, piece))), args.q, source, True)
 
         g.strided(self.thread, self.cut.rows * pieces, self.cut.threads, load)
 

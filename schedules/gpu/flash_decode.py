@@ -23,7 +23,7 @@ from llmc.schedules.gpu.attention_pages import PageTiles, stage_elements
 from llmc.schedules.gpu.attention_tile import final_factor, heads_per_tile
 from llmc.schedules.gpu.configs import GpuDecodeSchedule
 from llmc.schedules.gpu.flash_warp import LN2, WarpTile, query_line, takes
-from llmc.schedules.gpu.rope import rotate
+from llmc.schedules.gpu.rope import Pages, append, rotate
 
 _ROWS = 16
 _PAD = 8  # float32 behind each row of a warp's result
@@ -77,6 +77,11 @@ def shape(cfg: AttentionConfig, caps: Capabilities) -> DecodeShape | None:
     return next((s for s in _SHAPES if s.shared_bytes(cfg) + _STATIC <= caps.shared_bytes), None)
 
 
+def appends(cfg: AttentionConfig) -> bool:
+    """Whether a block has all query heads of its cached head, and can write the new token's key and value itself."""
+    return heads_per_tile(cfg) == cfg.heads // cfg.kv_heads
+
+
 class DecodeTile:
     """A block's memory and steps; made inside the launch.
 
@@ -108,6 +113,7 @@ class DecodeTile:
         self.sequence = sequence
         lane, warp = e.let(self.thread % g.WARP), e.let(self.thread // g.WARP)
         end, position = g.held(g.i32(end)), g.held(g.i32(position))
+        self._append(sequence, end > position)
         pages = PageTiles(
             *(cfg, self.args, self.memory, cut.keys, self.kv_head),
             *(g.held(sequence * self.args.width), end, lane, g.WARP),
@@ -144,6 +150,17 @@ class DecodeTile:
             g.warp_barrier()  # the tile has been read by all lanes before the next but one is copied there
         tile.add_up()
         self._publish(tile, own, warp)
+
+    def _append(self, sequence: Any, last: Any) -> None:
+        """The block of the last piece writes the token's rotated key and its value to their page, before it reads them."""
+        args = self.args
+        if args.rope is None or args.slots is None or not appends(self.cfg):
+            return
+        with g.when(last):
+            pages = Pages(self.cfg, args.slots, args.k, args.v, args.layer, self.caps)
+            append(args.rope, pages, sequence, (self.kv_head, 1), self.thread, self.cut.threads)
+            g.device_fence()
+            g.barrier()
 
     def _load_queries(self, sequence: Any) -> None:
         """Rows of heads to shared memory, zeros behind them."""

@@ -37,6 +37,19 @@ def query_line(cfg: AttentionConfig) -> int:
     return cfg.key_dim + PAD
 
 
+class Fragment:
+    """A thread's four sums of 16 rows by 8 columns, in registers of their own or as a part of more."""
+
+    def __init__(self, registers: Any, first: int = 0) -> None:
+        self.registers, self._first = registers, first
+
+    def __getitem__(self, i: int) -> Any:
+        return self.registers[self._first + i]
+
+    def put(self, i: int, value: Any) -> None:
+        e.store(self.registers, self._first + i, value, 1)
+
+
 class WarpTile:
     """Registers and steps of a warp.
 
@@ -77,7 +90,7 @@ class WarpTile:
         self.first_place = g.held(position + first_row // share)
         self.last_place = g.held(position + (first_row + (16 * tiles - 1)) // share)
         self._query_at = g.held((first_row + lane % 16) * query_line(cfg) + (query + lane // 16 * 8))
-        self.out = [[g.local(4) for _ in range(cfg.value_dim // 8)] for _ in range(tiles)]
+        self.out = self._sums()
         self.largest, self.total = ([[g.local(1) for _ in range(2)] for _ in range(tiles)] for _ in range(2))
         self._held: list[Any] = []
 
@@ -86,22 +99,34 @@ class WarpTile:
         self.first_place = self.last_place = position
         self.places = [[self.first_place] * 2 for _ in self.rows]
 
+    def _sums(self) -> list[list[Fragment]]:
+        return [[Fragment(g.local(4)) for _ in range(self.columns // 8)] for _ in range(self.tiles)]
+
     @property
-    def keeps_query(self) -> bool:
-        """Whether the queries stay in registers; else they are read again for each tile of keys."""
-        return self.tiles == 1 and self.cfg.key_dim <= _HELD
+    def columns(self) -> int:
+        """Elements of the value that the warp adds up."""
+        return self.cfg.value_dim
+
+    @property
+    def steps(self) -> int:
+        """Of 16 elements of the key that the warp multiplies."""
+        return self.cfg.key_dim // 16
+
+    @property
+    def kept_steps(self) -> int:
+        """Of so many steps the queries stay in registers; of the others they are read again for each tile of keys."""
+        return self.steps if self.tiles == 1 and self.cfg.key_dim <= _HELD else 0
 
     def start(self) -> None:
         """Clear the running softmax; if queries are kept, they are in shared memory, behind a barrier."""
         for m in range(self.tiles):
             for registers in self.out[m]:
                 for i in range(4):
-                    e.store(registers, i, e.f32(0.0), 1)
+                    registers.put(i, e.f32(0.0))
             for i in range(2):
                 e.store(self.largest[m][i], 0, e.f32(_LOWEST), 1)
                 e.store(self.total[m][i], 0, e.f32(0.0), 1)
-        if self.keeps_query:
-            self._held = [self._query(0, step) for step in range(self.cfg.key_dim // 16)]
+        self._held = [self._query(0, step) for step in range(self.kept_steps)]
 
     def _query(self, m: int, step: int) -> Any:
         registers = g.local(4, "uint32")
@@ -129,27 +154,27 @@ class WarpTile:
             self._softmax(m, scores[m])
         self._weigh(base, scores)
 
-    def _score(self, base: Any) -> list[list[Any]]:
+    def _score(self, base: Any) -> list[list[Fragment]]:
         """Products of queries and keys: [tile][8 keys]."""
         cfg, keys, line = self.cfg, self.pages.keys, self.pages.k_line
         corner = self._corner(base, line)
-        scores = [[g.local(4) for _ in range(keys // 8)] for _ in range(self.tiles)]
+        scores = [[Fragment(g.local(4)) for _ in range(keys // 8)] for _ in range(self.tiles)]
         for registers in (r for row in scores for r in row):
             for i in range(4):
-                e.store(registers, i, e.f32(0.0), 1)
-        for step in range(cfg.key_dim // 16):
-            if self._held:
+                registers.put(i, e.f32(0.0))
+        for step in range(self.steps):
+            if step < len(self._held):
                 left = [self._held[step]]
             else:
                 left = [self._query(m, step) for m in range(self.tiles)]
             for pair in range(keys // 16):
                 right = self._transposed(corner, step * 16 * line + pair * 16)
                 for m in range(self.tiles):
-                    unit.mma(scores[m][2 * pair], left[m], right, 0, cfg.dtype)
-                    unit.mma(scores[m][2 * pair + 1], left[m], right, 2, cfg.dtype)
+                    unit.mma(scores[m][2 * pair].registers, left[m], right, 0, cfg.dtype)
+                    unit.mma(scores[m][2 * pair + 1].registers, left[m], right, 2, cfg.dtype)
         return scores
 
-    def _finish_scores(self, scores: list[list[Any]], first: Any) -> None:
+    def _finish_scores(self, scores: list[list[Fragment]], first: Any) -> None:
         """Cap and slope, in units of log 2."""
         cfg, args = self.cfg, self.args
         for m in range(self.tiles):
@@ -169,9 +194,9 @@ class WarpTile:
                             value = value * e.f32(cfg.scale * _LOG2E)
                         if slope is not None:
                             value = value + slope * T.Cast("float32", ahead + (n * 8 + j))
-                        e.store(registers, 2 * i + j, value, 1)
+                        registers.put(2 * i + j, value)
 
-    def _mask(self, scores: list[list[Any]], first: Any, end: Any) -> None:
+    def _mask(self, scores: list[list[Fragment]], first: Any, end: Any) -> None:
         """Make scores of keys that a row does not see very low; only where there may be such keys."""
         cfg = self.cfg
         last = e.let(first + (self.pages.keys - 1))
@@ -198,9 +223,9 @@ class WarpTile:
                             if low is not None:
                                 seen = T.And(seen, g.i32(n * 8 + j) >= low)
                             at = 2 * i + j
-                            e.store(registers, at, T.Select(seen, registers[at], e.f32(_LOWEST)), 1)
+                            registers.put(at, T.Select(seen, registers[at], e.f32(_LOWEST)))
 
-    def _softmax(self, m: int, scores: list[Any]) -> None:
+    def _softmax(self, m: int, scores: list[Fragment]) -> None:
         """Scores to weights; the four threads of a row agree on its maximum, and each keeps a sum of its own."""
         for i in range(2):
             top, added = g.local(1), g.local(1)
@@ -216,7 +241,7 @@ class WarpTile:
             for registers in scores:
                 for j in range(2):
                     weight = e.let(g.exp2(e.let(registers[2 * i + j] * e.f32(self.unit) - shift)))
-                    e.store(registers, 2 * i + j, weight, 1)
+                    registers.put(2 * i + j, weight)
                     e.store(added, 0, added[0] + weight, 1)
             with g.when(top[0] > old):  # seldom, once some keys have been seen
                 factor = e.let(g.exp2(e.let(old * e.f32(self.unit) - shift)))
@@ -224,26 +249,35 @@ class WarpTile:
                 e.store(self.total[m][i], 0, self.total[m][i][0] * factor, 1)
                 for registers in self.out[m]:
                     for j in range(2):
-                        e.store(registers, 2 * i + j, registers[2 * i + j] * factor, 1)
+                        registers.put(2 * i + j, registers[2 * i + j] * factor)
             e.store(self.total[m][i], 0, self.total[m][i][0] + added[0], 1)
 
-    def _weigh(self, base: Any, weights: list[list[Any]]) -> None:
+    def _weigh(self, base: Any, weights: list[list[Fragment]]) -> None:
         cfg, pages = self.cfg, self.pages
-        corner = self._corner(base + pages.v_offset, pages.v_line)
+        corner = self._value_corner(base)
         for step in range(pages.keys // 16):
-            left = []
-            for m in range(self.tiles):
-                left.append(g.local(4, "uint32"))
-                for half in range(2):
-                    for i in range(2):
-                        source = weights[m][2 * step + half]
-                        pair = pack(source[2 * i], source[2 * i + 1], cfg.dtype)
-                        e.store(left[m], 2 * half + i, pair, 1)
-            for pair in range(cfg.value_dim // 16):
-                right = self._transposed(corner, step * 16 * pages.v_line + pair * 16)
+            left = [self._weight_operand(weights[m], step) for m in range(self.tiles)]
+            for pair in range(self.columns // 16):
+                right = self._value_operand(corner, step * 16, pair * 16)
                 for m in range(self.tiles):
-                    unit.mma(self.out[m][2 * pair], left[m], right, 0, cfg.dtype)
-                    unit.mma(self.out[m][2 * pair + 1], left[m], right, 2, cfg.dtype)
+                    unit.mma(self.out[m][2 * pair].registers, left[m], right, 0, cfg.dtype)
+                    unit.mma(self.out[m][2 * pair + 1].registers, left[m], right, 2, cfg.dtype)
+
+    def _weight_operand(self, weights: list[Fragment], step: int) -> Any:
+        """Weights of 16 keys as a first operand."""
+        left = g.local(4, "uint32")
+        for half in range(2):
+            for i in range(2):
+                source = weights[2 * step + half]
+                e.store(left, 2 * half + i, pack(source[2 * i], source[2 * i + 1], self.cfg.dtype), 1)
+        return left
+
+    def _value_corner(self, base: Any) -> Any:
+        return self._corner(base + self.pages.v_offset, self.pages.v_line)
+
+    def _value_operand(self, corner: Any, key: int, column: int) -> Any:
+        """Values of 16 keys, columns 0..7 and 8..15 from `column` on, as second operands of two mma."""
+        return self._transposed(corner, key * self.pages.v_line + column)
 
     def add_up(self) -> None:
         """Complete the sums of rows; after the last tile of keys."""

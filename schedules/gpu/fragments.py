@@ -26,9 +26,9 @@ def turned(words: Sequence[Any], thread: Any) -> list[Any]:
             if i & bit:
                 continue
             low, high = found[i], found[i + bit]
-            other = e.let(g.across(e.let(tirx.Select(upper, low, high)), bit))
-            found[i] = e.let(tirx.Select(upper, other, low))
-            found[i + bit] = e.let(tirx.Select(upper, high, other))
+            other = g.held(g.across(e.let(tirx.Select(upper, low, high)), bit))
+            found[i] = g.held(tirx.Select(upper, other, low))
+            found[i + bit] = g.held(tirx.Select(upper, high, other))
     return found
 
 

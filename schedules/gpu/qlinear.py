@@ -11,7 +11,7 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.choice import ByRows
-from llmc.schedules.gpu import qgemm, qgemv, qint
+from llmc.schedules.gpu import qgemm, qgemv, qint, warpgroup_qgemm
 from llmc.schedules.gpu.configs import GpuQuantSchedule, Way, emit_by_rows, schedules_in
 from llmc.schedules.gpu.qoperands import Operands, QuantOperands
 from llmc.schedules.qlinear import QuantLinearConfig
@@ -44,11 +44,14 @@ def _run(ops: QuantOperands, caps: Capabilities, schedule: GpuQuantSchedule, mos
     warps, on_units = _warps(ops.cfg, caps), units_of(ops.cfg, caps)
     if schedule.way == Way.UNITS and on_units is not None:
         on_units(ops, caps, schedule.tiles, schedule.warps)
+    elif schedule.way == Way.WARPGROUPS:
+        warpgroup_qgemm.gemm(ops, caps)
     elif schedule.way == Way.THREADS:
         qgemv.gemv(ops, caps, schedule.rows, schedule.warps)
     elif on_units is not None:
         few = partial(on_units, ops, caps, 1, warps)
-        _by_rows(ops, few, partial(on_units, ops, caps, _MOST_TILES, min(4, warps)), 16, most)
+        many = partial(on_units, ops, caps, _MOST_TILES, min(4, warps))
+        _by_rows(ops, few, partial(warpgroup_qgemm.many_rows, ops, caps, many, most), 16, most)
     else:
         few = partial(qgemv.gemv, ops, caps, 1, warps)
         _by_rows(ops, few, partial(qgemv.gemv, ops, caps, _SHARED_ROWS, warps), 1, most)
@@ -68,13 +71,23 @@ def _by_rows(
             many()
 
 
+def takes_warpgroups(cfg: QuantLinearConfig, caps: Capabilities) -> bool:
+    """Whether warpgroups can multiply this weight."""
+    return warpgroup_qgemm.takes(_described(cfg), caps)
+
+
 def units_of(cfg: QuantLinearConfig, caps: Capabilities) -> Callable[..., None] | None:
     """The matmul on the matrix units that takes this weight and these activations, or None."""
-    ops = Operands()
-    ops.cfg = cfg
-    if qgemm.takes(ops, caps):
+    if qgemm.takes(_described(cfg), caps):
         return qgemm.gemm
     return qint.gemm if cfg.layout.of.activation_bits and caps.has_mma_bytes else None
+
+
+def _described(cfg: QuantLinearConfig) -> Operands:
+    """Operands that have a config and no buffers, for questions about it."""
+    ops = Operands()
+    ops.cfg = cfg
+    return ops
 
 
 def _warps(cfg: QuantLinearConfig, caps: Capabilities) -> int:

@@ -33,7 +33,7 @@ class TunableGpuPrefill(TunablePrefill):
     shared: ClassVar[tuple[str, ...]] = ("warps", "tiles", "keys", "stages")
 
     def space(self, task: AttentionConfig, bucket: Bucket, caps: Capabilities) -> Space:
-        usual = flash.shape(task, caps)
+        usual = None if task.latent else flash.shape(task, caps)
         if usual is None:  # the plain kernel has nothing to choose
             return Space(GpuPrefillSchedule(), ())
         knobs = (
@@ -90,7 +90,8 @@ class TunableGpuDecode(TunableDecode):
         return GpuDecodeSchedule(with_defaults(task, caps).splits)
 
     def space(self, task: AttentionConfig, bucket: Bucket, caps: Capabilities) -> Space:
-        default, usual = self.default(task, caps), flash_decode.shape(task, caps)
+        default = self.default(task, caps)
+        usual = None if task.latent else flash_decode.shape(task, caps)
         pieces = (
             Knob("splits", tuple(sorted({4, 8, 16, 32, 64, 128, default.splits}))),
             Knob("least_keys", (64, 128, 256, 512)),

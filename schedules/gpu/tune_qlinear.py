@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 
 from llmc.caps import Capabilities
 from llmc.schedules.choice import ByRows
+from llmc.schedules.gpu import warpgroup_qgemm
 from llmc.schedules.gpu.configs import GpuQuantSchedule, Way, shared_limit
 from llmc.schedules.gpu.emit import WARP
-from llmc.schedules.gpu.qlinear import quant_linear, units_of
+from llmc.schedules.gpu.many_rows import WARPGROUP_ROWS
+from llmc.schedules.gpu.qlinear import quant_linear, takes_warpgroups, units_of
 from llmc.schedules.gpu.spaces import OneOf, fits_registers
 from llmc.schedules.gpu.tune_linear import block_terms
 from llmc.schedules.qlayout import WARP_ROWS
@@ -90,6 +92,8 @@ def _space(task: QuantLinearConfig, bucket: Bucket, caps: Capabilities) -> Space
         tiles = tuple(t for t in (1, 2, 3, 4, 6, 8) if t == 1 or 16 * (t - 1) < most)
         first = GpuQuantSchedule(Way.UNITS, tiles=1, warps=warps.values[0])
         parts += (Space(first, (Knob("tiles", tiles), warps), lambda s: _fits(s, caps)),)
+    if takes_warpgroups(task, caps) and not 0 < bucket.high < WARPGROUP_ROWS:
+        parts += (Space(GpuQuantSchedule(Way.WARPGROUPS), ()),)
     return OneOf(GpuQuantSchedule(), (), parts=parts)
 
 
@@ -105,6 +109,19 @@ def _fits(schedule: GpuQuantSchedule, caps: Capabilities) -> bool:
 
 
 def _terms(task: QuantLinearConfig, schedule: Any, rows: int, caps: Capabilities) -> dict[str, float]:
+    if schedule.way == Way.WARPGROUPS:
+        tile = warpgroup_qgemm.TILE
+        outputs = task.layout.blocks * WARP_ROWS
+        passes = -(-rows // tile.rows)
+        return {
+            **block_terms(
+                passes * -(-outputs // tile.columns), tile.threads, tile.shared_bytes, tile.columns / 2, caps
+            ),
+            "bits": float(task.layout.of.bits),
+            "units": 2.0,
+            "passes": float(passes),
+            "wasted_rows": passes * tile.rows / rows,
+        }
     untuned = schedule.way == Way.UNTUNED
     cut = GpuQuantSchedule(Way.UNITS, 0, 1 if rows <= _FEW_ROWS else 4, 4) if untuned else schedule
     on_units = cut.way == Way.UNITS

@@ -45,7 +45,6 @@ KINDS = {
     "bfloat16": Kind("bf16", "float32", "f32", "f", ", 1, 1, 0, 0", 16),
     "float16": Kind("f16", "float32", "f32", "f", ", 1, 1, 0, 0", 16),
     "int8": Kind("s8", "int32", "s32", "r", "", 32),
-    "float8_e4m3fn": Kind("e4m3", "float32", "f32", "f", ", 1, 1", 32),
 }
 
 _DESCRIPTOR = """
@@ -105,6 +104,38 @@ def wait_for(sums: Any, columns: int, dtype: str) -> None:
     T.evaluate(g.device_call(name, source, g.address(sums, 0)))
 
 
+def mma_across(sums: Any, left: Any, right: Any, add: Any, columns: int, dtype: str) -> None:
+    """sums (float32 [64, columns], as in mma) = left [64, 16] x right [16, columns] of 16-bit numbers.
+
+    `right` lies with neighbouring columns side by side ("MN-major"): a piece of 128 bytes holds 8 of its rows by 8 columns, one
+    row after the other. Its descriptor's `leading` bytes lie between pieces of 8 rows, `stride` between pieces of 8 columns.
+
+    Args:
+        left: a descriptor, or four registers (uint32) per thread: rows and columns as of the first operand of
+            mma.m16n8k16, 16 rows for each of the four warps.
+    """
+    kind, count = KINDS[dtype], registers_of(columns)
+    held = isinstance(left, list)
+    name = f"llmc_wgmma_{kind.name}_{columns}_{'held' if held else 'across'}"
+    shape = f"m{ROWS}n{columns}k{kind.columns}.{kind.ptx_sums}.{kind.name}.{kind.name}"
+    numbers = ", ".join(f"%{i}" for i in range(count))
+    operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    words = 4 if held else 1
+    lefts = ", ".join(f"%{count + i}" for i in range(words))
+    declared = ", ".join(f"unsigned a{i}" for i in range(4)) if held else "unsigned long long left"
+    given = ", ".join(f'"r"(a{i})' for i in range(4)) if held else '"l"(left)'
+    source = f"""
+__device__ __forceinline__ void {name}(float* d, {declared}, unsigned long long right, int add) {{
+  asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{count + words + 1}, 0; wgmma.mma_async.sync.aligned.{shape} "
+    "{{{numbers}}}, {"{" + lefts + "}" if held else lefts}, %{count + words}, p, 1, 1, {"1" if held else "0, 1"}; }}"
+    : {operands}
+    : {given}, "l"(right), "r"(add));
+}}
+"""
+    arguments = left if held else [left]
+    T.evaluate(g.device_call(name, source, g.address(sums, 0), *arguments, right, g.i32(add)))
+
+
 def mma(sums: Any, left: Any, right: Any, add: Any, columns: int, dtype: str) -> None:
     """sums (float32 or int32 [64, columns], over 128 threads) = left [64, 32 bytes] x right [columns, 32 bytes]^T.
 
@@ -145,6 +176,7 @@ __all__ = [
     "descriptor",
     "fence",
     "mma",
+    "mma_across",
     "registers_of",
     "wait",
     "wait_for",

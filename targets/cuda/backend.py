@@ -59,11 +59,11 @@ def detect() -> str:
             hint=f"Name an architecture, e.g. --target cuda/sm_90 (of {', '.join(_ARCHS)}).",
         )
     arch = driver.devices[0].arch
-    # binary code runs on later minor versions of the same major one
+    # binary code runs on later minor versions of the same major one, with features of its own only there
     fits = [
         name
         for name, a in _ARCHS.items()
-        if a.number <= arch and a.number // 10 == arch // 10 and name[-1] != "a"
+        if a.number <= arch and a.number // 10 == arch // 10 and (name[-1] != "a" or a.number == arch)
     ]
     if not fits:
         raise LlmcError(

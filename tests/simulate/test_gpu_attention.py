@@ -15,10 +15,11 @@ from llmc.schedules.choice import ByRows
 from llmc.schedules.gpu import emit as g
 from llmc.schedules.gpu import flash, flash_decode, matrix_unit
 from llmc.schedules.gpu.attention import attention_decode, attention_prefill
-from llmc.schedules.gpu.rope import kv_append
+from llmc.schedules.gpu.rope import kv_append, rope_append
 from llmc.simulate import SimulationError
 from tests.schedules.test_attention import BASE, Cache, run
 from tests.simulate.gpu import DTYPES, SimulatedTools, gpu
+from tests.simulate.test_gpu_kernels import rope_config
 
 TOOLS = SimulatedTools()
 BF16 = {"dtype": "bfloat16", "kv_dtype": "bfloat16"}
@@ -131,15 +132,50 @@ def _attend(context: int, build: Callable[..., Any], **changes: Any) -> Any:
     return out.numpy().astype(np.float32)
 
 
+def _decode_with_rope(fused: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(result, keys, values) of one token behind 600: rotated and appended in the kernel, or before it."""
+    rope = rope_config("bfloat16")
+    rng, cfg, slot = np.random.default_rng(3), rope.attention, 600
+    table = 1 + np.arange(39, dtype=np.int32)[None]
+    tables = (np.array([0, 1], np.int32), np.array([slot + 1], np.int32), table)
+    pools = [TOOLS.random(rng, (40, 2, 2, 16, 16), "bfloat16") for _ in range(2)]
+    pools = [TOOLS.tensor(p) for p in pools]
+    x = TOOLS.random(rng, (1, 1, 128), "bfloat16")
+    angle = rng.standard_normal((1, 1, 8)).astype(np.float32)
+    given = (x, x, x, np.cos(angle), np.sin(angle), np.array([slot + 16], np.int32))
+    sources = [TOOLS.tensor(a) for a in given]
+    out = TOOLS.tensor(np.full((1, 1, cfg.heads, 16), np.nan, DTYPES["bfloat16"]))
+    part = TOOLS.tensor(np.zeros((1, *partial_shape(cfg)), np.float32))
+    behind = (*map(TOOLS.tensor, tables), 1, out, part)
+    if fused:
+        kernel = TOOLS.build(gpu(), k=attention_decode(cfg, gpu(), rope))["k"]
+        kernel(*sources, *pools, *behind)
+    else:
+        q = TOOLS.tensor(np.zeros((1, 1, cfg.heads, 16), DTYPES["bfloat16"]))
+        kernels = TOOLS.build(gpu(), rope=rope_append(rope, gpu()), k=attention_decode(cfg, gpu()))
+        kernels["rope"](*sources, *pools, 1, q)
+        kernels["k"](q, *pools, *behind)
+    return out.numpy(), pools[0].numpy(), pools[1].numpy()
+
+
+def test_the_last_piece_appends() -> None:
+    """Of several pieces one writes the key and the value that it reads; the others' race with nobody."""
+    for one, other in zip(_decode_with_rope(), _decode_with_rope(fused=False), strict=True):
+        assert np.isfinite(one.astype(np.float32)).all()
+        np.testing.assert_array_equal(one, other)
+
+
 # what runs, whose barriers, and how many there are; those of the pieces' merge come after those of the pieces
 BARRIERS: dict[str, tuple[Callable[[], Any], str, int]] = {
     "prefill": (_prefill, "barrier", 1),
     "prefill-wide": (lambda: _prefill(key_dim=64, value_dim=144), "barrier", 2),
     "decode": (_decode, "barrier", 5),
+    "decode-rope": (_decode_with_rope, "barrier", 6),
     "decode-warps": (lambda: _decode(decode=ONE_PIECE), "warp_barrier", 2),
 }
+FIRST = {"decode-rope": 0}  # the barrier that only this case has
 EACH = [
-    pytest.param(case, i, marks=[] if i == count - 1 else [pytest.mark.slow])
+    pytest.param(case, i, marks=[] if i == FIRST.get(case, count - 1) else [pytest.mark.slow])
     for case, (_, _, count) in BARRIERS.items()
     for i in range(count)
 ]

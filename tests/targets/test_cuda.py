@@ -88,7 +88,8 @@ def test_presets() -> None:
 
 def test_cuda_means_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_driver, "query", lambda: CudaDriver(13000, (H100,)))
-    assert get("cuda")[1].preset == "cuda/sm_90"
+    assert get("cuda")[1].preset == "cuda/sm_90a" and get("cuda")[1].has_wgmma
+    assert not get("cuda/sm_90")[1].has_wgmma and not get("cuda/sm_90,sm_90a")[1].has_wgmma
     monkeypatch.setattr(cuda_driver, "query", lambda: CudaDriver(0, (), "there is no NVIDIA driver"))
     with pytest.raises(
         LlmcError, match=r"there is no NVIDIA driver.*--target cuda/sm_90.*\[no-cuda-device\]"
