@@ -1,4 +1,4 @@
-"""The NVIDIA side of the runtime: which of an artifact's kernels fit this machine, and tensors in a GPU's memory.
+"""The NVIDIA side of the runtime: which of an artifact's kernels fit this machine, and TVM's part of it.
 
 Only TVM's small CUDA runtime library and the driver are used; no toolkit, no torch.
 """
@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from llmc import cuda_driver
 from llmc.artifact import DeviceImage, Manifest
 from llmc.cuda_driver import CudaDevice, CudaDriver
 from llmc.errors import LlmcError
+from llmc.runtime import cudart
 from llmc.runtime.library import ffi
 
-CUDA, CPU = 2, 1  # DLDeviceType
 _LEAST_DRIVER = 13000  # TVM's CUDA runtime is built for CUDA 13
-_CUDART = "libcudart.so.13"
 
 
 def choose_image(manifest: Manifest, driver: CudaDriver | None = None) -> DeviceImage | None:
@@ -79,12 +74,6 @@ def _number(arch: str) -> int:
     return int("".join(c for c in arch if c.isdigit()))
 
 
-def free_memory(reserved: int) -> int:
-    """Bytes of the first GPU's memory beside what is reserved for weights."""
-    devices = cuda_driver.query().devices
-    return max(0, devices[0].memory - reserved) if devices else 0
-
-
 def load_runtime() -> None:
     """Make TVM's CUDA device and module loader known.
 
@@ -94,13 +83,11 @@ def load_runtime() -> None:
     tvm_ffi = ffi()
     if tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is not None:
         return
-    for folder in _pip_folders():
-        if (folder / _CUDART).is_file():
-            ctypes.CDLL(str(folder / _CUDART), mode=ctypes.RTLD_GLOBAL)
     spec = importlib.util.find_spec("tvm")
     assert spec is not None and spec.submodule_search_locations
     library = Path(next(iter(spec.submodule_search_locations))) / "lib" / "libtvm_runtime_cuda.so"
     try:
+        cudart.open_library()
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     except OSError as e:
         raise LlmcError(
@@ -110,64 +97,6 @@ def load_runtime() -> None:
         ) from None
 
 
-def _pip_folders() -> list[Path]:
-    spec = importlib.util.find_spec("nvidia")
-    places = spec.submodule_search_locations if spec is not None else None
-    return [Path(p) / "cu13" / "lib" for p in places or ()]
-
-
 def module_from(raw: bytes) -> Any:
     """TVM's module of kernels from a file that the compiler wrote (targets/cuda/build.py)."""
     return ffi().get_global_func("ffi.Module.load_from_bytes.cuda")(raw)
-
-
-class DeviceMemory:
-    """Tensors on one device; counts what it hands out.
-
-    Args:
-        kind: CUDA; CPU for tests of this class.
-    """
-
-    def __init__(self, kind: int = CUDA, index: int = 0) -> None:
-        tvm_ffi = ffi()
-        self._ffi = tvm_ffi
-        self._device = tvm_ffi.device("cuda" if kind == CUDA else "cpu", index)
-        self._allocate = tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope")
-        self._from_bytes = tvm_ffi.get_global_func("runtime.TVMTensorCopyFromBytes")
-        self._to_bytes = tvm_ffi.get_global_func("runtime.TVMTensorCopyToBytes")
-        self.nbytes = 0
-
-    def empty(self, shape: Sequence[int], dtype: str, what: str) -> Any:
-        """An uninitialised tensor.
-
-        Args:
-            what: it is for, in the message of an error.
-
-        Raises:
-            LlmcError: the device's memory does not suffice, with the numbers.
-        """
-        kind = self._ffi.dtype(dtype)
-        size = int(np.prod(shape, dtype=np.int64)) * int(kind.itemsize)
-        try:
-            tensor = self._allocate(self._ffi.Shape(list(shape)), kind, self._device, None)
-        except RuntimeError as e:
-            total = next((d.memory for d in cuda_driver.query().devices[:1]), 0)
-            raise LlmcError(
-                "out-of-device-memory",
-                f"The GPU's memory does not suffice: {size} bytes for {what}, {self.nbytes} bytes are taken "
-                f"already, the GPU has {total}.",
-                hint="Load with a smaller max_memory or kv_pages, or free the GPU.",
-                context={"cause": str(e)},
-            ) from None
-        self.nbytes += size
-        return tensor
-
-    def put(self, tensor: Any, array: npt.NDArray[Any]) -> None:
-        """Copy a C-contiguous array of the same number of bytes to a tensor."""
-        self._from_bytes(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
-
-    def get(self, tensor: Any, shape: Sequence[int], dtype: Any) -> npt.NDArray[Any]:
-        """A copy of a tensor on the host; waits for the kernels that write it."""
-        out = np.empty(shape, dtype)
-        self._to_bytes(tensor, ctypes.c_void_p(out.ctypes.data), out.nbytes)
-        return cast("npt.NDArray[Any]", out)

@@ -130,6 +130,20 @@ class Library:
             ) from None
         return found
 
+    def kernel(self, name: str) -> Callable[..., Any]:
+        """A function of the library that is called without the virtual machine.
+
+        Raises:
+            LlmcError: there is none of this name.
+        """
+        try:
+            found: Callable[..., Any] = _code_of(self._module)[name]
+        except AttributeError:
+            raise LlmcError(
+                "function-missing", f"model.so has no function {name!r}.", hint="Compile the model again."
+            ) from None
+        return found
+
     def instrument(self, function: Any | None) -> None:
         """Call `function` before and after every call that the virtual machine makes; None = nothing any more.
 

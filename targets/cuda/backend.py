@@ -120,7 +120,7 @@ def build(module: Any, target: Any, caps: Capabilities) -> Built:
     """Host code for model.so, and a file of kernels per architecture."""
     from llmc.targets.cuda.build import build as run
 
-    return run(module, target, archs_of(caps.preset))
+    return run(module, target, caps, archs_of(caps.preset))
 
 
 BACKEND = Backend(

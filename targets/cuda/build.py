@@ -15,18 +15,26 @@ import tvm
 from tvm import relax
 
 from llmc.artifact import DeviceCode, DeviceImage, DeviceKernel
+from llmc.caps import Capabilities
+from llmc.schedules.gpu.sample import SampleConfig, sample
 from llmc.targets import simt
 from llmc.targets.backend import Built
 from llmc.targets.cuda import compiler, resources
 
 
-def build(module: Any, target: Any, archs: tuple[str, ...]) -> Built:
-    """Build a module in VM form for `archs`, with one source that all of them can run.
+SAMPLER = "sample_tokens"  # function of model.so, called by llmc/runtime/device_sampler.py
+
+
+def build(module: Any, target: Any, caps: Capabilities, archs: tuple[str, ...]) -> Built:
+    """Build a module in VM form for `archs`, with one source that all of them can run, and the sampling kernels.
 
     Raises:
         LlmcError: no compiler, source refused, or a kernel that exceeds a limit.
     """
     compiler.which()  # before the long work
+    sampler = SampleConfig(vocab_of(module))
+    module = tvm.IRModule(dict(module.functions.items()), attrs=module.attrs)
+    module[SAMPLER] = sample(sampler, caps).with_attr("global_symbol", SAMPLER)
     pipeline = simt.register()
     with target:
         executable = relax.build(
@@ -35,7 +43,7 @@ def build(module: Any, target: Any, archs: tuple[str, ...]) -> Built:
     files, kernels = _assemble(executable.mod, archs)
     named = {arch: f"kernels-{arch}.bin" for arch in archs}
     images = tuple(DeviceImage(arch, name, "cubin") for arch, name in named.items())
-    code = DeviceCode(compiler.version(), images, kernels)
+    code = DeviceCode(compiler.version(), images, kernels, (sampler.blocks, sampler.ints, sampler.doubles))
     return Built(executable, {named[arch]: raw for arch, raw in files.items()}, code)
 
 
@@ -65,6 +73,11 @@ def _assemble(root: Any, archs: tuple[str, ...]) -> tuple[dict[str, bytes], tupl
         kernels.extend(found)
         files[arch] = serialised("cubin", table, done.cubin)
     return files, tuple(kernels)
+
+
+def vocab_of(module: Any) -> int:
+    """Columns of the logits."""
+    return int(module["step"].ret_ty.shape[-1])
 
 
 def threads_of(source: str) -> dict[str, int]:

@@ -1,0 +1,149 @@
+"""Tensors in a GPU's memory, copies to and from them, and what is said when the memory does not suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from llmc.errors import LlmcError
+from llmc.runtime.cudart import Bytes, CudaError, Cudart
+from llmc.runtime.device_view import tensor_at
+from llmc.runtime.library import ffi
+
+LOWER = (
+    "Free the GPU, load with a smaller max_memory or kv_pages, or compile with a smaller max_step_tokens or "
+    "max_batch, or with quantized weights."
+)
+_PART = 16 << 20  # bytes of a pinned buffer for weights
+_ALIGN = 256
+_MOST_VIEWS = 1024
+
+
+class DeviceMemory:
+    """The memory of the first GPU and the stream that all of a model's work goes through.
+
+    The CUDA runtime must be loaded (cuda.load_runtime).
+
+    Attributes:
+        nbytes: of the tensors that it has handed out.
+        cudart: the library's calls.
+        stream: of its own, so that it can be captured and waits for nothing else.
+    """
+
+    def __init__(self) -> None:
+        tvm_ffi = ffi()
+        self._ffi = tvm_ffi
+        self.device = tvm_ffi.device("cuda", 0)
+        self._allocate = tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope")
+        self._views: dict[tuple[int, tuple[int, ...], str], Any] = {}
+        self.nbytes = 0
+        self.cudart = Cudart()
+        self.stream = self.cudart.stream()
+
+    def on_stream(self) -> Any:
+        """A context in which this thread's kernels go to the stream."""
+        return self._ffi.use_raw_stream(self.device, self.stream)
+
+    def empty(self, shape: Sequence[int], dtype: str, what: str) -> Any:
+        """An uninitialised tensor.
+
+        Args:
+            what: it is for, in the message of an error.
+
+        Raises:
+            LlmcError: the device's memory does not suffice, with the numbers.
+        """
+        kind = self._ffi.dtype(dtype)
+        size = int(np.prod(shape, dtype=np.int64)) * int(kind.itemsize)
+        try:
+            tensor = self._allocate(self._ffi.Shape(list(shape)), kind, self.device, None)
+        except RuntimeError as e:
+            raise self.exhausted(what, size, e) from None
+        self.nbytes += size
+        return tensor
+
+    def view(self, tensor: Any, shape: Sequence[int], dtype: str, offset: int) -> Any:
+        """A tensor over the bytes of another one from `offset` on, which must outlive it."""
+        key = (tensor.data_ptr() + offset, tuple(shape), dtype)
+        found = self._views.get(key)
+        if found is None:
+            if len(self._views) >= _MOST_VIEWS:
+                self._views.clear()
+            found = self._views[key] = tensor_at(*key)
+        return found
+
+    def require(self, size: int, what: str) -> None:
+        """Raise now if so many bytes are not free, before half of the work is done.
+
+        Raises:
+            LlmcError: with the numbers.
+        """
+        if size > self.cudart.memory()[0]:
+            raise self.exhausted(what, size)
+
+    def exhausted(self, what: str, size: int = 0, cause: Exception | None = None) -> LlmcError:
+        """The error of a memory that does not suffice.
+
+        Args:
+            what: the memory is for.
+            size: bytes that it takes; 0 = not known.
+        """
+        free, total = self.cudart.memory()
+        needed = f"{size} bytes for {what}" if size else f"memory for {what}"
+        return LlmcError(
+            "out-of-device-memory",
+            f"The GPU's memory does not suffice: {needed}, {free} of {total} bytes are free, {self.nbytes} are "
+            "taken by this model.",
+            hint=LOWER,
+            context={"needed": size, "free": free, "total": total, "cause": str(cause or "")},
+        )
+
+    def fill(self, tensors: Iterable[tuple[Any, Bytes]]) -> None:
+        """Copy bytes to tensors: through two pinned buffers, one of which is filled while the other one is copied."""
+        buffers = [self.cudart.pinned(_PART) for _ in range(2)]
+        streams = [self.stream, self.cudart.stream()]
+        turn = 0
+        for tensor, raw in tensors:
+            for begin in range(0, raw.nbytes, _PART):
+                part = raw[begin : begin + _PART]
+                self.cudart.wait(streams[turn])
+                staged = buffers[turn][: part.nbytes]
+                staged[:] = part
+                self.cudart.copy_in(tensor.data_ptr() + begin, staged, streams[turn])
+                turn = 1 - turn
+        for stream in streams:
+            self.cudart.wait(stream)
+
+
+class HostBuffer:
+    """Pinned memory that grows; a step's data lie in it one behind the other."""
+
+    def __init__(self, memory: DeviceMemory) -> None:
+        self._memory = memory
+        self._raw: Bytes = np.zeros(0, np.uint8)
+
+    def array(self, count: int, dtype: Any, offset: int = 0) -> npt.NDArray[Any]:
+        """`count` elements from byte `offset` on.
+
+        Of a buffer that is too small, nothing must be under way from or to it: it is replaced.
+        """
+        end = offset + count * np.dtype(dtype).itemsize
+        if end > self._raw.nbytes:
+            old, self._raw = self._raw, self._memory.cudart.pinned(max(2 * end, 1 << 16))
+            self._raw[: old.nbytes] = old
+        return cast("npt.NDArray[Any]", self._raw[offset:end].view(dtype))
+
+
+def aligned(offset: int) -> int:
+    """The next place for an array."""
+    return -(-offset // _ALIGN) * _ALIGN
+
+
+def is_exhausted(error: Exception) -> bool:
+    """Whether TVM's runtime, or the library, failed for lack of memory."""
+    if isinstance(error, CudaError):
+        return error.status == 2
+    return "out of memory" in str(error)
