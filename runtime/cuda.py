@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
 from llmc import cuda_driver
-from llmc.artifact import DeviceImage, Manifest
+from llmc.artifact import DeviceCode, DeviceImage, Manifest
 from llmc.cuda_driver import CudaDevice, CudaDriver
 from llmc.errors import LlmcError
 from llmc.runtime import cudart
 from llmc.runtime.library import ffi
 
+_VERSION = re.compile(r"(\d+)\.(\d+)")  # of the compiler, as the manifest names it
 _LEAST_DRIVER = 13000  # TVM's CUDA runtime is built for CUDA 13
 
 
@@ -55,16 +57,50 @@ def choose_image(manifest: Manifest, driver: CudaDriver | None = None) -> Device
             f"The artifact holds code for {archs}; this machine's {device.name} is sm_{device.arch}.",
             hint=f"Compile the model with --target cuda/sm_{device.arch} (several: cuda/sm_80,sm_{device.arch}).",
         )
-    # the newest architecture, and of two of one number the one with its own features
-    return max(fitting, key=lambda image: (_number(image.arch), image.arch))
+    # machine code before PTX, the newest architecture, and of two of one number the one with its own features
+    chosen = max(fitting, key=lambda image: (image.format != "ptx", _number(image.arch), image.arch))
+    _check_ptx(chosen, manifest.device, driver)
+    _check_shared(chosen, manifest.device, device)
+    return chosen
+
+
+def _check_ptx(image: DeviceImage, code: DeviceCode, driver: CudaDriver) -> None:
+    """A driver translates PTX of its own CUDA version and of older ones."""
+    found = _VERSION.search(code.compiler)
+    wanted = 1000 * int(found[1]) + 10 * int(found[2]) if found else _LEAST_DRIVER
+    if image.format == "ptx" and driver.version < wanted:
+        device = driver.devices[0]
+        raise LlmcError(
+            "cuda-driver-too-old",
+            f"The artifact has no machine code for this machine's {device.name} (sm_{device.arch}), and its PTX needs a "
+            f"driver for CUDA {wanted // 1000}.{wanted % 1000 // 10}; this machine's implements CUDA "
+            f"{driver.version_text}.",
+            hint=f"Update the NVIDIA driver, or compile the model with --target cuda/sm_{device.arch}.",
+        )
+
+
+def _check_shared(image: DeviceImage, code: DeviceCode, device: CudaDevice) -> None:
+    """GPUs of one major version differ in the shared memory that a block may take."""
+    mine = [k for k in code.kernels if k.arch == image.arch]
+    largest = max(mine, key=lambda k: k.shared_bytes, default=None)
+    if largest is not None and device.shared and largest.shared_bytes > device.shared:
+        raise LlmcError(
+            "wrong-gpu",
+            f"The artifact's kernel {largest.name} for {image.arch} takes {largest.shared_bytes} bytes of shared memory; "
+            f"this machine's {device.name} (sm_{device.arch}) has {device.shared} for a block.",
+            hint=f"Compile the model with --target cuda/sm_{device.arch}.",
+        )
 
 
 def runs_on(arch: str, device: CudaDevice) -> bool:
     """Whether machine code for an architecture runs on a device: the same major version and no newer minor one.
 
-    Code with the suffix ``a`` runs on exactly its architecture (CUDA programming guide, 5.4).
+    Code with the suffix ``a`` runs on exactly its architecture; PTX (``compute_90``) on its own and all newer ones (CUDA
+    programming guide, 5.4).
     """
     number = _number(arch)
+    if arch.startswith("compute_"):
+        return number <= device.arch
     if arch.endswith("a"):
         return number == device.arch
     return number // 10 == device.arch // 10 and number <= device.arch

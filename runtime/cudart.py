@@ -93,7 +93,7 @@ class Cudart:
         self._call("cudaMallocHost", ctypes.byref(at), ctypes.c_size_t(size))
         raw = (ctypes.c_uint8 * size).from_address(int(at.value or 0))
         weakref.finalize(raw, self._library.cudaFreeHost, at)
-        return np.frombuffer(raw, np.uint8)
+        return np.ctypeslib.as_array(raw)
 
     def copy_in(self, to: int, source: npt.NDArray[np.generic], stream: int) -> None:
         """Begin to copy a contiguous array to a device address; pinned memory must stay as it is until it is done."""

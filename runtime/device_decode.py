@@ -23,7 +23,7 @@ _STEP = 16  # from so many sequences on, numbers of sequences are multiples of i
 def buckets(max_batch: int) -> tuple[int, ...]:
     """Numbers of sequences that decode steps are filled up to: powers of two, then multiples of 16."""
     small = [1, 2, 4, 8]
-    return tuple(n for n in (*small, *range(_STEP, max_batch, _STEP)) if n < max_batch) + (max_batch,)
+    return (*(n for n in (*small, *range(_STEP, max_batch, _STEP)) if n < max_batch), max_batch)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from llmc.runtime.device_sampler import DeviceSampler
 from llmc.runtime.engine import Floats, StepInputs
 from llmc.runtime.library import Library, pack
 from llmc.runtime.memory import aligned_zeros
+from llmc.runtime.pages import pool_bytes
 from llmc.runtime.sampler import Draw
 from llmc.runtime.weights import Weights
 
@@ -120,7 +121,14 @@ class DeviceEngine:
         return pack(pools)
 
     def room(self) -> int:
-        """Bytes that the KV cache may take by default."""
+        """Bytes that the KV cache may take by default.
+
+        Raises:
+            LlmcError: not enough for the smallest cache.
+        """
+        plan = self._place.plan
+        smallest = pool_bytes(plan, [2 for _ in plan.groups])  # page 0 and another one
+        self._memory.require(smallest + _SPARE, f"the smallest KV cache and {_SPARE} to spare")
         return int(max(0, self._memory.cudart.memory()[0] - _SPARE) * _KV_SHARE)
 
     def _warm_up(self) -> None:
@@ -138,7 +146,15 @@ class DeviceEngine:
         tables = tuple(none.reshape(1, 1) for _ in groups)
         inputs = StepInputs(none, none, start, one, tables, tuple(none for _ in groups), none)
         for name in self._place.functions:
-            self._call(name, self._inputs.put(inputs.in_order()))
+            try:
+                self._call(name, self._inputs.put(inputs.in_order()))
+            except RuntimeError as e:
+                said = str(e).strip().splitlines()[-1].rstrip(".")
+                raise LlmcError(
+                    "kernels-unloadable",
+                    f"The GPU's driver does not run the artifact's kernels: {said}.",
+                    hint="Update the NVIDIA driver, or compile the model for this GPU: --target cuda.",
+                ) from None
             self._wait()
         self._memory.nbytes = before  # these pools are freed with the next ones
         # what another model's graphs use may have been freed for this one
@@ -157,7 +173,9 @@ class DeviceEngine:
             if not is_exhausted(e):
                 raise
             Scratch.may_be_freed()
-            raise self._memory.exhausted(f"the results of {function} ({rows} rows of logits)", size, e) from None
+            raise self._memory.exhausted(
+                f"the results of {function} ({rows} rows of logits)", size, e
+            ) from None
         self._rows.add(rows)
         return logits
 

@@ -66,9 +66,7 @@ class BatchBuffer:
         tensors: the inputs, in the order of StepInputs.in_order().
     """
 
-    def __init__(
-        self, memory: DeviceMemory, staging: HostBuffer, size: int, groups: int, width: int
-    ) -> None:
+    def __init__(self, memory: DeviceMemory, staging: HostBuffer, size: int, groups: int, width: int) -> None:
         self.size, self._width = size, width
         self._memory, self._staging = memory, staging
         # input_ids, positions, query_start, context_len, slots of each group, logit_rows

@@ -133,14 +133,14 @@ def sample(cfg: SampleConfig, caps: Capabilities) -> Any:
                 with T.If(by_count > 0):
                     with T.Then():
                         for p in range(PASSES):
-                            parts(lambda row, part, thread, p=p: _count(row, part, thread, p))  # type: ignore[misc]
+                            parts(lambda row, part, thread, p=p: _count(row, part, thread, p))
                         parts(lambda row, part, thread: _weigh(row, part, thread, True))
                     with T.Else():
                         parts(lambda row, part, thread: _weigh(row, part, thread, False))
                 with T.If(by_mass > 0):
                     with T.Then():
                         for p in range(PASSES):
-                            parts(lambda row, part, thread, p=p: _add_up(row, part, thread, p))  # type: ignore[misc]
+                            parts(lambda row, part, thread, p=p: _add_up(row, part, thread, p))
                         parts(_count_ties)
                         _draw(cfg, args, n, parts, True)
                     with T.Else():
@@ -473,9 +473,7 @@ def _mass(segments: _Segments, thread: Any) -> Any:
     """Sum of what is kept of the thread's segment."""
     mass = g.local(1, "float64")
     e.store(mass, 0, _f64(0.0), 1)
-    segments.visit(
-        thread, lambda column, weight: e.store(mass, 0, mass[0] + tirx.Cast("float64", weight), 1)
-    )
+    segments.visit(thread, lambda column, weight: e.store(mass, 0, mass[0] + tirx.Cast("float64", weight), 1))
     return mass[0]
 
 
@@ -504,9 +502,7 @@ def _choose(row: _Row, thread: Any, cut: _Cut | None) -> None:
     """
     masses = g.shared(THREADS, "float64", "masses")
     target = e.let(row.args["shares"][row.row * 2] * row.total(row.kept))
-    block, before = _passing(
-        row.cfg.blocks, lambda s: row.args["doubles"][row.kept + s], target, _f64(0.0)
-    )
+    block, before = _passing(row.cfg.blocks, lambda s: row.args["doubles"][row.kept + s], target, _f64(0.0))
     segments = _Segments(row, e.let(e.i64(block)), thread, cut)
     e.store(masses, thread, _mass(segments, thread), 1)
     g.barrier()

@@ -144,13 +144,12 @@ class Selection:
         e.store(left, 0, rest, 1)
         e.store(done, 0, g.i32(0), 1)
         for d in reversed(range(DIGITS)):
-            with g.when(done[0] == 0):
-                with T.If(T.Or(sums[d] >= left[0], g.i32(d) == 0)):
-                    with T.Then():
-                        e.store(digit, 0, g.i32(d), 1)
-                        e.store(done, 0, g.i32(1), 1)
-                    with T.Else():
-                        e.store(left, 0, left[0] - sums[d], 1)
+            with g.when(done[0] == 0), T.If(T.Or(sums[d] >= left[0], g.i32(d) == 0)):
+                with T.Then():
+                    e.store(digit, 0, g.i32(d), 1)
+                    e.store(done, 0, g.i32(1), 1)
+                with T.Else():
+                    e.store(left, 0, left[0] - sums[d], 1)
         return e.let(digit[0]), e.let(left[0])
 
     def _up(self, sums: Any, rest: Any) -> tuple[Any, Any]:

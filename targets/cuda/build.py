@@ -21,7 +21,6 @@ from llmc.targets import simt
 from llmc.targets.backend import Built
 from llmc.targets.cuda import compiler, resources
 
-
 SAMPLER = "sample_tokens"  # function of model.so, called by llmc/runtime/device_sampler.py
 
 
@@ -40,9 +39,11 @@ def build(module: Any, target: Any, caps: Capabilities, archs: tuple[str, ...]) 
         executable = relax.build(
             module, target, relax_pipeline=None, tir_pipeline=pipeline, exec_mode="bytecode"
         )
-    files, kernels = _assemble(executable.mod, archs)
-    named = {arch: f"kernels-{arch}.bin" for arch in archs}
-    images = tuple(DeviceImage(arch, name, "cubin") for arch, name in named.items())
+    files, kernels = _assemble(executable.mod, (*archs, *ptx_of(archs)))
+    named = {arch: f"kernels-{arch}.bin" for arch in files}
+    images = tuple(
+        DeviceImage(arch, name, "ptx" if compiler.is_ptx(arch) else "cubin") for arch, name in named.items()
+    )
     code = DeviceCode(compiler.version(), images, kernels, (sampler.blocks, sampler.ints, sampler.doubles))
     return Built(executable, {named[arch]: raw for arch, raw in files.items()}, code)
 
@@ -68,11 +69,23 @@ def _assemble(root: Any, archs: tuple[str, ...]) -> tuple[dict[str, bytes], tupl
     kernels: list[DeviceKernel] = []
     for arch in archs:
         done = compiler.assemble(source, arch)
+        if compiler.is_ptx(arch):
+            files[arch] = serialised("ptx", table, done.code)
+            continue
         found = resources.parse(done.log)
         resources.check(found, threads)
         kernels.extend(found)
-        files[arch] = serialised("cubin", table, done.cubin)
+        files[arch] = serialised("cubin", table, done.code)
     return files, tuple(kernels)
+
+
+def ptx_of(archs: tuple[str, ...]) -> tuple[str, ...]:
+    """The virtual architecture whose PTX runs on newer GPUs than `archs`: the newest one without features of its own.
+
+    PTX with the suffix ``a`` runs on exactly its architecture (PTX ISA, 11.1), which has machine code already.
+    """
+    numbers = [int(arch.removeprefix("sm_")) for arch in archs if not arch.endswith("a")]
+    return (f"compute_{max(numbers)}",) if numbers else ()
 
 
 def vocab_of(module: Any) -> int:

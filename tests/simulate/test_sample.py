@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmc.runtime.sampler import Draw, Sampler, SamplingParams, choose as host_choice
 from llmc.runtime.device_sampler import packed_draws
+from llmc.runtime.sampler import Draw, Sampler, SamplingParams
+from llmc.runtime.sampler import choose as host_choice
 from llmc.schedules.gpu.sample import SampleConfig, sample
 from tests.simulate.gpu import SimulatedTools, gpu
 

@@ -61,5 +61,5 @@ def compile_for_fake(model: Path, folder: Path, *, assemble: bool = False, **spe
 
 
 def _names(source: str, arch: str) -> compiler.Assembled:
-    names = re.findall(r"__launch_bounds__\(\d+[^)]*\)\s+(\w+)\(", source)
-    return compiler.Assembled(" ".join(["names of kernels:", *names]).encode(), "")
+    names = dict.fromkeys(re.findall(r"__launch_bounds__\(\d+[^)]*\)\s+(\w+)\(", source))
+    return compiler.Assembled(" ".join([f"kernels for {arch}:", *names]).encode(), "")

@@ -6,10 +6,11 @@ A process that has installed it sees a GPU from then on, so tests install it in 
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 KERNELS = "kernels.json"  # TIR of the device's kernels, beside the artifact
-_NAMES = (
-    "allocations launches graph_launches captures waits copies_in copies_out bytes_out kernels pageable".split()
-)
+_NAMES = "allocations launches graph_launches captures waits copies_in copies_out bytes_out kernels pageable".split()
 
 
 def build(folder: Path) -> None:
@@ -37,20 +36,14 @@ def build(folder: Path) -> None:
         subprocess.run(command, check=True)
 
 
-def scenario(function: str, libraries: Path, *args: Path | str, **settings: int) -> None:
+def scenario(function: str, libraries: Path, *args: Path | str) -> None:
     """Run `function` of a module (``package.module:name``) in a process with the fake GPU; it gets `args` as texts.
-
-    Args:
-        settings: memory (bytes), arch, driver, init: what the fake driver reports.
 
     Raises:
         AssertionError: the process fails; with its output.
     """
-    environment = {**os.environ, **{f"FAKE_CUDA_{k.upper()}": str(v) for k, v in settings.items()}}
     command = [sys.executable, "-m", __name__, str(libraries), function, *map(str, args)]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, cwd=HERE.parents[2], check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parents[2], check=False)
     assert done.returncode == 0, f"{function} ends with {done.returncode}:\n{done.stdout}{done.stderr}"
 
 
@@ -93,13 +86,29 @@ class FakeGpu:
 
     def counts(self) -> dict[str, int]:
         """How often what was asked for so far."""
-        return dict(zip(_NAMES, (ctypes.c_long * len(_NAMES)).in_dll(self._driver, "fake_counts"), strict=True))
+        return dict(
+            zip(_NAMES, (ctypes.c_long * len(_NAMES)).in_dll(self._driver, "fake_counts"), strict=True)
+        )
 
-    def free(self) -> int:
-        """Free bytes of the device."""
+    def taken(self) -> int:
+        """Allocated bytes of the device."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self._driver.fake_memory(ctypes.byref(free), ctypes.byref(total))
-        return free.value
+        return total.value - free.value
+
+    @contextmanager
+    def having(self, **settings: int) -> Iterator[None]:
+        """What the GPU is for a while: limit (bytes of its memory), arch, driver (version); errors: init, load, capture."""
+        kinds = {"limit": ctypes.c_size_t}
+        places = {k: kinds.get(k, ctypes.c_int).in_dll(self._driver, f"fake_{k}") for k in settings}
+        before = {k: place.value for k, place in places.items()}
+        for k, place in places.items():
+            place.value = settings[k]
+        try:
+            yield
+        finally:
+            for k, place in places.items():
+                place.value = before[k]
 
     def _load(self, image: int) -> int:
         head = ctypes.string_at(image, 4)

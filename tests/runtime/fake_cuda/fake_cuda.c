@@ -12,7 +12,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, NO_BINARY = 209, NOT_FOUND = 500, LAUNCH_FAILED = 719,
+enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, NO_BINARY = 209, UNSUPPORTED_PTX = 222,
+       NOT_FOUND = 500, LAUNCH_FAILED = 719,
        CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901, CAPTURE_IMPLICIT = 906 };
 enum { TO_DEVICE = 1, TO_HOST = 2 };
 
@@ -77,22 +78,16 @@ static FindCallback on_find;
 static LaunchCallback on_launch;
 static char *arena;
 static size_t capacity, taken;
-static int arch, driver_version, init_status, sticky;
+int fake_arch = 90, fake_driver = 13000, fake_init, fake_load, fake_capture; /* the last three: errors to give */
+size_t fake_limit; /* of what may be allocated */
+static int sticky;
 static Block blocks[MOST_BLOCKS], pinned[MOST_BLOCKS];
 static int block_count, pinned_count;
 static Stream legacy = {0, 0, 0, 1, 0, 0};
 static Stream *streams;
 
-static size_t number_of(const char *name, size_t other) {
-  const char *text = getenv(name);
-  return text ? strtoull(text, 0, 10) : other;
-}
-
 __attribute__((constructor)) static void start(void) {
-  capacity = number_of("FAKE_CUDA_MEMORY", 256u << 20);
-  arch = (int)number_of("FAKE_CUDA_ARCH", 90);
-  driver_version = (int)number_of("FAKE_CUDA_DRIVER", 13000);
-  init_status = (int)number_of("FAKE_CUDA_INIT", 0);
+  fake_limit = capacity = 256u << 20;
   arena = mmap(0, capacity, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 }
 
@@ -126,7 +121,18 @@ static int forbidden(void) {
 
 static int run(Op *op);
 
+static int opened; /* how many operations have device memory open */
+
+static void open_memory(void) {
+  if (!opened++) mprotect(arena, capacity, PROT_READ | PROT_WRITE);
+}
+
+static void close_memory(void) {
+  if (!--opened) mprotect(arena, capacity, PROT_NONE);
+}
+
 static int flush(Stream *s) {
+  if (opened) return sticky; /* Python frees a tensor in the middle of a kernel */
   while (s->first) {
     Op *op = s->first;
     s->first = op->next;
@@ -154,7 +160,7 @@ static int run(Op *op) {
     return OK;
   }
   if (op->kind == AFTER) return flush(op->other);
-  mprotect(arena, capacity, PROT_READ | PROT_WRITE);
+  open_memory();
   int status = OK;
   if (op->kind == COPY) {
     for (size_t r = 0; r < op->rows; r++)
@@ -163,7 +169,7 @@ static int run(Op *op) {
     fake_counts[KERNELS]++;
     if (on_launch(op->kernel, op->dims, op->arguments)) status = LAUNCH_FAILED;
   }
-  mprotect(arena, capacity, PROT_NONE);
+  close_memory();
   return status;
 }
 
@@ -193,13 +199,13 @@ int fake_malloc(void **at, size_t size) {
   char *place = arena; /* first fit; the blocks are in order of their addresses */
   int i = 0;
   for (; i < block_count && (size_t)(blocks[i].at - place) < size; i++) place = blocks[i].at + blocks[i].size;
-  if (place + size > arena + capacity || block_count == MOST_BLOCKS) return OUT_OF_MEMORY;
+  if (place + size > arena + capacity || taken + size > fake_limit || block_count == MOST_BLOCKS) return OUT_OF_MEMORY;
   memmove(blocks + i + 1, blocks + i, (block_count - i) * sizeof(Block));
   blocks[i].at = place, blocks[i].size = size;
   block_count++, taken += size, fake_counts[ALLOCATIONS]++;
-  mprotect(arena, capacity, PROT_READ | PROT_WRITE);
+  open_memory();
   memset(place, 0xFF, size); /* NaN, as much as anything */
-  mprotect(arena, capacity, PROT_NONE);
+  close_memory();
   *at = place;
   return OK;
 }
@@ -243,7 +249,7 @@ static int is_pinned(const void *at) {
 }
 
 int fake_memory(size_t *free_bytes, size_t *total) {
-  *free_bytes = capacity - taken, *total = capacity;
+  *free_bytes = fake_limit > taken ? fake_limit - taken : 0, *total = fake_limit;
   return OK;
 }
 
@@ -294,6 +300,7 @@ int fake_after(Stream *stream, Stream *other) {
 }
 
 int fake_begin(Stream *stream) {
+  if (fake_capture) return fake_capture;
   if (!stream) return CAPTURE_UNSUPPORTED;
   stream->capture = calloc(1, sizeof(Graph)), stream->invalid = 0;
   return OK;
@@ -318,8 +325,8 @@ int fake_replay(Graph *graph, Stream *stream) {
 }
 
 int fake_device_count(int *count) {
-  *count = init_status ? 0 : 1;
-  return init_status;
+  *count = fake_init ? 0 : 1;
+  return fake_init;
 }
 
 /* CUdevice_attribute = cudaDeviceAttr in the numbers used here */
@@ -332,8 +339,8 @@ int fake_attribute(int *value, int number) {
     case 12: *value = 65536; break;                    /* registers of a block */
     case 13: *value = 1500000; break;                  /* clock */
     case 16: *value = 4; break;                        /* multiprocessors */
-    case 75: *value = arch / 10; break;
-    case 76: *value = arch % 10; break;
+    case 75: *value = fake_arch / 10; break;
+    case 76: *value = fake_arch % 10; break;
     case 97: *value = 227 << 10; break;                /* shared memory that a block may ask for */
     default: *value = 0;
   }
@@ -346,6 +353,7 @@ const char *fake_error(int status) {
     case OUT_OF_MEMORY: return "out of memory";
     case NO_DEVICE: return "no CUDA-capable device is detected";
     case NO_BINARY: return "no kernel image is available for execution on the device";
+    case UNSUPPORTED_PTX: return "the provided PTX was compiled with an unsupported toolchain";
     case NOT_FOUND: return "named symbol not found";
     case LAUNCH_FAILED: return "unspecified launch failure";
     case CAPTURE_UNSUPPORTED: return "operation not permitted when stream is capturing";
@@ -359,12 +367,12 @@ const char *fake_error(int status) {
 
 typedef struct { unsigned grid[3], block[3], shared; Stream *stream; void *attributes; unsigned count; } LaunchConfig;
 
-int cuInit(unsigned flags) { return init_status; }
-int cuDriverGetVersion(int *version) { *version = driver_version; return OK; }
+int cuInit(unsigned flags) { return fake_init; }
+int cuDriverGetVersion(int *version) { *version = fake_driver; return OK; }
 int cuDeviceGetCount(int *count) { return fake_device_count(count); }
 int cuDeviceGet(int *device, int index) { *device = index; return OK; }
 int cuDeviceGetName(char *name, int length, int device) { strncpy(name, "Fake GPU", length); return OK; }
-int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = capacity; return OK; }
+int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = fake_limit; return OK; }
 int cuDeviceGetAttribute(int *value, int number, int device) { return fake_attribute(value, number); }
 int cuGetErrorName(int status, const char **text) { *text = fake_error(status); return OK; }
 int cuGetErrorString(int status, const char **text) { *text = fake_error(status); return OK; }
@@ -375,7 +383,7 @@ int cuModuleUnload(void *module) { return OK; }
 int cuModuleLoadData(void **module, const void *image) {
   *module = (void *)image;
   if (forbidden()) return CAPTURE_UNSUPPORTED;
-  return on_load(image);
+  return fake_load ? fake_load : on_load(image);
 }
 
 int cuModuleGetFunction(Kernel **f, void *module, const char *name) {
