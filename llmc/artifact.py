@@ -230,17 +230,11 @@ class DeviceImage:
 
 @dataclass(frozen=True)
 class DeviceCode:
-    """Code that runs on a device beside the host's model.so, and what compiled it.
-
-    Attributes:
-        sampling: scratch memory that the library's function sample_tokens takes for a row: numbers of float32, int32 and
-            float64 elements. None = there is no such function.
-    """
+    """Code that runs on a device beside the host's model.so, and what compiled it."""
 
     compiler: str
     images: tuple[DeviceImage, ...]
     kernels: tuple[DeviceKernel, ...]
-    sampling: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -87,9 +87,7 @@ class DeviceEngine:
         self._staging = HostBuffer(memory)
         self._results = HostBuffer(memory)
         self._inputs = StepBuffer(memory, self._staging)
-        self._sampler = DeviceSampler(
-            library, memory, place.limits.max_batch, place.vocab_size, _sampling(manifest)
-        )
+        self._sampler = DeviceSampler(library, memory, place.limits.max_batch, place.vocab_size)
         groups = len(place.plan.groups)
         self._decode = DecodeSteps(
             memory,
@@ -256,21 +254,6 @@ def load_engine(
     found = pages(engine.room())
     engine.make_pools(found)
     return engine, found
-
-
-def _sampling(manifest: Manifest) -> tuple[int, ...]:
-    """Scratch memory of the sampling function.
-
-    Raises:
-        LlmcError: the artifact has none.
-    """
-    if manifest.device is None or manifest.device.sampling is None:
-        raise LlmcError(
-            "function-missing",
-            "The artifact has no function that samples on the GPU.",
-            hint="Compile the model again with this llmc.",
-        )
-    return manifest.device.sampling
 
 
 def _padded(rows: int, most: int) -> int:

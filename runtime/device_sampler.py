@@ -12,8 +12,7 @@ import numpy.typing as npt
 from llmc.runtime.device_memory import DeviceMemory, HostBuffer, aligned
 from llmc.runtime.library import Library
 from llmc.runtime.sampler import Draw, not_finite
-
-FUNCTION = "sample_tokens"  # of model.so; llmc/targets/cuda/build.py puts it there
+from llmc.sample_layout import FUNCTION, SampleConfig
 
 
 @dataclass(frozen=True)
@@ -54,23 +53,21 @@ class DeviceSampler:
     Args:
         rows: most rows at a time.
         vocab: columns of the logits.
-        scratch: float32, int32 and float64 elements of scratch memory for a row.
 
     Raises:
         LlmcError: the artifact has no such function, or the device's memory does not suffice.
     """
 
-    def __init__(
-        self, library: Library, memory: DeviceMemory, rows: int, vocab: int, scratch: Sequence[int]
-    ) -> None:
+    def __init__(self, library: Library, memory: DeviceMemory, rows: int, vocab: int) -> None:
         self._function = library.kernel(FUNCTION)
         self._memory, self._vocab = memory, vocab
         self._staging, self._results = HostBuffer(memory), HostBuffer(memory)
         what = "sampling"
-        self._shapes = tuple(scratch)
+        layout = SampleConfig(vocab)
+        self._shapes = (layout.blocks, layout.ints, layout.doubles)
         kinds = ("float32", "int32", "float64")
         self._scratch = [
-            memory.empty((rows * size,), kind, what) for size, kind in zip(scratch, kinds, strict=True)
+            memory.empty((rows * size,), kind, what) for size, kind in zip(self._shapes, kinds, strict=True)
         ]
         self._tokens = memory.empty((rows,), "int32", what)
         self._inputs: Any = None

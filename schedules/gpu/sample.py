@@ -9,45 +9,20 @@ threads run. Method of the selection: Alabi et al. 2012, "Fast k-selection algor
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
+from llmc.sample_layout import COLUMNS, DIGITS, PASSES, SampleConfig
 from llmc.schedules import emit as e
 from llmc.schedules.gpu import emit as g
-from llmc.schedules.gpu.sample_select import DIGITS, PASSES, Selection
+from llmc.schedules.gpu.sample_select import Selection
 
 THREADS = 256
-COLUMNS = 4096  # of a block
 _EACH = COLUMNS // THREADS
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """Tokens of rows of `vocab` logits in float32."""
-
-    vocab: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of threads that share a row."""
-        return -(-self.vocab // COLUMNS)
-
-    @property
-    def ints(self) -> int:
-        """int32 of scratch memory for a row: index of the largest, counts, ties of a block; bits and rest of a pass."""
-        return (2 + 2 * DIGITS) * self.blocks + 3 * (PASSES + 1)
-
-    @property
-    def doubles(self) -> int:
-        """float64 of scratch memory for a row: sums by digit, all and kept of a block; sum below the cut of a pass."""
-        return (2 + 2 * DIGITS) * self.blocks + PASSES + 1
 
 
 class _Row:
@@ -132,15 +107,15 @@ def sample(cfg: SampleConfig, caps: Capabilities) -> Any:
             with g.when(draw > 0):
                 with T.If(by_count > 0):
                     with T.Then():
-                        for p in range(PASSES):
-                            parts(lambda row, part, thread, p=p: _count(row, part, thread, p))
+                        with e.loop(PASSES) as p:
+                            parts(lambda row, part, thread: _count(row, part, thread, p))
                         parts(lambda row, part, thread: _weigh(row, part, thread, True))
                     with T.Else():
                         parts(lambda row, part, thread: _weigh(row, part, thread, False))
                 with T.If(by_mass > 0):
                     with T.Then():
-                        for p in range(PASSES):
-                            parts(lambda row, part, thread, p=p: _add_up(row, part, thread, p))
+                        with e.loop(PASSES) as p:
+                            parts(lambda row, part, thread: _add_up(row, part, thread, p))
                         parts(_count_ties)
                         _draw(cfg, args, n, parts, True)
                     with T.Else():
@@ -283,7 +258,7 @@ def _by_mass(row: _Row, part: Any, thread: Any) -> Selection:
     )
 
 
-def _count(row: _Row, part: Any, thread: Any, number: int) -> None:
+def _count(row: _Row, part: Any, thread: Any, number: Any) -> None:
     """A pass of top-k."""
     with g.when(row.drawn):
         chosen = _by_count(row, part, thread)
@@ -297,7 +272,7 @@ def _count(row: _Row, part: Any, thread: Any, number: int) -> None:
         chosen.run(number, all_of)
 
 
-def _add_up(row: _Row, part: Any, thread: Any, number: int) -> None:
+def _add_up(row: _Row, part: Any, thread: Any, number: Any) -> None:
     """A pass of top-p."""
     with g.when(row.drawn):
         chosen = _by_mass(row, part, thread)

@@ -12,13 +12,12 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from llmc.sample_layout import DIGITS, PASSES
 from llmc.schedules import emit as e
 from llmc.schedules.gpu import emit as g
 
 THREADS = 256
-BITS = 4
-DIGITS = 1 << BITS
-PASSES = 32 // BITS
+BITS = DIGITS.bit_length() - 1
 _GROUPS = THREADS // DIGITS
 
 
@@ -56,20 +55,19 @@ class Selection:
         self._descending = descending
         self.limit: Any = None
 
-    def run(self, number: int, all_of: Callable[[Callable[[Any, Any], None]], None]) -> None:
-        """Pass `number`: all_of(add) calls add(bits, amount) for each element that the thread looks at."""
+    def run(self, number: Any, all_of: Callable[[Callable[[Any, Any], None]], None]) -> None:
+        """Pass `number` (int64): all_of(add) calls add(bits, amount) for each element that the thread looks at."""
         prefix, rest = self._state(number)
-        if number:
-            with g.when(T.And(self._part == 0, self._thread == 0)):
-                self._save(number, prefix, rest)
-        shift = 32 - BITS * (number + 1)
+        with g.when(T.And(self._part == 0, self._thread == 0)):
+            self._save(number, prefix, rest)
+        shift = e.let(tirx.Cast("uint32", 32 - BITS * (number + 1)))
         sums = g.local(DIGITS, self._dtype)
         for d in range(DIGITS):
             e.store(sums, d, self._zero(), 1)
 
         def add(bits: Any, amount: Any) -> None:
             bits, amount = e.let(bits), e.let(amount)
-            digit = e.let(T.shift_right(T.bitwise_xor(bits, prefix), g.u32(shift)))
+            digit = e.let(T.shift_right(T.bitwise_xor(bits, prefix), shift))
             # what agrees in the digits before has zeros there now
             for d in range(DIGITS):
                 with g.when(digit == g.u32(d)):
@@ -80,22 +78,22 @@ class Selection:
 
     def finish(self) -> tuple[Any, Any]:
         """(the bits of the element, rest) after the last pass; also left behind as the state of pass PASSES."""
-        bits, rest = self._state(PASSES)
+        bits, rest = self._state(e.i64(PASSES))
         with g.when(T.And(self._part == 0, self._thread == 0)):
             self._save(PASSES, bits, rest)
         return bits, rest
 
-    def _save(self, number: int, bits: Any, rest: Any) -> None:
+    def _save(self, number: Any, bits: Any, rest: Any) -> None:
         e.store(self._bits[0], self._bits[1] + number, T.reinterpret("int32", bits), 1)
         e.store(self._rest[0], self._rest[1] + number, rest, 1)
 
     def _zero(self) -> Any:
         return g.i32(0) if self._dtype == "int32" else tirx.FloatImm("float64", 0.0)
 
-    def _table_at(self, number: int, part: Any) -> Any:
+    def _table_at(self, number: Any, part: Any) -> Any:
         return self._at + (number % 2 * self._blocks + part) * DIGITS
 
-    def _publish(self, number: int, sums: Any) -> None:
+    def _publish(self, number: Any, sums: Any) -> None:
         """Add the threads' sums up, in an order that is always the same, and write the block's."""
         rows = g.shared(THREADS * DIGITS, self._dtype, "rows")
         groups = g.shared(_GROUPS * DIGITS, self._dtype, "groups")
@@ -115,27 +113,28 @@ class Selection:
                 e.store(total, 0, total[0] + groups[i * DIGITS + self._thread], 1)
             e.store(self._table, self._table_at(number, self._part) + self._thread, total[0], 1)
 
-    def _state(self, number: int) -> tuple[Any, Any]:
+    def _state(self, number: Any) -> tuple[Any, Any]:
         """(digits chosen before pass `number`, rest), the same in all threads."""
-        if number == 0:
-            return e.let(g.u32(0)), e.let(self._start)
-        bits, rest = e.let(g.u32(0)), e.let(self._start)
-        if number > 1:
+        chosen, left = g.local(1, "uint32"), g.local(1, self._dtype)
+        e.store(chosen, 0, g.u32(0), 1)
+        e.store(left, 0, self._start, 1)
+        sums = g.shared(DIGITS, self._dtype, "digits")
+        with g.when(number > 0):
             bits = e.let(T.reinterpret("uint32", self._bits[0][self._bits[1] + number - 1]))
             rest = e.let(self._rest[0][self._rest[1] + number - 1])
-        sums = g.shared(DIGITS, self._dtype, "digits")
-        with g.when(self._thread < DIGITS):
-            total = g.local(1, self._dtype)
-            e.store(total, 0, self._zero(), 1)
-            with e.loop(self._blocks) as s:
-                value = self._table[self._table_at(number - 1, s) + self._thread]
-                e.store(total, 0, total[0] + value, 1)
-            e.store(sums, self._thread, total[0], 1)
-        g.barrier()
-        digit, left = self._down(sums, rest) if self._descending else self._up(sums, rest)
-        shift = 32 - BITS * number
-        chosen = T.bitwise_or(bits, T.shift_left(tirx.Cast("uint32", digit), g.u32(shift)))
-        return e.let(chosen), left
+            with g.when(self._thread < DIGITS):
+                total = g.local(1, self._dtype)
+                e.store(total, 0, self._zero(), 1)
+                with e.loop(self._blocks) as s:
+                    value = self._table[self._table_at(number - 1, s) + self._thread]
+                    e.store(total, 0, total[0] + value, 1)
+                e.store(sums, self._thread, total[0], 1)
+            g.barrier()
+            digit, now = self._down(sums, rest) if self._descending else self._up(sums, rest)
+            shift = e.let(tirx.Cast("uint32", 32 - BITS * number))
+            e.store(chosen, 0, T.bitwise_or(bits, T.shift_left(tirx.Cast("uint32", digit), shift)), 1)
+            e.store(left, 0, now, 1)
+        return e.let(chosen[0]), e.let(left[0])
 
     def _down(self, sums: Any, rest: Any) -> tuple[Any, Any]:
         """The largest digit with which `rest` elements are reached, and how many of them are still wanted there."""

@@ -14,14 +14,13 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from llmc import sample_layout
 from llmc.artifact import DeviceCode, DeviceImage, DeviceKernel
 from llmc.caps import Capabilities
-from llmc.schedules.gpu.sample import SampleConfig, sample
+from llmc.schedules.gpu.sample import sample
 from llmc.targets import simt
 from llmc.targets.backend import Built
 from llmc.targets.cuda import compiler, resources
-
-SAMPLER = "sample_tokens"  # function of model.so, called by llmc/runtime/device_sampler.py
 
 
 def build(module: Any, target: Any, caps: Capabilities, archs: tuple[str, ...]) -> Built:
@@ -31,9 +30,9 @@ def build(module: Any, target: Any, caps: Capabilities, archs: tuple[str, ...]) 
         LlmcError: no compiler, source refused, or a kernel that exceeds a limit.
     """
     compiler.which()  # before the long work
-    sampler = SampleConfig(vocab_of(module))
+    sampler = sample_layout.SampleConfig(vocab_of(module))
     module = tvm.IRModule(dict(module.functions.items()), attrs=module.attrs)
-    module[SAMPLER] = sample(sampler, caps).with_attr("global_symbol", SAMPLER)
+    module[sample_layout.FUNCTION] = sample(sampler, caps).with_attr("global_symbol", sample_layout.FUNCTION)
     pipeline = simt.register()
     with target:
         executable = relax.build(
@@ -44,7 +43,7 @@ def build(module: Any, target: Any, caps: Capabilities, archs: tuple[str, ...]) 
     images = tuple(
         DeviceImage(arch, name, "ptx" if compiler.is_ptx(arch) else "cubin") for arch, name in named.items()
     )
-    code = DeviceCode(compiler.version(), images, kernels, (sampler.blocks, sampler.ints, sampler.doubles))
+    code = DeviceCode(compiler.version(), images, kernels)
     return Built(executable, {named[arch]: raw for arch, raw in files.items()}, code)
 
 

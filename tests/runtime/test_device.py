@@ -30,7 +30,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama for sm_90, and what torch says of it."""
     folder = tmp_path_factory.mktemp("compiled")
-    model = tiny_model("llama")
+    model = tiny_model("llama", num_hidden_layers=1)
     compile_for_fake(model, folder, target="cuda/sm_90", dtype="f32", max_seq_len=64, max_batch=4)
     ids = [3, 1, 4, 1, 5, 9, 2, 6, 5]
     with torch.no_grad():
