@@ -116,6 +116,23 @@ def _others(gpu: FakeGpu, model: Any, folder: str, ids: list[int], greedy: list[
     assert "not permitted when stream is capturing" in str(said[0].message)
 
 
+def agrees(gpu: FakeGpu, folder: str) -> None:
+    """Logits of prefill and decode, alone and in a graph for four of which one is not used, are those of the cpu target."""
+    expected = np.load(Path(folder) / "expected.npz")
+    error = float(expected["error"])
+    model = llmc.load(Path(folder) / "artifact", kv_pages=40)
+    prompts = [p[p >= 0].tolist() for p in expected["prompts"]]
+    sequences = [model.new_sequence() for _ in prompts]
+    model.step(list(zip(sequences, [p[:-2] for p in prompts], strict=True)))
+    for at in (-2, -1):
+        with Counted(gpu) as c:
+            rows = model.step([(s, [p[at]]) for s, p in zip(sequences, prompts, strict=True)])
+        assert c.grew["graph_launches"] == 1
+        np.testing.assert_allclose(rows, expected["rows"][at], rtol=error, atol=error)
+    if expected["assembled"]:
+        assert gpu.images[0].startswith(b"\x7fELF")
+
+
 def refusals(gpu: FakeGpu, folder: str) -> None:
     """What the machine lacks: one sentence each, at load and at run; and the model goes on where it can."""
     artifact = Path(folder) / "artifact"
