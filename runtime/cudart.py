@@ -73,10 +73,18 @@ class Cudart:
         return free.value, total.value
 
     def stream(self) -> int:
-        """A new stream; it lives as long as the process."""
+        """A new stream, which waits for no other one."""
         stream = ctypes.c_void_p()
         self._call("cudaStreamCreateWithFlags", ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
         return int(stream.value or 0)
+
+    def end_stream(self, stream: int) -> None:
+        """Give a stream back."""
+        self._call("cudaStreamDestroy", ctypes.c_void_p(stream))
+
+    def wait_all(self) -> None:
+        """Until all that was given to the device is done, by whomever."""
+        self._call("cudaDeviceSynchronize")
 
     def wait(self, stream: int) -> None:
         """Until all that was given to the stream is done.

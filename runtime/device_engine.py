@@ -60,7 +60,7 @@ class Place:
 class DeviceEngine:
     """An Engine (engine.py) with weights and pools in device memory; it also samples there.
 
-    All work goes to one stream. The host copies a step's integers in, waits once, for tokens or logits, and for nothing
+    Models of one process take turns. The host copies a step's integers in, waits once, for tokens or logits, and for nothing
     else. After construction all memory of step functions is taken; give it pools before the first step.
 
     Args:
@@ -99,7 +99,9 @@ class DeviceEngine:
         )
         self._pool_bytes = 0
         self._tail: tuple[Any, Any] = (None, self._params)
-        self._warm_up()
+        memory.cudart.wait_all()  # constants of the library came by the default stream
+        with memory.turn:
+            self._warm_up()
 
     def make_pools(self, pages: Sequence[int]) -> None:
         """Take the memory of the KV cache.
@@ -190,6 +192,10 @@ class DeviceEngine:
 
     def run(self, function: str, inputs: StepInputs) -> Floats:
         """See llmc.runtime.engine.Engine."""
+        with self._memory.turn:
+            return self._run(function, inputs)
+
+    def _run(self, function: str, inputs: StepInputs) -> Floats:
         logits = self._start(function, inputs)
         rows, columns = len(inputs.logit_rows), int(logits.shape[1])
         if 4 * rows * columns > _MOST_PINNED:
@@ -203,9 +209,10 @@ class DeviceEngine:
 
     def sample(self, function: str, inputs: StepInputs, draws: Sequence[Draw]) -> list[int]:
         """See llmc.runtime.engine.SamplingEngine."""
-        tokens = self._sampler.start(self._start(function, inputs), draws)
-        self._wait()
-        return self._sampler.finish(tokens)
+        with self._memory.turn:
+            tokens = self._sampler.start(self._start(function, inputs), draws)
+            self._wait()
+            return self._sampler.finish(tokens)
 
     def _wait(self) -> None:
         try:

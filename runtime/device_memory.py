@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,15 +24,20 @@ _MOST_VIEWS = 1024
 
 
 class DeviceMemory:
-    """The memory of the first GPU and the stream that all of a model's work goes through.
+    """The memory of the first GPU, and the stream that the work of all models goes through.
 
+    The stream is not the default one, which cannot be captured. It is one for the process, because TVM's pool of scratch
+    memory is: what one model's kernels are still using may be handed to another one, whose kernels must come later.
     The CUDA runtime must be loaded (cuda.load_runtime).
 
     Attributes:
         nbytes: of the tensors that it has handed out.
         cudart: the library's calls.
-        stream: of its own, so that it can be captured and waits for nothing else.
+        turn: held while a step is given to the stream, so that the steps of two models do not mix.
     """
+
+    turn = threading.RLock()
+    _stream: ClassVar[int] = 0
 
     def __init__(self) -> None:
         tvm_ffi = ffi()
@@ -41,7 +47,14 @@ class DeviceMemory:
         self._views: dict[tuple[int, tuple[int, ...], str], Any] = {}
         self.nbytes = 0
         self.cudart = Cudart()
-        self.stream = self.cudart.stream()
+        with self.turn:
+            if not DeviceMemory._stream:
+                DeviceMemory._stream = self.cudart.stream()
+
+    @property
+    def stream(self) -> int:
+        """The stream."""
+        return DeviceMemory._stream
 
     def on_stream(self) -> Any:
         """A context in which this thread's kernels go to the stream."""
@@ -104,7 +117,7 @@ class DeviceMemory:
     def fill(self, tensors: Iterable[tuple[Any, Bytes]]) -> None:
         """Copy bytes to tensors: through two pinned buffers, one of which is filled while the other one is copied."""
         buffers = [self.cudart.pinned(_PART) for _ in range(2)]
-        streams = [self.stream, self.cudart.stream()]
+        streams = [self.cudart.stream() for _ in buffers]
         turn = 0
         for tensor, raw in tensors:
             for begin in range(0, raw.nbytes, _PART):
@@ -116,6 +129,7 @@ class DeviceMemory:
                 turn = 1 - turn
         for stream in streams:
             self.cudart.wait(stream)
+            self.cudart.end_stream(stream)
 
 
 class HostBuffer:

@@ -14,6 +14,9 @@ from llmc.runtime.library import Library
 from llmc.runtime.sampler import Draw, not_finite
 from llmc.sample_layout import FUNCTION, SampleConfig
 
+_INPUTS = ("float32", "float64", "int32", "int32", "int32")  # types of PackedDraws.arrays
+_SCRATCH = ("float32", "int32", "float64")
+
 
 @dataclass(frozen=True)
 class PackedDraws:
@@ -65,9 +68,9 @@ class DeviceSampler:
         what = "sampling"
         layout = SampleConfig(vocab)
         self._shapes = (layout.blocks, layout.ints, layout.doubles)
-        kinds = ("float32", "int32", "float64")
         self._scratch = [
-            memory.empty((rows * size,), kind, what) for size, kind in zip(self._shapes, kinds, strict=True)
+            memory.empty((rows * size,), kind, what)
+            for size, kind in zip(self._shapes, _SCRATCH, strict=True)
         ]
         self._tokens = memory.empty((rows,), "int32", what)
         self._inputs: Any = None
@@ -95,12 +98,12 @@ class DeviceSampler:
             staged[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
         memory.cudart.copy_in(self._inputs.data_ptr(), staged, memory.stream)
         inputs = [
-            memory.view(self._inputs, array.shape, str(array.dtype), offset)
-            for array, offset in zip(packed.arrays, offsets, strict=True)
+            memory.view(self._inputs, array.shape, kind, offset)
+            for array, kind, offset in zip(packed.arrays, _INPUTS, offsets, strict=True)
         ]
         scratch = [
-            memory.view(tensor, (n, columns), str(tensor.dtype), 0)
-            for tensor, columns in zip(self._scratch, self._shapes, strict=True)
+            memory.view(tensor, (n, columns), kind, 0)
+            for tensor, columns, kind in zip(self._scratch, self._shapes, _SCRATCH, strict=True)
         ]
         tokens = memory.view(self._tokens, (n,), "int32", 0)
         with memory.on_stream():

@@ -117,26 +117,27 @@ def choose(logits: Floats, draw: Draw) -> int:
     Raises:
         LlmcError: the logits are not numbers.
     """
-    scores = _penalised(logits, draw)
+    scores = penalised(logits, draw)
     best = int(scores.argmax())  # of an array with a NaN: the first NaN
     if not np.isfinite(scores[best]):
-        raise not_finite(best)
+        raise not_finite(best, float(scores[best]))
     if draw.params.temperature == 0:
         return best
     ids, probabilities = candidates(scores, draw.params)
     return int(ids[_draw(probabilities, draw.share)])
 
 
-def not_finite(token: int) -> LlmcError:
+def not_finite(token: int, value: float | None = None) -> LlmcError:
     """The error of logits of which the largest one is NaN or infinite."""
+    what = f"token {token}" if value is None else f"token {token}: {value}"
     return LlmcError(
         "logits-not-finite",
-        f"The model's logits are not finite (first at token {token}).",
+        f"The model's logits are not finite ({what}).",
         hint="The weights are damaged, or float16 overflows for this model: compile with --dtype bf16 or f32.",
     )
 
 
-def _penalised(logits: Floats, draw: Draw) -> Floats:
+def penalised(logits: Floats, draw: Draw) -> Floats:
     if draw.params.repetition_penalty == 1:
         return logits
     penalty = np.float32(draw.params.repetition_penalty)

@@ -46,6 +46,7 @@ class Stepper:
         self.limits = limits
         self.vocab_size = vocab_size
         self._has_decode = "decode" in functions
+        self._sampling = engine if isinstance(engine, SamplingEngine) else None
         self._builder = StepBuilder(len(allocator.pools), allocator.plan.page_size)
         # the cache, the argument buffer and the compiled functions' scratch memory are shared by all sequences
         self._lock = threading.Lock()
@@ -89,8 +90,8 @@ class Stepper:
         """
         if len(samplers) != len(batch):
             raise ValueError(f"{len(batch)} sequences, {len(samplers)} samplers")
-        engine = self.engine
-        if not isinstance(engine, SamplingEngine):
+        engine = self._sampling
+        if engine is None:
             return [s.sample(row) for s, row in zip(samplers, self.step(batch), strict=True)]
         with self._lock:
             ids = self._check(batch)

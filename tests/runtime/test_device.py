@@ -52,8 +52,10 @@ def test_a_model_on_a_gpu(libraries: Path, compiled: Path) -> None:
     scenario(f"{SCENARIOS}:runs", libraries, compiled)
 
 
-def test_what_a_machine_lacks(libraries: Path, compiled: Path) -> None:
-    scenario(f"{SCENARIOS}:refusals", libraries, compiled)
+@pytest.mark.slow(reason="each loads several models")
+@pytest.mark.parametrize("name", ["several", "newer", "memory"])
+def test_several_models_and_what_a_machine_lacks(name: str, libraries: Path, compiled: Path) -> None:
+    scenario(f"{SCENARIOS}:{name}", libraries, compiled)
 
 
 @pytest.mark.slow(reason="compiles a model for each")

@@ -98,7 +98,10 @@ class FakeGpu:
 
     @contextmanager
     def having(self, **settings: int) -> Iterator[None]:
-        """What the GPU is for a while: limit (bytes of its memory), arch, driver (version); errors: init, load, capture."""
+        """What the GPU is for a while: limit (bytes of its memory), arch, driver (version); errors: init, load, capture.
+
+        idle = 1: kernels do not run, and device memory is not protected, for measuring the host.
+        """
         kinds = {"limit": ctypes.c_size_t}
         places = {k: kinds.get(k, ctypes.c_int).in_dll(self._driver, f"fake_{k}") for k in settings}
         before = {k: place.value for k, place in places.items()}

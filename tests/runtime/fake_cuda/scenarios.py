@@ -17,6 +17,8 @@ import llmc
 from llmc.errors import LlmcError
 from tests.runtime.fake_cuda.device import FakeGpu
 
+_NUMBERS = r"\d+ bytes for the weights, \d+ of \d+ bytes are free, \d+ are taken.*max_memory"
+
 
 @contextmanager
 def refused(ref: str, words: str) -> Iterator[None]:
@@ -49,6 +51,8 @@ class Counted:
 
 def runs(gpu: FakeGpu, folder: str) -> None:
     """Load, prefill, graphs of one and of several sequences, sampling, two models at a time."""
+    refusals(gpu, Path(folder) / "artifact")
+    del gpu.images[:]
     expected = np.load(Path(folder) / "expected.npz")
     ids, logits, greedy = expected["ids"].tolist(), expected["logits"], expected["greedy"].tolist()
     model = llmc.load(Path(folder) / "artifact", kv_pages=40)
@@ -76,7 +80,6 @@ def runs(gpu: FakeGpu, folder: str) -> None:
         # with log-probabilities the logits come to the host, which then chooses
         there = model.generate(ids, max_tokens=5, ignore_eos=True, logprobs=0, **options)
         assert here.token_ids == there.token_ids, options
-    _others(gpu, model, folder, ids, greedy)
 
 
 def _batches(gpu: FakeGpu, model: Any, ids: list[int]) -> None:
@@ -97,8 +100,12 @@ def _batches(gpu: FakeGpu, model: Any, ids: list[int]) -> None:
     assert model.memory().kv_in_use == 0
 
 
-def _others(gpu: FakeGpu, model: Any, folder: str, ids: list[int], greedy: list[int]) -> None:
+def several(gpu: FakeGpu, folder: str) -> None:
     """A second model beside the first one, which takes new graphs; without graphs; and where a capture fails."""
+    expected = np.load(Path(folder) / "expected.npz")
+    ids, greedy = expected["ids"].tolist(), expected["greedy"].tolist()
+    model = llmc.load(Path(folder) / "artifact", kv_pages=4)
+    model.generate(ids, max_tokens=4, ignore_eos=True)
     os.environ["LLMC_CUDA_GRAPHS"] = "0"
     plain = llmc.load(Path(folder) / "artifact", kv_pages=4)
     del os.environ["LLMC_CUDA_GRAPHS"]
@@ -133,9 +140,8 @@ def agrees(gpu: FakeGpu, folder: str) -> None:
         assert gpu.images[0].startswith(b"\x7fELF")
 
 
-def refusals(gpu: FakeGpu, folder: str) -> None:
-    """What the machine lacks: one sentence each, at load and at run; and the model goes on where it can."""
-    artifact = Path(folder) / "artifact"
+def refusals(gpu: FakeGpu, artifact: Path) -> None:
+    """What the machine lacks: one sentence each."""
     with gpu.having(init=100), refused("no-cuda-device", r"finds no usable GPU \(cuInit gives error 100\)"):
         llmc.load(artifact)
     with gpu.having(driver=12080), refused("cuda-driver-too-old", r"implements CUDA 12\.8"):
@@ -150,19 +156,25 @@ def refusals(gpu: FakeGpu, folder: str) -> None:
         refused("kernels-unloadable", r"unsupported toolchain.*Update the NVIDIA driver"),
     ):
         llmc.load(artifact)
+    gc.collect()  # what the loads above have left
+    with gpu.having(limit=gpu.taken() + 50_000), refused("out-of-device-memory", _NUMBERS):
+        llmc.load(artifact)
+
+
+def newer(gpu: FakeGpu, folder: str) -> None:
+    """A GPU that there is no machine code for."""
+    artifact = Path(folder) / "artifact"
     with gpu.having(arch=100):  # no machine code for it: its driver translates
-        newer = llmc.load(artifact, kv_pages=4).logits([1, 2, 3])
+        found = llmc.load(artifact, kv_pages=4).logits([1, 2, 3])
     assert gpu.images[-1].startswith(b"kernels for compute_90:"), gpu.images[-1][:30]
-    np.testing.assert_array_equal(newer, llmc.load(artifact, kv_pages=4).logits([1, 2, 3]))
-    _memory(gpu, artifact)
+    np.testing.assert_array_equal(found, llmc.load(artifact, kv_pages=4).logits([1, 2, 3]))
 
 
-def _memory(gpu: FakeGpu, artifact: Path) -> None:
+def memory(gpu: FakeGpu, folder: str) -> None:
+    """Too little memory at load and at run; the model goes on when there is more."""
+    artifact = Path(folder) / "artifact"
     gc.collect()
     start = gpu.taken()
-    numbers = r"\d+ bytes for {}.*, \d+ of \d+ bytes are free, \d+ are taken.*max_memory"
-    with gpu.having(limit=start + 50_000), refused("out-of-device-memory", numbers.format("the weights")):
-        llmc.load(artifact)
     with (
         gpu.having(limit=start + 290_000),
         refused("out-of-device-memory", r"not suffice: .* bytes are free"),
