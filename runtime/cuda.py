@@ -80,8 +80,8 @@ def _check_ptx(image: DeviceImage, code: DeviceCode, driver: CudaDriver) -> None
 
 
 def _check_shared(image: DeviceImage, code: DeviceCode, device: CudaDevice) -> None:
-    """GPUs of one major version differ in the shared memory that a block may take."""
-    mine = [k for k in code.kernels if k.arch == image.arch]
+    """GPUs differ in the shared memory that a block may take, also within a major version; PTX asks for what its code does."""
+    mine = [k for k in code.kernels if _number(k.arch) == _number(image.arch)]
     largest = max(mine, key=lambda k: k.shared_bytes, default=None)
     if largest is not None and device.shared and largest.shared_bytes > device.shared:
         raise LlmcError(

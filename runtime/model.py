@@ -48,7 +48,8 @@ def load(
         threads: worker threads; the first load of a process decides. Default: the cores of this machine.
         kv_pages: pages in the KV cache, per group of layers.
         max_memory: bytes (or e.g. "6GB") that weights and KV cache may take together. Default: the cache may grow
-            to half of the memory that is available, and never beyond max_batch sequences of max_seq_len tokens.
+            to half of the memory that is available (on a GPU: to 90 % of what weights and step functions leave), and
+            never beyond max_batch sequences of max_seq_len tokens.
         check_hashes: compare the sha256 of every file with the manifest's (reads all weights once).
         level: of an artifact with code for several levels of processors, the one to run, e.g. ``x86-64-v3``. Default:
             what LLMC_LEVEL says, else the best that this machine runs.

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import relax
 
 from llmc import sample_layout
@@ -34,7 +37,7 @@ def build(module: Any, target: Any, caps: Capabilities, archs: tuple[str, ...]) 
     module = tvm.IRModule(dict(module.functions.items()), attrs=module.attrs)
     module[sample_layout.FUNCTION] = sample(sampler, caps).with_attr("global_symbol", sample_layout.FUNCTION)
     pipeline = simt.register()
-    with target:
+    with target, source_only():
         executable = relax.build(
             module, target, relax_pipeline=None, tir_pipeline=pipeline, exec_mode="bytecode"
         )
@@ -52,7 +55,8 @@ def build_kernels(
 ) -> tuple[Any, dict[str, bytes], tuple[DeviceKernel, ...]]:
     """PrimFuncs by themselves, for measuring: (host module, arch -> serialised kernels, what they take)."""
     named = {name: func.with_attr("global_symbol", name) for name, func in funcs.items()}
-    host = tvm.tirx.build(tvm.IRModule(named), target, pipeline=simt.register())
+    with source_only():
+        host = tvm.tirx.build(tvm.IRModule(named), target, pipeline=simt.register())
     files, kernels = _assemble(host, archs)
     return host, files, kernels
 
@@ -87,6 +91,22 @@ def ptx_of(archs: tuple[str, ...]) -> tuple[str, ...]:
     return (f"compute_{max(numbers)}",) if numbers else ()
 
 
+@contextmanager
+def source_only() -> Iterator[None]:
+    """TVM keeps the source it generates, as it does without a CUDA runtime.
+
+    Where there is a driver, TVM loads its CUDA runtime and calls a compiler of its own choice for the GPU at hand.
+    """
+    from tvm.support import nvcc  # registers it
+
+    name = "tvm_callback_cuda_compile"
+    tvm_ffi.register_global_func(name, lambda code, *_: code.encode(), override=True)
+    try:
+        yield
+    finally:
+        tvm_ffi.register_global_func(name, nvcc.tvm_callback_cuda_compile, override=True)
+
+
 def vocab_of(module: Any) -> int:
     """Columns of the logits."""
     return int(module["step"].ret_ty.shape[-1])
@@ -114,13 +134,15 @@ def _kernel_table(host: Any, source: str) -> bytes:
     """TVM's serialised table of kernels (name, argument types, launch parameters), as it packs it for `host`."""
     text = str(tvm.get_global_func("runtime.ModulePackImportsToC")(host, False, ""))
     packed = bytes(int(x, 16) for x in re.findall(r"0x([0-9a-fA-F]{2})", text))
-    # ... "cuda", size of what follows, then "cuda", table, source; each text behind its length as 64 bits
+    # ... "cuda", size of what follows, then format, table, source; each text behind its length as 64 bits
     head = _text(b"cuda")
     start = packed.index(head) + len(head) + 8
-    if not packed.startswith(head, start):
+    kinds = [_text(kind) for kind in (b"cuda", b"cubin", b"ptx", b"fatbin")]
+    found = next((kind for kind in kinds if packed.startswith(kind, start)), None)
+    if found is None:
         raise AssertionError("TVM packs CUDA modules in another way than this version of llmc knows")
     end = packed.index(_text(source.encode()), start)
-    return packed[start + len(head) : end]
+    return packed[start + len(found) : end]
 
 
 def serialised(kind: str, table: bytes, code: bytes) -> bytes:

@@ -58,6 +58,11 @@ def test_several_models_and_what_a_machine_lacks(name: str, libraries: Path, com
     scenario(f"{SCENARIOS}:{name}", libraries, compiled)
 
 
+@pytest.mark.slow(reason="compiles a model")
+def test_a_compile_for_the_gpu_at_hand_is_checked_on_it(libraries: Path, tmp_path: Path) -> None:
+    scenario(f"{SCENARIOS}:compiles", libraries, tmp_path)
+
+
 @pytest.mark.slow(reason="compiles a model for each")
 @pytest.mark.parametrize(
     ("kind", "options", "error"),

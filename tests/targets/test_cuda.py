@@ -31,7 +31,7 @@ from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.targets.backend import get
 from llmc.targets.cuda import compiler, resources
 from llmc.targets.cuda.backend import BACKEND, capabilities, tvm_target
-from llmc.targets.cuda.build import ptx_of
+from llmc.targets.cuda.build import ptx_of, source_only
 from tools.tiny_configs import tiny_model
 
 H100 = CudaDevice(0, "NVIDIA H100", 90, 132, 80 << 30)
@@ -56,7 +56,8 @@ def assembled(preset: str, **funcs: Any) -> tuple[DeviceKernel, ...]:
 
     caps = capabilities(preset)
     named = {name: f.with_attr("global_symbol", name) for name, f in funcs.items()}
-    library = tvm.tirx.build(tvm.IRModule(named), tvm_target(caps), pipeline=simt.register())
+    with source_only():
+        library = tvm.tirx.build(tvm.IRModule(named), tvm_target(caps), pipeline=simt.register())
     kernels = resources.parse(compiler.assemble(str(library.imports[0].inspect_source()), preset).log)
     assert kernels and {k.arch for k in kernels} == {preset}
     return kernels
@@ -198,6 +199,12 @@ def _refusals(manifest: Manifest) -> None:
             CudaDriver(13000, (dataclasses.replace(H100, shared=99 << 10),)),
             "wrong-gpu",
             "takes 204800 bytes of shared memory; .* has 101376 for a block",
+        ),
+        (
+            wide,
+            CudaDriver(13000, (CudaDevice(0, "RTX 5090", 120, 170, 1, 99 << 10),)),
+            "wrong-gpu",
+            "for compute_90 takes 204800 bytes",
         ),
     ]
     for artifact, driver, ref, words in found:

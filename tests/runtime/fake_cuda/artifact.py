@@ -12,10 +12,11 @@ import pytest
 
 from llmc import cuda_driver
 from llmc.cuda_driver import CudaDriver
-from llmc.pipeline import compile_model
+from llmc.pipeline import CompileResult, compile_model
+from llmc.runtime import model as model_module
 from llmc.targets import simt
 from llmc.targets.cuda import compiler
-from tests.runtime.fake_cuda.device import KERNELS
+from tests.runtime.fake_cuda.device import KERNELS, FakeGpu
 
 
 @contextmanager
@@ -44,20 +45,31 @@ def kept_kernels(folder: Path) -> Iterator[None]:
         yield
 
 
-def compile_for_fake(model: Path, folder: Path, *, assemble: bool = False, **spec: Any) -> Path:
-    """Compile a checkpoint to folder/artifact, without looking for a GPU.
+def compile_for_fake(
+    model: Any, folder: Path, *, assemble: bool = False, here: FakeGpu | None = None, **spec: Any
+) -> CompileResult:
+    """Compile a model to folder/artifact.
 
     Args:
         assemble: really; else the code of an image is a list of its kernels' names, and no compiler is needed.
+        here: the GPU of this process, which runs the check at the end; None = none is looked for.
     """
     with pytest.MonkeyPatch.context() as patch, kept_kernels(folder):
-        patch.setattr(cuda_driver, "query", lambda: CudaDriver(0, (), "there is no NVIDIA driver"))
+        if here is None:
+            patch.setattr(cuda_driver, "query", lambda: CudaDriver(0, (), "there is no NVIDIA driver"))
+        else:
+            load = model_module.load_engine
+
+            def known(*args: Any) -> Any:
+                here.read(folder / KERNELS)
+                return load(*args)
+
+            patch.setattr(model_module, "load_engine", known)
         if not assemble:
             patch.setattr(compiler, "which", lambda: "nvcc")
             patch.setattr(compiler, "version", lambda: "nvrtc 13.0")
             patch.setattr(compiler, "assemble", _names)
-        compile_model(model, folder / "artifact", **spec)
-    return folder / "artifact"
+        return compile_model(model, folder / "artifact", **spec)
 
 
 def _names(source: str, arch: str) -> compiler.Assembled:

@@ -79,10 +79,14 @@ class FakeGpu:
         ]
         self._driver.fake_callbacks(*self._callbacks)
         if kernels is not None:
-            import tvm
+            self.read(kernels)
 
-            module = tvm.ir.load_json(kernels.read_text())
-            self._functions = {str(f.attrs["global_symbol"]): f for f in module.functions.values()}
+    def read(self, kernels: Path) -> None:
+        """Know the kernels of a file from now on."""
+        import tvm
+
+        module = tvm.ir.load_json(kernels.read_text())
+        self._functions = {str(f.attrs["global_symbol"]): f for f in module.functions.values()}
 
     def counts(self) -> dict[str, int]:
         """How often what was asked for so far."""

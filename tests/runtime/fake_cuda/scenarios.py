@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,9 @@ def several(gpu: FakeGpu, folder: str) -> None:
     with Counted(gpu) as c:
         assert list(model.generate(ids, max_tokens=4, ignore_eos=True).token_ids) == greedy[:4]
     assert c.grew["captures"] == 1 and c.grew["graph_launches"] == 3
+    with ThreadPoolExecutor(2) as pool:  # steps of two models take turns, scratch memory is shared
+        both = [pool.submit(m.generate, ids, max_tokens=4, ignore_eos=True) for m in (model, plain)]
+    assert all(list(found.result().token_ids) == greedy[:4] for found in both)
     third = llmc.load(Path(folder) / "artifact", kv_pages=4)
     with gpu.having(capture=900), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -200,3 +204,16 @@ def memory(gpu: FakeGpu, folder: str) -> None:
     del model
     gc.collect()
     assert gpu.taken() < start + 250_000, (start, gpu.taken())
+
+
+def compiles(gpu: FakeGpu, folder: str) -> None:
+    """`--target cuda` on a machine with a GPU: for that GPU, and checked on it."""
+    from tests.runtime.fake_cuda.artifact import compile_for_fake
+    from tools.tiny_configs import tiny_model
+
+    model = tiny_model("llama", num_hidden_layers=1)
+    with gpu.having(arch=89):
+        made = compile_for_fake(model, Path(folder), here=gpu, target="cuda", dtype="f32", max_seq_len=64)
+    quality = made.manifest.quality
+    assert made.manifest.target.preset == "cuda/sm_89" and quality.mode == "sample", quality
+    assert "NOT CHECKED" not in quality.note and gpu.counts()["graph_launches"] > 0
