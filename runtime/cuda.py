@@ -8,8 +8,12 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from llmc import cuda_driver
 from llmc.artifact import DeviceCode, DeviceImage, Manifest
@@ -19,6 +23,11 @@ from llmc.runtime import cudart
 from llmc.runtime.library import ffi
 
 _VERSION = re.compile(r"(\d+)\.(\d+)")  # of the compiler, as the manifest names it
+CUDA, CPU = 2, 1  # DLDeviceType
+LOWER = (
+    "Free the GPU, load with a smaller max_memory or kv_pages, or compile with a smaller max_step_tokens or "
+    "max_batch, or with quantized weights."
+)
 _LEAST_DRIVER = 13000  # TVM's CUDA runtime is built for CUDA 13
 
 
@@ -136,3 +145,65 @@ def load_runtime() -> None:
 def module_from(raw: bytes) -> Any:
     """TVM's module of kernels from a file that the compiler wrote (targets/cuda/build.py)."""
     return ffi().get_global_func("ffi.Module.load_from_bytes.cuda")(raw)
+
+
+class DeviceMemory:
+    """Tensors on one device, copied as they are asked for; counts what it hands out.
+
+    Args:
+        kind: CUDA; CPU for tests of this class.
+    """
+
+    def __init__(self, kind: int = CUDA, index: int = 0) -> None:
+        tvm_ffi = ffi()
+        self._ffi = tvm_ffi
+        self.device = tvm_ffi.device("cuda" if kind == CUDA else "cpu", index)
+        self._allocate = tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope")
+        self._from_bytes = tvm_ffi.get_global_func("runtime.TVMTensorCopyFromBytes")
+        self._to_bytes = tvm_ffi.get_global_func("runtime.TVMTensorCopyToBytes")
+        self.nbytes = 0
+
+    def empty(self, shape: Sequence[int], dtype: str, what: str) -> Any:
+        """An uninitialised tensor.
+
+        Args:
+            what: it is for, in the message of an error.
+
+        Raises:
+            LlmcError: the device's memory does not suffice, with the numbers.
+        """
+        kind = self._ffi.dtype(dtype)
+        size = int(np.prod(shape, dtype=np.int64)) * int(kind.itemsize)
+        try:
+            tensor = self._allocate(self._ffi.Shape(list(shape)), kind, self.device, None)
+        except RuntimeError as e:
+            raise self.exhausted(what, size, e) from None
+        self.nbytes += size
+        return tensor
+
+    def exhausted(self, what: str, size: int = 0, cause: Exception | None = None) -> LlmcError:
+        """The error of a memory that does not suffice.
+
+        Args:
+            what: the memory is for.
+            size: bytes that it takes; 0 = not known.
+        """
+        free, total = cudart.Cudart().memory()
+        needed = f"{size} bytes for {what}" if size else f"memory for {what}"
+        return LlmcError(
+            "out-of-device-memory",
+            f"The GPU's memory does not suffice: {needed}, {free} of {total} bytes are free, {self.nbytes} are "
+            "taken by this model.",
+            hint=LOWER,
+            context={"needed": size, "free": free, "total": total, "cause": str(cause or "")},
+        )
+
+    def put(self, tensor: Any, array: npt.NDArray[Any]) -> None:
+        """Copy a C-contiguous array of the same number of bytes to a tensor."""
+        self._from_bytes(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)
+
+    def get(self, tensor: Any, shape: Sequence[int], dtype: Any) -> npt.NDArray[Any]:
+        """A copy of a tensor on the host; waits for the kernels that write it."""
+        out = np.empty(shape, dtype)
+        self._to_bytes(tensor, ctypes.c_void_p(out.ctypes.data), out.nbytes)
+        return cast("npt.NDArray[Any]", out)

@@ -14,7 +14,7 @@ from typing import Any
 from llmc import knobs
 from llmc.runtime.cudart import CudaError
 from llmc.runtime.device_inputs import BatchBuffer
-from llmc.runtime.device_memory import DeviceMemory, HostBuffer
+from llmc.runtime.device_memory import HostBuffer, ModelMemory
 from llmc.runtime.engine import StepInputs
 
 _STEP = 16  # from so many sequences on, numbers of sequences are multiples of it
@@ -61,7 +61,7 @@ class DecodeSteps:
 
     def __init__(
         self,
-        memory: DeviceMemory,
+        memory: ModelMemory,
         staging: HostBuffer,
         call: Callable[[Sequence[Any]], Any],
         max_batch: int,

@@ -16,7 +16,7 @@ from llmc.runtime import cuda
 from llmc.runtime.cudart import CudaError
 from llmc.runtime.device_decode import DecodeSteps, Scratch
 from llmc.runtime.device_inputs import StepBuffer
-from llmc.runtime.device_memory import DeviceMemory, HostBuffer, is_exhausted
+from llmc.runtime.device_memory import HostBuffer, ModelMemory, is_exhausted
 from llmc.runtime.device_sampler import DeviceSampler
 from llmc.runtime.engine import Floats, StepInputs
 from llmc.runtime.library import Library, pack
@@ -74,7 +74,7 @@ class DeviceEngine:
     """
 
     def __init__(
-        self, library: Library, place: Place, weights: Weights, manifest: Manifest, memory: DeviceMemory
+        self, library: Library, place: Place, weights: Weights, manifest: Manifest, memory: ModelMemory
     ) -> None:
         self._functions = {name: library.function(name) for name in place.functions}
         self._library, self._memory, self._place = library, memory, place
@@ -251,7 +251,7 @@ def load_engine(
     try:
         kernels = cuda.module_from(image.read_bytes())
         loaded = Library(library, manifest.target.target, kernels)
-        engine = DeviceEngine(loaded, Place.of(manifest), weights, manifest, DeviceMemory())
+        engine = DeviceEngine(loaded, Place.of(manifest), weights, manifest, ModelMemory())
     except CudaError as e:
         raise LlmcError(
             "device-failed",

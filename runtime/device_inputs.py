@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llmc.runtime.device_memory import DeviceMemory, HostBuffer, aligned
+from llmc.runtime.device_memory import HostBuffer, ModelMemory, aligned
 from llmc.runtime.engine import StepInputs
 from llmc.runtime.pages import Int32s
 
@@ -21,7 +21,7 @@ class StepBuffer:
         staging: where the arrays are packed; nothing may be under way from it.
     """
 
-    def __init__(self, memory: DeviceMemory, staging: HostBuffer) -> None:
+    def __init__(self, memory: ModelMemory, staging: HostBuffer) -> None:
         self._memory, self._staging = memory, staging
         self._tensor: Any = None
         self._size = 0
@@ -66,7 +66,7 @@ class BatchBuffer:
         tensors: the inputs, in the order of StepInputs.in_order().
     """
 
-    def __init__(self, memory: DeviceMemory, staging: HostBuffer, size: int, groups: int, width: int) -> None:
+    def __init__(self, memory: ModelMemory, staging: HostBuffer, size: int, groups: int, width: int) -> None:
         self.size, self._width = size, width
         self._memory, self._staging = memory, staging
         # input_ids, positions, query_start, context_len, slots of each group, logit_rows

@@ -9,21 +9,16 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from llmc.errors import LlmcError
+from llmc.runtime.cuda import DeviceMemory
 from llmc.runtime.cudart import Bytes, CudaError, Cudart
 from llmc.runtime.device_view import tensor_at
-from llmc.runtime.library import ffi
 
-LOWER = (
-    "Free the GPU, load with a smaller max_memory or kv_pages, or compile with a smaller max_step_tokens or "
-    "max_batch, or with quantized weights."
-)
 _PART = 16 << 20  # bytes of a pinned buffer for weights
 _ALIGN = 256
 _MOST_VIEWS = 1024
 
 
-class DeviceMemory:
+class ModelMemory(DeviceMemory):
     """The memory of the first GPU, and the stream that the work of all models goes through.
 
     The stream is not the default one, which cannot be captured. It is one for the process, because TVM's pool of scratch
@@ -40,43 +35,21 @@ class DeviceMemory:
     _stream: ClassVar[int] = 0
 
     def __init__(self) -> None:
-        tvm_ffi = ffi()
-        self._ffi = tvm_ffi
-        self.device = tvm_ffi.device("cuda", 0)
-        self._allocate = tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope")
+        super().__init__()
         self._views: dict[tuple[int, tuple[int, ...], str], Any] = {}
-        self.nbytes = 0
         self.cudart = Cudart()
         with self.turn:
-            if not DeviceMemory._stream:
-                DeviceMemory._stream = self.cudart.stream()
+            if not ModelMemory._stream:
+                ModelMemory._stream = self.cudart.stream()
 
     @property
     def stream(self) -> int:
         """The stream."""
-        return DeviceMemory._stream
+        return ModelMemory._stream
 
     def on_stream(self) -> Any:
         """A context in which this thread's kernels go to the stream."""
         return self._ffi.use_raw_stream(self.device, self.stream)
-
-    def empty(self, shape: Sequence[int], dtype: str, what: str) -> Any:
-        """An uninitialised tensor.
-
-        Args:
-            what: it is for, in the message of an error.
-
-        Raises:
-            LlmcError: the device's memory does not suffice, with the numbers.
-        """
-        kind = self._ffi.dtype(dtype)
-        size = int(np.prod(shape, dtype=np.int64)) * int(kind.itemsize)
-        try:
-            tensor = self._allocate(self._ffi.Shape(list(shape)), kind, self.device, None)
-        except RuntimeError as e:
-            raise self.exhausted(what, size, e) from None
-        self.nbytes += size
-        return tensor
 
     def view(self, tensor: Any, shape: Sequence[int], dtype: str, offset: int) -> Any:
         """A tensor over the bytes of another one from `offset` on, which must outlive it."""
@@ -96,23 +69,6 @@ class DeviceMemory:
         """
         if size > self.cudart.memory()[0]:
             raise self.exhausted(what, size)
-
-    def exhausted(self, what: str, size: int = 0, cause: Exception | None = None) -> LlmcError:
-        """The error of a memory that does not suffice.
-
-        Args:
-            what: the memory is for.
-            size: bytes that it takes; 0 = not known.
-        """
-        free, total = self.cudart.memory()
-        needed = f"{size} bytes for {what}" if size else f"memory for {what}"
-        return LlmcError(
-            "out-of-device-memory",
-            f"The GPU's memory does not suffice: {needed}, {free} of {total} bytes are free, {self.nbytes} are "
-            "taken by this model.",
-            hint=LOWER,
-            context={"needed": size, "free": free, "total": total, "cause": str(cause or "")},
-        )
 
     def fill(self, tensors: Iterable[tuple[Any, Bytes]]) -> None:
         """Copy bytes to tensors: through two pinned buffers, one of which is filled while the other one is copied."""
@@ -135,7 +91,7 @@ class DeviceMemory:
 class HostBuffer:
     """Pinned memory that grows; a step's data lie in it one behind the other."""
 
-    def __init__(self, memory: DeviceMemory) -> None:
+    def __init__(self, memory: ModelMemory) -> None:
         self._memory = memory
         self._raw: Bytes = np.zeros(0, np.uint8)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmc.runtime.device_memory import DeviceMemory, HostBuffer, aligned
+from llmc.runtime.device_memory import HostBuffer, ModelMemory, aligned
 from llmc.runtime.library import Library
 from llmc.runtime.sampler import Draw, not_finite
 from llmc.sample_layout import FUNCTION, SampleConfig
@@ -61,7 +61,7 @@ class DeviceSampler:
         LlmcError: the artifact has no such function, or the device's memory does not suffice.
     """
 
-    def __init__(self, library: Library, memory: DeviceMemory, rows: int, vocab: int) -> None:
+    def __init__(self, library: Library, memory: ModelMemory, rows: int, vocab: int) -> None:
         self._function = library.kernel(FUNCTION)
         self._memory, self._vocab = memory, vocab
         self._staging, self._results = HostBuffer(memory), HostBuffer(memory)

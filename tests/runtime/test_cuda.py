@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from llmc.cuda_driver import CudaDevice, query
-from llmc.runtime.cuda import runs_on
+from llmc.runtime.cuda import CPU, DeviceMemory, runs_on
 from llmc.runtime.device_decode import buckets
+
+
+def test_tensors_to_a_device_and_back() -> None:
+    memory = DeviceMemory(CPU)
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    tensor = memory.empty((3, 4), "float32", "a test")
+    memory.put(tensor, array)
+    np.testing.assert_array_equal(memory.get(tensor, (3, 4), np.float32), array)
+    assert memory.nbytes == 48
 
 
 def test_which_code_runs_where() -> None:
