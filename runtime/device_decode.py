@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +123,8 @@ class DecodeSteps:
 
     def __del__(self) -> None:
         for size in list(getattr(self, "_graphs", ())):
-            self._drop(size)
+            with suppress(CudaError):  # of a device that has failed nothing can be freed
+                self._drop(size)
 
 
 def _first_line(error: Exception) -> str:

@@ -67,6 +67,7 @@ class FakeGpu:
         self.names: list[str] = []
         self.images: list[bytes] = []
         self.ran: list[str] = []
+        self.fails = False  # whether kernels do
         kinds = (
             ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p),
             ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int)),
@@ -137,6 +138,8 @@ class FakeGpu:
         return len(self.names) - 1
 
     def _launch(self, number: int, dims: Any, arguments: Any) -> int:
+        if self.fails:
+            return 1
         try:
             name = self.names[number]
             self.ran.append(name)

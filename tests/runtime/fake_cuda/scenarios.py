@@ -200,6 +200,10 @@ def memory(gpu: FakeGpu, folder: str) -> None:
     with Counted(gpu) as c:
         np.testing.assert_array_equal(model.logits(ids, prefill=3), before)
     assert c.grew["captures"] == 1, c.grew
+    # what a kernel breaks shows where the host waits
+    gpu.fails = True
+    with refused("device-failed", "cudaStreamSynchronize fails with error 719: unspecified launch failure"):
+        model.generate(ids, max_tokens=2)
     # weights and cache go with a model
     del model
     gc.collect()
