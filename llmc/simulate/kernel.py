@@ -31,8 +31,10 @@ def simulate(func: Any, args: Sequence[Any], *, races: bool = True, chunk: int =
     """Run a kernel.
 
     Args:
-        func: a PrimFunc after llmc.targets.simt.lower: flat buffers, blockIdx and threadIdx bound.
-        args: a C-contiguous numpy array for each tensor (results too; changed in place), an int for each scalar.
+        func: a PrimFunc after llmc.targets.simt.lower: flat buffers, blockIdx and threadIdx bound; or one of the kernels
+            that it is split into for the device, which take pointers.
+        args: a C-contiguous numpy array for each tensor (results too; changed in place), an int for each scalar; bytes
+            (uint8) from where it points to on for a pointer.
         races: whether to look for races (the other checks are always on).
         chunk: blocks are run side by side as long as their threads together are no more.
 
@@ -71,6 +73,12 @@ def _bind(compiler: _StatementCompiler, host: Machine, params: list[Any], args: 
     if len(params) != len(args):
         raise ValueError(f"the kernel takes {len(params)} arguments, found {len(args)}")
     for param, arg in zip(params, args, strict=True):
+        if isinstance(param.ty, tvm.ir.PointerType):
+            granule = compiler.granules.get(param, 1)
+            watched = compiler.races and param in compiler.written
+            memory = Memory(param.name, arg.reshape(1, -1), granule, shared=False, watch=watched)
+            host.values[compiler.slot(param)] = memory
+            continue
         if not isinstance(param.ty, tirx.BufferType):
             host.values[compiler.slot(param)] = dtype_of(type_text(param))[0].type(arg)
             continue
