@@ -221,7 +221,7 @@ class DeviceKernel:
 
 @dataclass(frozen=True)
 class DeviceImage:
-    """Kernels for one architecture: a file beside model.so, in a format of TVM's loader (cubin)."""
+    """Kernels for one architecture: a file beside model.so, in a format of TVM's loader (cubin, ptx)."""
 
     arch: str
     file: str

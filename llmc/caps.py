@@ -51,6 +51,8 @@ class Capabilities:
         multiprocessors: how many blocks run at a time, at least; default schedules spread work over so many.
         has_mma_f16, has_mma_bf16: matrix units with float32 accumulation for that type (mma.m16n8k16).
         has_mma_bytes: matrix units for signed bytes with int32 sums (mma.m16n8k32).
+        has_wgmma: matrix units that four warps feed from shared memory, with barriers that count and copies in bulk (wgmma,
+            mbarrier, cp.async.bulk).
         has_async_copy: copies to shared memory that do not pass through registers (cp.async).
     """
 
@@ -78,6 +80,7 @@ class Capabilities:
     has_mma_bf16: bool = False
     has_mma_bytes: bool = False
     has_async_copy: bool = False
+    has_wgmma: bool = False
 
     @property
     def lanes_f32(self) -> int:

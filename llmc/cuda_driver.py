@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 _NAMES = ("libcuda.so.1", "libcuda.so", "nvcuda.dll")
 # CUdevice_attribute in cuda.h
-_MAJOR, _MINOR, _MULTIPROCESSORS = 75, 76, 16
+_MAJOR, _MINOR, _MULTIPROCESSORS, _SHARED = 75, 76, 16, 97
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class CudaDevice:
     Attributes:
         arch: of its compute capability, e.g. 90 for 9.0.
         memory: bytes.
+        shared: bytes of shared memory that a block may take; 0 = not known.
     """
 
     index: int
@@ -25,6 +26,7 @@ class CudaDevice:
     arch: int
     multiprocessors: int
     memory: int
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,5 +82,10 @@ def _device(library: ctypes.CDLL, index: int) -> CudaDevice:
 
     arch = 10 * attribute(_MAJOR) + attribute(_MINOR)
     return CudaDevice(
-        index, name.value.decode(errors="replace"), arch, attribute(_MULTIPROCESSORS), memory.value
+        index,
+        name.value.decode(errors="replace"),
+        arch,
+        attribute(_MULTIPROCESSORS),
+        memory.value,
+        attribute(_SHARED),
     )

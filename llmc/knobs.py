@@ -57,3 +57,8 @@ def set_threads(threads: int) -> None:
 def cuda_compiler() -> str:
     """LLMC_CUDA_COMPILER: nvrtc or nvcc (default: nvrtc if it is installed, else nvcc)."""
     return os.environ.get("LLMC_CUDA_COMPILER", "")
+
+
+def cuda_graphs() -> bool:
+    """LLMC_CUDA_GRAPHS=0: launch the kernels of decode steps one by one instead of replaying CUDA graphs."""
+    return os.environ.get("LLMC_CUDA_GRAPHS", "1") != "0"

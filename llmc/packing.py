@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from llmc.frontend.graph import WeightSource
-from llmc.passes.step_module import PackedParam
 from llmc.quant.quantizer import RoundToNearest, WeightQuantizer
 from llmc.quant.weight import QuantizedWeight
 from llmc.schedules.layout import BlockedLayout
 from llmc.schedules.qlayout import QuantLayout, in_turns
 
 if TYPE_CHECKING:
+    from llmc.frontend.graph import WeightSource
     from llmc.passes.fold_weights import WeightExpression
+    from llmc.passes.step_module import PackedParam
 
 
 def packed_tensors(

@@ -125,9 +125,15 @@ class ArtifactWriter:
     def __exit__(self, *_: object) -> None:
         self._clean_up()
 
-    def shards(self, tensors: Sequence[PackedTensor], *, shard_bytes: int = SHARD_BYTES) -> ShardWriter:
-        """A ShardWriter into the folder, whose hashes finish() will use."""
-        writer = ShardWriter(self.folder, tensors, shard_bytes=shard_bytes)
+    def shards(
+        self,
+        tensors: Sequence[PackedTensor],
+        *,
+        shard_bytes: int = SHARD_BYTES,
+        kind: type[ShardWriter] = ShardWriter,
+    ) -> ShardWriter:
+        """A ShardWriter (of a `kind`) into the folder, whose hashes finish() will use."""
+        writer = kind(self.folder, tensors, shard_bytes=shard_bytes)
         self._shards.append(writer)
         return writer
 

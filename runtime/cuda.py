@@ -1,4 +1,4 @@
-"""The NVIDIA side of the runtime: which of an artifact's kernels fit this machine, and tensors in a GPU's memory.
+"""The NVIDIA side of the runtime: which of an artifact's kernels fit this machine, and TVM's part of it.
 
 Only TVM's small CUDA runtime library and the driver are used; no toolkit, no torch.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,14 +16,19 @@ import numpy as np
 import numpy.typing as npt
 
 from llmc import cuda_driver
-from llmc.artifact import DeviceImage, Manifest
+from llmc.artifact import DeviceCode, DeviceImage, Manifest
 from llmc.cuda_driver import CudaDevice, CudaDriver
 from llmc.errors import LlmcError
+from llmc.runtime import cudart
 from llmc.runtime.library import ffi
 
+_VERSION = re.compile(r"(\d+)\.(\d+)")  # of the compiler, as the manifest names it
 CUDA, CPU = 2, 1  # DLDeviceType
+LOWER = (
+    "Free the GPU, load with a smaller max_memory or kv_pages, or compile with a smaller max_step_tokens or "
+    "max_batch, or with quantized weights."
+)
 _LEAST_DRIVER = 13000  # TVM's CUDA runtime is built for CUDA 13
-_CUDART = "libcudart.so.13"
 
 
 def choose_image(manifest: Manifest, driver: CudaDriver | None = None) -> DeviceImage | None:
@@ -60,16 +66,50 @@ def choose_image(manifest: Manifest, driver: CudaDriver | None = None) -> Device
             f"The artifact holds code for {archs}; this machine's {device.name} is sm_{device.arch}.",
             hint=f"Compile the model with --target cuda/sm_{device.arch} (several: cuda/sm_80,sm_{device.arch}).",
         )
-    # the newest architecture, and of two of one number the one with its own features
-    return max(fitting, key=lambda image: (_number(image.arch), image.arch))
+    # machine code before PTX, the newest architecture, and of two of one number the one with its own features
+    chosen = max(fitting, key=lambda image: (image.format != "ptx", _number(image.arch), image.arch))
+    _check_ptx(chosen, manifest.device, driver)
+    _check_shared(chosen, manifest.device, device)
+    return chosen
+
+
+def _check_ptx(image: DeviceImage, code: DeviceCode, driver: CudaDriver) -> None:
+    """A driver translates PTX of its own CUDA version and of older ones."""
+    found = _VERSION.search(code.compiler)
+    wanted = 1000 * int(found[1]) + 10 * int(found[2]) if found else _LEAST_DRIVER
+    if image.format == "ptx" and driver.version < wanted:
+        device = driver.devices[0]
+        raise LlmcError(
+            "cuda-driver-too-old",
+            f"The artifact has no machine code for this machine's {device.name} (sm_{device.arch}), and its PTX needs a "
+            f"driver for CUDA {wanted // 1000}.{wanted % 1000 // 10}; this machine's implements CUDA "
+            f"{driver.version_text}.",
+            hint=f"Update the NVIDIA driver, or compile the model with --target cuda/sm_{device.arch}.",
+        )
+
+
+def _check_shared(image: DeviceImage, code: DeviceCode, device: CudaDevice) -> None:
+    """GPUs differ in the shared memory that a block may take, also within a major version; PTX asks for what its code does."""
+    mine = [k for k in code.kernels if _number(k.arch) == _number(image.arch)]
+    largest = max(mine, key=lambda k: k.shared_bytes, default=None)
+    if largest is not None and device.shared and largest.shared_bytes > device.shared:
+        raise LlmcError(
+            "wrong-gpu",
+            f"The artifact's kernel {largest.name} for {image.arch} takes {largest.shared_bytes} bytes of shared memory; "
+            f"this machine's {device.name} (sm_{device.arch}) has {device.shared} for a block.",
+            hint=f"Compile the model with --target cuda/sm_{device.arch}.",
+        )
 
 
 def runs_on(arch: str, device: CudaDevice) -> bool:
     """Whether machine code for an architecture runs on a device: the same major version and no newer minor one.
 
-    Code with the suffix ``a`` runs on exactly its architecture (CUDA programming guide, 5.4).
+    Code with the suffix ``a`` runs on exactly its architecture; PTX (``compute_90``) on its own and all newer ones (CUDA
+    programming guide, 5.4).
     """
     number = _number(arch)
+    if arch.startswith("compute_"):
+        return number <= device.arch
     if arch.endswith("a"):
         return number == device.arch
     return number // 10 == device.arch // 10 and number <= device.arch
@@ -77,12 +117,6 @@ def runs_on(arch: str, device: CudaDevice) -> bool:
 
 def _number(arch: str) -> int:
     return int("".join(c for c in arch if c.isdigit()))
-
-
-def free_memory(reserved: int) -> int:
-    """Bytes of the first GPU's memory beside what is reserved for weights."""
-    devices = cuda_driver.query().devices
-    return max(0, devices[0].memory - reserved) if devices else 0
 
 
 def load_runtime() -> None:
@@ -94,13 +128,11 @@ def load_runtime() -> None:
     tvm_ffi = ffi()
     if tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is not None:
         return
-    for folder in _pip_folders():
-        if (folder / _CUDART).is_file():
-            ctypes.CDLL(str(folder / _CUDART), mode=ctypes.RTLD_GLOBAL)
     spec = importlib.util.find_spec("tvm")
     assert spec is not None and spec.submodule_search_locations
     library = Path(next(iter(spec.submodule_search_locations))) / "lib" / "libtvm_runtime_cuda.so"
     try:
+        cudart.open_library()
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     except OSError as e:
         raise LlmcError(
@@ -110,19 +142,13 @@ def load_runtime() -> None:
         ) from None
 
 
-def _pip_folders() -> list[Path]:
-    spec = importlib.util.find_spec("nvidia")
-    places = spec.submodule_search_locations if spec is not None else None
-    return [Path(p) / "cu13" / "lib" for p in places or ()]
-
-
 def module_from(raw: bytes) -> Any:
     """TVM's module of kernels from a file that the compiler wrote (targets/cuda/build.py)."""
     return ffi().get_global_func("ffi.Module.load_from_bytes.cuda")(raw)
 
 
 class DeviceMemory:
-    """Tensors on one device; counts what it hands out.
+    """Tensors on one device, copied as they are asked for; counts what it hands out.
 
     Args:
         kind: CUDA; CPU for tests of this class.
@@ -131,7 +157,7 @@ class DeviceMemory:
     def __init__(self, kind: int = CUDA, index: int = 0) -> None:
         tvm_ffi = ffi()
         self._ffi = tvm_ffi
-        self._device = tvm_ffi.device("cuda" if kind == CUDA else "cpu", index)
+        self.device = tvm_ffi.device("cuda" if kind == CUDA else "cpu", index)
         self._allocate = tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope")
         self._from_bytes = tvm_ffi.get_global_func("runtime.TVMTensorCopyFromBytes")
         self._to_bytes = tvm_ffi.get_global_func("runtime.TVMTensorCopyToBytes")
@@ -149,18 +175,28 @@ class DeviceMemory:
         kind = self._ffi.dtype(dtype)
         size = int(np.prod(shape, dtype=np.int64)) * int(kind.itemsize)
         try:
-            tensor = self._allocate(self._ffi.Shape(list(shape)), kind, self._device, None)
+            tensor = self._allocate(self._ffi.Shape(list(shape)), kind, self.device, None)
         except RuntimeError as e:
-            total = next((d.memory for d in cuda_driver.query().devices[:1]), 0)
-            raise LlmcError(
-                "out-of-device-memory",
-                f"The GPU's memory does not suffice: {size} bytes for {what}, {self.nbytes} bytes are taken "
-                f"already, the GPU has {total}.",
-                hint="Load with a smaller max_memory or kv_pages, or free the GPU.",
-                context={"cause": str(e)},
-            ) from None
+            raise self.exhausted(what, size, e) from None
         self.nbytes += size
         return tensor
+
+    def exhausted(self, what: str, size: int = 0, cause: Exception | None = None) -> LlmcError:
+        """The error of a memory that does not suffice.
+
+        Args:
+            what: the memory is for.
+            size: bytes that it takes; 0 = not known.
+        """
+        free, total = cudart.Cudart().memory()
+        needed = f"{size} bytes for {what}" if size else f"memory for {what}"
+        return LlmcError(
+            "out-of-device-memory",
+            f"The GPU's memory does not suffice: {needed}, {free} of {total} bytes are free, {self.nbytes} are "
+            "taken by this model.",
+            hint=LOWER,
+            context={"needed": size, "free": free, "total": total, "cause": str(cause or "")},
+        )
 
     def put(self, tensor: Any, array: npt.NDArray[Any]) -> None:
         """Copy a C-contiguous array of the same number of bytes to a tensor."""

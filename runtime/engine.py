@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,9 @@ from llmc.runtime.library import Library, pack, tensor_view
 from llmc.runtime.memory import Bytes, huge_zeros, resident_bytes
 from llmc.runtime.pages import Int32s
 from llmc.runtime.weights import Weights
+
+if TYPE_CHECKING:
+    from llmc.runtime.sampler import Draw
 
 Floats = npt.NDArray[np.float32]
 
@@ -69,6 +73,19 @@ class Engine(Protocol):
 
     def memory(self) -> dict[str, int]:
         """Bytes: `weights`, `weights_resident`, `kv`, `kv_resident`."""
+        ...
+
+
+@runtime_checkable
+class SamplingEngine(Engine, Protocol):
+    """An engine that also chooses tokens, where the logits are."""
+
+    def sample(self, function: str, inputs: StepInputs, draws: Sequence[Draw]) -> list[int]:
+        """A token for each row of logits of `step` or `decode`, as sampler.choose takes it; updates the cache.
+
+        Raises:
+            LlmcError: the logits are not numbers.
+        """
         ...
 
 

@@ -72,13 +72,12 @@ def generate(
     reason: FinishReason = "length"
     clock = _Clock()
     with Sequence(stepper.allocator) as seq:
-        row = stepper.step([(seq, request.prompt)])[0]
+        token, logprob = _next(stepper, seq, request.prompt, sampler, request.logprobs)
         clock.end_prefill()
         while True:
-            token = sampler.sample(row)
             tokens.append(token)
-            if request.logprobs is not None:
-                logprobs.append(token_logprob(row, token, request.logprobs))
+            if logprob is not None:
+                logprobs.append(logprob)
             ended = token in request.stop_ids
             text.append(stops.push(words.push(token)) if words and not ended else "")
             clock.stop()
@@ -89,7 +88,7 @@ def generate(
                 break
             if len(tokens) == request.max_tokens or seq.length == stepper.limits.max_seq_len:
                 break
-            row = stepper.step([(seq, (token,))])[0]
+            token, logprob = _next(stepper, seq, (token,), sampler, request.logprobs)
         if words and not stops.found:
             text.append(stops.push(words.flush()) + stops.flush())
             reason = "stop" if stops.found else reason
@@ -105,6 +104,17 @@ def generate(
         len(request.prompt),
         timings,
     )
+
+
+def _next(
+    stepper: Stepper, seq: Sequence, ids: tuple[int, ...], sampler: Sampler, logprobs: int | None
+) -> tuple[int, TokenLogprob | None]:
+    """Append tokens and choose the next one; logits come to the host only for the sake of log-probabilities."""
+    if logprobs is None:
+        return stepper.sample([(seq, ids)], [sampler])[0], None
+    row = stepper.step([(seq, ids)])[0]
+    token = sampler.sample(row)
+    return token, token_logprob(row, token, logprobs)
 
 
 class TextStream(Iterator[str]):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -101,8 +102,13 @@ class Library:
         # a fresh name for the same file makes it look at the file itself
         with tempfile.TemporaryDirectory(prefix="llmc-load-") as work:
             link = Path(work) / "model.so"
-            link.symlink_to(path.resolve())
             try:
+                if kernels is None:
+                    link.symlink_to(path.resolve())
+                else:
+                    # host code keeps the kernels that it has found in variables of the library; two models of one
+                    # artifact must not share them, since one's kernels go with it
+                    shutil.copyfile(path, link)
                 module = tvm_ffi.load_module(str(link), keep_module_alive=False)
                 if kernels is not None:
                     _code_of(module).import_module(kernels)
@@ -124,6 +130,20 @@ class Library:
         """A compiled function; takes tvm tensors, numpy arrays and packed tuples."""
         try:
             found: Callable[..., Any] = self._vm[name]
+        except AttributeError:
+            raise LlmcError(
+                "function-missing", f"model.so has no function {name!r}.", hint="Compile the model again."
+            ) from None
+        return found
+
+    def kernel(self, name: str) -> Callable[..., Any]:
+        """A function of the library that is called without the virtual machine.
+
+        Raises:
+            LlmcError: there is none of this name.
+        """
+        try:
+            found: Callable[..., Any] = _code_of(self._module)[name]
         except AttributeError:
             raise LlmcError(
                 "function-missing", f"model.so has no function {name!r}.", hint="Compile the model again."

@@ -12,10 +12,10 @@ import numpy as np
 from llmc import host, knobs
 from llmc.artifact import Manifest
 from llmc.errors import LlmcError
-from llmc.runtime import cuda, memory
+from llmc.runtime import memory
 from llmc.runtime.chat import ChatTemplate, Message, find_chat_template, read_json
 from llmc.runtime.checks import ArtifactFiles, open_artifact
-from llmc.runtime.device_engine import DeviceEngine
+from llmc.runtime.device_engine import load_engine
 from llmc.runtime.engine import CompiledEngine, Engine, Floats, input_names
 from llmc.runtime.generate import TextStream, generate
 from llmc.runtime.library import Library, tvm_version, use_threads
@@ -48,7 +48,8 @@ def load(
         threads: worker threads; the first load of a process decides. Default: the cores of this machine.
         kv_pages: pages in the KV cache, per group of layers.
         max_memory: bytes (or e.g. "6GB") that weights and KV cache may take together. Default: the cache may grow
-            to half of the memory that is available, and never beyond max_batch sequences of max_seq_len tokens.
+            to half of the memory that is available (on a GPU: to 90 % of what weights and step functions leave), and
+            never beyond max_batch sequences of max_seq_len tokens.
         check_hashes: compare the sha256 of every file with the manifest's (reads all weights once).
         level: of an artifact with code for several levels of processors, the one to run, e.g. ``x86-64-v3``. Default:
             what LLMC_LEVEL says, else the best that this machine runs.
@@ -64,29 +65,27 @@ def load(
     _check_functions(manifest)
     use_threads(threads)
     weights = Weights(files.folder, manifest.params)
-    if max_memory is not None:
-        budget = parse_bytes(max_memory) - weights.nbytes
-    else:
-        free = cuda.free_memory(weights.nbytes) if files.image else host.available_memory()
-        budget = int(free * _KV_SHARE)
+    given = None if max_memory is None else parse_bytes(max_memory) - weights.nbytes
     limits = manifest.limits
-    pages = plan_pages(
-        manifest.kv_plan,
-        max_seq_len=limits.max_seq_len,
-        max_batch=limits.max_batch,
-        max_step_tokens=limits.max_step_tokens,
-        kv_pages=kv_pages,
-        budget=budget,
-    )
-    names = tuple(f.name for f in manifest.functions)
+
+    def plan(free: int) -> tuple[int, ...]:
+        """Pages for the cache, in what was said or in `free` bytes."""
+        return plan_pages(
+            manifest.kv_plan,
+            max_seq_len=limits.max_seq_len,
+            max_batch=limits.max_batch,
+            max_step_tokens=limits.max_step_tokens,
+            kv_pages=kv_pages,
+            budget=free if given is None else given,
+        )
+
     engine: Engine
     if files.image is not None:
-        cuda.load_runtime()
-        kernels = cuda.module_from((files.folder / files.image.file).read_bytes())
-        library = Library(files.library, manifest.target.target, kernels)
-        store = cuda.DeviceMemory()
-        engine = DeviceEngine(library, names, weights, manifest.params, manifest.kv_plan, pages, store)
+        image = files.folder / files.image.file
+        engine, pages = load_engine(manifest, files.library, image, weights, plan)
     else:
+        pages = plan(int(host.available_memory() * _KV_SHARE))
+        names = tuple(f.name for f in manifest.functions)
         library = Library(files.library, manifest.target.target)
         engine = CompiledEngine(library, names, weights, manifest.kv_plan, pages)
     return Model(manifest, engine, PageAllocator(manifest.kv_plan, pages, limits.max_seq_len), files)

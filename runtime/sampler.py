@@ -60,6 +60,23 @@ class SamplingParams:
                 raise LlmcError("sampling-parameter", f"{name} must be {rule}, found {getattr(self, name)}.")
 
 
+@dataclass(frozen=True)
+class Draw:
+    """All that one choice depends on beside the logits.
+
+    Attributes:
+        share: random number, 0 <= share < 1; 0 for the likeliest token.
+        seen: different tokens that the penalty applies to, i64[n]; none where there is no penalty.
+    """
+
+    params: SamplingParams
+    share: float
+    seen: Ids
+
+
+GREEDY = Draw(SamplingParams(), 0.0, np.zeros(0, np.int64))
+
+
 class Sampler:
     """Chooses tokens of one sequence; remembers which ones occurred.
 
@@ -79,30 +96,55 @@ class Sampler:
         Raises:
             LlmcError: the logits are not numbers.
         """
-        scores = self._penalised(logits)
-        best = int(scores.argmax())  # of an array with a NaN: the first NaN
-        if not np.isfinite(scores[best]):
-            raise LlmcError(
-                "logits-not-finite",
-                f"The model's logits are not finite (token {best}: {scores[best]}).",
-                hint="The weights are damaged, or float16 overflows for this model: compile with --dtype bf16 or f32.",
-            )
-        token = best
-        if self.params.temperature > 0:
-            ids, probabilities = candidates(scores, self.params)
-            token = int(ids[_draw(probabilities, self._random.random())])
-        if self.params.repetition_penalty != 1 and token not in self._seen:
-            self._seen = np.append(self._seen, token)
+        token = choose(logits, self.draw())
+        self.accept(token)
         return token
 
-    def _penalised(self, logits: Floats) -> Floats:
-        if self.params.repetition_penalty == 1:
-            return logits
-        penalty = np.float32(self.params.repetition_penalty)
-        scores = logits.copy()
-        old = scores[self._seen]
-        scores[self._seen] = np.where(old < 0, old * penalty, old / penalty)
-        return scores
+    def draw(self) -> Draw:
+        """The parameters of the next choice; takes a random number."""
+        share = self._random.random() if self.params.temperature > 0 else 0.0
+        return Draw(self.params, share, self._seen if self.params.repetition_penalty != 1 else GREEDY.seen)
+
+    def accept(self, token: int) -> None:
+        """A choice was made."""
+        if self.params.repetition_penalty != 1 and token not in self._seen:
+            self._seen = np.append(self._seen, token)
+
+
+def choose(logits: Floats, draw: Draw) -> int:
+    """The token of logits f32[vocab].
+
+    Raises:
+        LlmcError: the logits are not numbers.
+    """
+    scores = penalised(logits, draw)
+    best = int(scores.argmax())  # of an array with a NaN: the first NaN
+    if not np.isfinite(scores[best]):
+        raise not_finite(best, float(scores[best]))
+    if draw.params.temperature == 0:
+        return best
+    ids, probabilities = candidates(scores, draw.params)
+    return int(ids[_draw(probabilities, draw.share)])
+
+
+def not_finite(token: int, value: float | None = None) -> LlmcError:
+    """The error of logits of which the largest one is NaN or infinite."""
+    what = f"token {token}" if value is None else f"token {token}: {value}"
+    return LlmcError(
+        "logits-not-finite",
+        f"The model's logits are not finite ({what}).",
+        hint="The weights are damaged, or float16 overflows for this model: compile with --dtype bf16 or f32.",
+    )
+
+
+def penalised(logits: Floats, draw: Draw) -> Floats:
+    if draw.params.repetition_penalty == 1:
+        return logits
+    penalty = np.float32(draw.params.repetition_penalty)
+    scores = logits.copy()
+    old = scores[draw.seen]
+    scores[draw.seen] = np.where(old < 0, old * penalty, old / penalty)
+    return scores
 
 
 def candidates(scores: Floats, params: SamplingParams) -> tuple[Ids, Floats]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +13,12 @@ import numpy.typing as npt
 from llmc.artifact import Limits
 from llmc.errors import LlmcError
 from llmc.runtime.batch import Piece, StepBuilder, plan_rounds
-from llmc.runtime.engine import Engine, Floats
+from llmc.runtime.engine import Engine, Floats, SamplingEngine, StepInputs
 from llmc.runtime.pages import Int32s, PageAllocator
+from llmc.runtime.sampler import GREEDY, Sampler
 from llmc.runtime.sequence import Sequence
 
+Result = TypeVar("Result")
 TokenIds = Seq[int] | npt.NDArray[np.integer]
 
 
@@ -42,6 +46,7 @@ class Stepper:
         self.limits = limits
         self.vocab_size = vocab_size
         self._has_decode = "decode" in functions
+        self._sampling = engine if isinstance(engine, SamplingEngine) else None
         self._builder = StepBuilder(len(allocator.pools), allocator.plan.page_size)
         # the cache, the argument buffer and the compiled functions' scratch memory are shared by all sequences
         self._lock = threading.Lock()
@@ -73,6 +78,43 @@ class Stepper:
         with self._lock:
             return self._step(batch, all_rows, function)
 
+    def sample(self, batch: Seq[tuple[Sequence, TokenIds]], samplers: Seq[Sampler]) -> list[int]:
+        """Append tokens to sequences and choose the next one of each, where the logits are if the engine can do that.
+
+        Args:
+            batch: as for step().
+            samplers: one for each sequence; they remember what was chosen.
+
+        Raises:
+            LlmcError: as step(); logits that are not numbers.
+        """
+        if len(samplers) != len(batch):
+            raise ValueError(f"{len(batch)} sequences, {len(samplers)} samplers")
+        engine = self._sampling
+        if engine is None:
+            return [s.sample(row) for s, row in zip(samplers, self.step(batch), strict=True)]
+        with self._lock:
+            ids = self._check(batch)
+            draws = [sampler.draw() for sampler in samplers]
+            tokens = [-1] * len(batch)
+            rounds = plan_rounds([len(x) for x in ids], self.limits.max_step_tokens)
+            self._check_room([seq for seq, _ in batch], rounds)
+            for pieces in rounds:
+                last = [p.end == len(ids[p.entry]) for p in pieces]
+                mine = [draws[p.entry] if end else GREEDY for p, end in zip(pieces, last, strict=True)]
+                found = self._round(
+                    [(batch[p.entry][0], ids[p.entry][p.begin : p.end]) for p in pieces],
+                    [False] * len(pieces),
+                    None,
+                    lambda function, inputs, mine=mine: engine.sample(function, inputs, mine),  # type: ignore[misc]
+                )
+                for p, token, end in zip(pieces, found, last, strict=True):
+                    if end:
+                        tokens[p.entry] = token
+            for sampler, token in zip(samplers, tokens, strict=True):
+                sampler.accept(token)
+            return tokens
+
     def _step(
         self, batch: Seq[tuple[Sequence, TokenIds]], all_rows: bool | Seq[bool], function: str | None
     ) -> Floats:
@@ -81,19 +123,27 @@ class Stepper:
         self._check_room([seq for seq, _ in batch], rounds)
         flags = [all_rows] * len(batch) if isinstance(all_rows, bool) else list(all_rows)
         if len(rounds) == 1:
-            return self._round([(seq, x) for (seq, _), x in zip(batch, ids, strict=True)], flags, function)
+            whole = [(seq, x) for (seq, _), x in zip(batch, ids, strict=True)]
+            return self._round(whole, flags, function, self.engine.run)
         parts = []
         for pieces in rounds:
             part = self._round(
                 [(batch[p.entry][0], ids[p.entry][p.begin : p.end]) for p in pieces],
                 [flags[p.entry] for p in pieces],
                 function,
+                self.engine.run,
             )
             parts.extend(_wanted(part, pieces, flags, ids))
         return np.concatenate(parts)
 
-    def _round(self, batch: Seq[tuple[Sequence, Int32s]], flags: Seq[bool], function: str | None) -> Floats:
-        """One call of a compiled function; on any failure the sequences are as before."""
+    def _round(
+        self,
+        batch: Seq[tuple[Sequence, Int32s]],
+        flags: Seq[bool],
+        function: str | None,
+        run: Callable[[str, StepInputs], Result],
+    ) -> Result:
+        """One call of a compiled function by `run`; on any failure the sequences are as before."""
         try:
             for seq, ids in batch:
                 self.allocator.grow(seq.tables, seq.length + len(ids))
@@ -101,13 +151,13 @@ class Stepper:
             if function is None:
                 one_each = self._has_decode and len(inputs.input_ids) == len(batch)
                 function = "decode" if one_each else "step"
-            logits = self.engine.run(function, inputs)
+            result = run(function, inputs)
             for seq, ids in batch:
                 seq.length += len(ids)
         finally:
             for seq, _ in batch:
                 self.allocator.settle(seq.tables, seq.length)
-        return logits
+        return result
 
     def _check(self, batch: Seq[tuple[Sequence, TokenIds]]) -> list[Int32s]:
         if not batch:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from llmc.schedules.choice import ByRows
+from llmc.schedules.gpu.configs import GpuDecodeSchedule, GpuPrefillSchedule, kind_of
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class AttentionConfig:
     token_major: bool = False
     prefill: ByRows[PrefillSchedule] = _PREFILL
     decode: ByRows[DecodeSchedule] = _DECODE
+    latent: ClassVar[bool] = False  # see LatentConfig
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -107,6 +109,25 @@ class AttentionConfig:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> AttentionConfig:
-        prefill = ByRows.from_json(PrefillSchedule, values["prefill"])
-        decode = ByRows.from_json(DecodeSchedule, values["decode"])
+        prefill_kind = kind_of(values["prefill"], PrefillSchedule, GpuPrefillSchedule)
+        decode_kind = kind_of(values["decode"], DecodeSchedule, GpuDecodeSchedule)
+        prefill = ByRows.from_json(prefill_kind, values["prefill"])
+        decode = ByRows.from_json(decode_kind, values["decode"])
         return AttentionConfig(**{**values, "prefill": prefill, "decode": decode})
+
+
+@dataclass(frozen=True)
+class LatentConfig(AttentionConfig):
+    """Attention over latent vectors (DeepSeek-AI 2024, "DeepSeek-V2", multi-head latent attention, with the projections of
+    keys and values absorbed into those of queries and outputs).
+
+    All heads read one vector per token; the value is the first value_dim elements of the key, and there is no pool of values.
+    Kernels take no v_pool. Only machines with threads have them.
+    """
+
+    latent: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kv_heads != 1 or self.value_dim > self.key_dim:
+            raise ValueError("latent attention has one cached head, whose values are a part of its keys")

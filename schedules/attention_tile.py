@@ -47,7 +47,8 @@ class Operands:
         appends = rope is not None and rope.cfg.k is not None
         self._slot = e.tensor("slot", [t], "int32") if appends else None
         self._k = e.tensor("k_pool", [pages, layers, hk, cfg.key_dim, ps], cfg.kv_dtype)
-        self._v = e.tensor("v_pool", [pages, layers, hk, ps, cfg.value_dim], cfg.kv_dtype)
+        v_shape = [pages, layers, hk, ps, cfg.value_dim]
+        self._v = None if cfg.latent else e.tensor("v_pool", v_shape, cfg.kv_dtype)
         self._start = e.tensor("query_start", [b + 1], "int32")
         self._context = e.tensor("context_len", [b], "int32")
         self._table = e.tensor("block_table", [b, w], "int32")
@@ -66,7 +67,7 @@ class Operands:
             self.rope.view()
         self.slots = e.flat(self._slot, t) if self._slot is not None else None
         self.k = e.flat(self._k, self.k_size)
-        self.v = e.flat(self._v, self.v_size)
+        self.v = e.flat(self._v, self.v_size) if self._v is not None else None
         self.query_start = e.flat(self._start, self.b + 1)
         self.context_len = e.flat(self._context, self.b)
         self.block_table = e.flat(self._table, self.b * self.width)

@@ -14,6 +14,7 @@ from llmc.schedules import emit as e
 from llmc.schedules.choice import ByRows
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.gather import EmbeddingConfig, GatherConfig, embedding, gather_rows
+from llmc.schedules.gpu.configs import GpuLinearSchedule, kind_of
 from llmc.schedules.layout import BlockedLayout, linear_layout, own_vectors, usual_vectors
 from llmc.schedules.linear_lanes import accumulate_lanes
 
@@ -128,7 +129,8 @@ class LinearConfig:
     @staticmethod
     def from_json(values: dict[str, Any]) -> LinearConfig:
         layout = values.get("layout")
-        schedule = ByRows.from_json(LinearSchedule, values["schedule"])
+        kind = kind_of(values["schedule"], LinearSchedule, GpuLinearSchedule)
+        schedule = ByRows.from_json(kind, values["schedule"])
         layout = BlockedLayout(**layout) if layout else None
         return LinearConfig(**{**values, "layout": layout, "schedule": schedule})
 

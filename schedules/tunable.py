@@ -95,6 +95,12 @@ class Space:
                 return False
         return bool(schedule == self.default or self.valid(schedule))
 
+    def representatives(self) -> Iterator[Any]:
+        """The default, and for each knob a member that differs from it in that knob (the default if there is none)."""
+        yield self.default
+        for knob in self.knobs:
+            yield _differing(self, knob)
+
     def random(self, rng: np.random.Generator) -> Any:
         """A member, each about equally likely; of either kind."""
         if self.other is not None and rng.random() < 0.5:
@@ -225,6 +231,10 @@ class Tunable(ABC):
     def buckets(self, task: Any) -> tuple[Bucket, ...]:
         """Buckets in which the choice of the schedule matters."""
 
+    def sampled_buckets(self, task: Any) -> tuple[Bucket, ...]:
+        """Buckets whose spaces together have all kinds of schedules, for code_of."""
+        return self.buckets(task)[-1:]
+
     @abstractmethod
     def space(self, task: Any, bucket: Bucket, caps: Capabilities) -> Space:
         """Schedules to choose among; all are correct for every number of rows in the bucket."""
@@ -310,10 +320,10 @@ def _code_of(kind: type[Tunable], caps: Capabilities) -> str:
 
     tunable, hashes = kind(), []
     for task in tunable.samples(caps):
-        space = tunable.space(task, tunable.buckets(task)[-1], caps)
-        for schedule in (space.default, *(_differing(space, knob) for knob in space.knobs)):
-            func = tunable.candidate(task, schedule, None, caps)
-            hashes.append(tvm_ffi.structural_hash(func, map_free_vars=True))
+        for bucket in tunable.sampled_buckets(task):
+            for schedule in tunable.space(task, bucket, caps).representatives():
+                func = tunable.candidate(task, schedule, None, caps)
+                hashes.append(tvm_ffi.structural_hash(func, map_free_vars=True))
     return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16] if hashes else ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -156,7 +156,7 @@ class TunablePrefill(_TunableAttention):
     """Attention of ``step``: one sequence whose tokens are all new."""
 
     name = "attention_prefill"
-    schedule_type = PrefillSchedule
+    schedule_type: ClassVar[type] = PrefillSchedule
 
     def buckets(self, task: AttentionConfig) -> tuple[Bucket, ...]:
         return tuple(b for b in BUCKETS if b.low > 16)
@@ -205,8 +205,8 @@ class TunableDecode(_TunableAttention):
     """Attention of ``decode``: sequences with one new token each."""
 
     name = "attention_decode"
-    schedule_type = DecodeSchedule
-    shared = ("splits",)
+    schedule_type: ClassVar[type] = DecodeSchedule
+    shared: ClassVar[tuple[str, ...]] = ("splits",)
 
     def buckets(self, task: AttentionConfig) -> tuple[Bucket, ...]:
         return tuple(b for b in BUCKETS if b.high and b.high <= 16)

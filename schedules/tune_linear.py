@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -40,8 +40,8 @@ class TunableLinear(Tunable):
 
     name = "linear"
     config_type = LinearConfig
-    schedule_type = LinearSchedule
-    shared = ("vectors",)
+    schedule_type: ClassVar[type] = LinearSchedule
+    shared: ClassVar[tuple[str, ...]] = ("vectors",)
 
     def task(self, config: LinearConfig) -> LinearConfig:
         return replace(config, lead=0, schedule=ByRows((LinearSchedule(),)))

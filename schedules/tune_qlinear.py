@@ -259,7 +259,7 @@ class TunableIntLinear(TunableQuantLinear):
     """y = round(x) @ dequantize(weight).T with its epilogue: rows of x are rounded to int8 on the way."""
 
     name = "int_linear"
-    schedule_type = IntLinearSchedule
+    schedule_type: ClassVar[type] = IntLinearSchedule
     schemes = ("w8a8", "w4a8")
     prefetches = (0, 512, 1024, 2304, 4096, 18432)
 

@@ -96,7 +96,7 @@ class Tuned:
         task = tunable.task(config)
         code = code_of(tunable, self._caps) if self._by_task else ""
         key = task_key(tunable.name, tunable.version, code, tunable.to_values(task), self._preset)
-        choice = choose(tunable, task, self._by_task.get(key, []), shared)
+        choice = choose(tunable, task, self._by_task.get(key, []), self._caps, shared)
         if choice is None:
             return config
         for record in choice.records:
@@ -129,7 +129,11 @@ def shipped_records() -> list[Record]:
 
 
 def choose(
-    tunable: Tunable, task: Any, records: Iterable[Record], shared: Mapping[str, int] | None = None
+    tunable: Tunable,
+    task: Any,
+    records: Iterable[Record],
+    caps: Capabilities,
+    shared: Mapping[str, int] | None = None,
 ) -> Choice | None:
     """The best schedule of each bucket that agree in the shared fields; None if the default is as good.
 
@@ -150,7 +154,7 @@ def choose(
         if best is None or record.ratio < best.ratio:
             group[record.bucket] = record
         measured[record.bucket, tunable.schedule_type(**record.schedule)] = record
-    plain = tunable.schedule_type()
+    plain = tunable.default(task, caps)
     usual = tuple(int(getattr(plain, name)) for name in tunable.shared)
     if shared:
         key: tuple[int, ...] | None = tuple(int(shared[name]) for name in tunable.shared)

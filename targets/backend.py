@@ -46,6 +46,11 @@ def write_library(func: Any, target: Any, caps: Capabilities, path: Path) -> Non
     build_kernel(func, target, caps, path)
 
 
+def always_fit(path: Path) -> str:
+    """Nothing speaks against a candidate before it is measured."""
+    return ""
+
+
 @dataclass(frozen=True)
 class Backend:
     """A target's manifest (STYLE 10).
@@ -60,6 +65,7 @@ class Backend:
         runner: Capabilities -> what the tuner runs candidates with; None = this target cannot be tuned here.
         device: name of the device that the tuner would measure on.
         library: PrimFunc, TVM target, Capabilities, path -> writes the one file that the runner's `load` takes.
+        unfit: such a file -> why it is not worth measuring; "" if it is.
         build: module in VM form, target, Capabilities -> code.
         several: presets may be joined with commas into one artifact, in any order.
         levels: each of several presets then is a level with code of its own, of which one is chosen when the artifact is
@@ -77,6 +83,7 @@ class Backend:
     runner: Callable[[Capabilities], Runner] | None = None
     device: Callable[[], str] = str
     library: Callable[[Any, Any, Capabilities, Path], None] = write_library
+    unfit: Callable[[Path], str] = always_fit
     build: Callable[[Any, Any, Capabilities], Built] = build_host
     several: bool = False
     levels: bool = False

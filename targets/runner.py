@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -31,7 +31,13 @@ class Limits:
 
 
 class Runner(ABC):
-    """Runs kernels in the process that it is made in. Nothing here survives a candidate that crashes."""
+    """Runs kernels in the process that it is made in. Nothing here survives a candidate that crashes.
+
+    Attributes:
+        errors_stay: after an error of a kernel all later ones of the process fail: it has to be replaced.
+    """
+
+    errors_stay: ClassVar[bool] = False
 
     @abstractmethod
     def limits(self) -> Limits:

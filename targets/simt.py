@@ -41,7 +41,6 @@ def _lowering() -> list[Any]:
         t.FP8ComputeLegalize(),
         t.VerifyMemory(),
         t.AnnotateEntryFunc(),
-        s.MergeSharedMemoryAllocations(),
     ]
 
 

@@ -34,6 +34,7 @@ BASE = (
     "host",
     "kernel_work",
     "cuda_driver",
+    "sample_layout",
 )
 # what the driver is made of, beside the pipeline; each may be imported by pipeline and cli
 DRIVER = ("stages", "reproducer", "shards", "link", "writer", "packing", "emulated", "inspect", "doctor")
@@ -80,8 +81,8 @@ ALLOWED: dict[str, set[str]] = {
     "schedules": {*BASE, "quant.schemes", "quant.weight"},
     "passes": {*BASE, "schedules", "frontend.graph", "quant.schemes"},
     # the tuner's runner places weights as the runtime does
-    "targets": {*BASE, "link", "passes", "schedules", "runtime.library", "runtime.memory"},
-    "runtime": {"artifact", "cuda_driver", "errors", "host", "knobs", "kv_plan"},
+    "targets": {*BASE, "link", "passes", "schedules", "runtime.cuda", "runtime.library", "runtime.memory"},
+    "runtime": {"artifact", "cuda_driver", "errors", "host", "knobs", "kv_plan", "sample_layout"},
     # kernels come in lowered; running a whole step needs what lowers and lays out
     "simulate": {
         *BASE,

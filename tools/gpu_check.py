@@ -1,333 +1,308 @@
-"""Everything about the cuda target that needs a GPU, in one command: right numbers, then speed, as a table.
+"""Everything about the cuda target that needs a GPU, in one command: right numbers, then speed beside the targets, as a table.
 
-    python tools/gpu_check.py                     # all of it; needs a driver for CUDA 13, torch with CUDA, and our wheels
-    python tools/gpu_check.py --only gemv,gemm    # some parts
-    python tools/gpu_check.py --dry-run           # here: compile all kernels that would be measured, and what they take
+    python tools/gpu_check.py --prepare DIR                 # anywhere with llmc's compiler; no GPU: builds what is needed
+    python tools/gpu_check.py --prepared DIR --json F       # where the GPU is: a driver, torch, transformers, this tree
+    python tools/gpu_check.py --prepared DIR --only gemm,quant --budget 540
+    python tools/gpu_check.py --json F --report             # the table of what is in F already
 
-Times are medians of CUDA events after warm-up, kernel and torch in turn in the same process. Bandwidth is over the bytes
-that a kernel must move, as a share of what a device-to-device copy moves; matmuls are compared with torch.matmul.
+Each section runs in a process of its own with a limit of time, and writes what it finds as it goes: a crash, a kernel that
+hangs or the end of the budget costs one section. A second call with the same --json goes on with the sections that are
+missing. On a machine that also has llmc's compiler, --prepared may be left out: it is prepared first.
+
+``--device simulator`` (with ``--prepare`` too) runs every section on small shapes without a GPU, the
+kernels in the simulator and the models on the cpu target: the numbers are checked, the times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from llmc import cuda_driver
-from llmc.ops import NormAttrs
-from llmc.schedules.attention import AttentionConfig, partial_shape
-from llmc.schedules.kernels import builders, with_defaults
-from llmc.schedules.layout import linear_layout
-from llmc.schedules.linear import LinearConfig
-from llmc.schedules.norm import NormConfig
-from llmc.targets.backend import get
-from llmc.targets.cuda.build import build_kernels
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
 
-PARTS = ("models", "copy", "norm", "gemv", "flat", "gemm", "prefill", "decode")
-# outputs and inputs of the matmuls of an 8B Llama; the gated one has 2 x 14336 rows
-SHAPES = {
-    "qkv": (6144, 4096, False),
-    "o": (4096, 4096, False),
-    "gate_up": (14336, 4096, True),
-    "down": (4096, 14336, False),
-}
-SQUARES = (4096, 8192)
-HEADS = dict(heads=32, kv_heads=8, key_dim=128, value_dim=128, page_size=16, layers=1, scale=128**-0.5)
+if TYPE_CHECKING:
+    from tools.gpu_device import Row
+    from tools.gpu_kernels import Session
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of the table: `ours` and `theirs` in microseconds; `share` of the copy's bandwidth or of `theirs`."""
+class Section:
+    """A part of the check.
 
-    part: str
-    what: str
-    ours: float
-    theirs: float | None
-    share: float | None
-    error: float | None
+    Attributes:
+        module, function: what runs it.
+        seconds: that it may take.
+    """
 
-
-def linear_config(n: int, k: int, gated: bool = False) -> LinearConfig:
-    return LinearConfig(
-        n, k, "bfloat16", "bfloat16", "bfloat16", gated=gated, activation="silu" if gated else ""
-    )
+    module: str
+    function: str
+    seconds: float
 
 
-def kernels_of(caps: Any) -> dict[str, Any]:
-    """Name -> PrimFunc of everything that is measured."""
-    make = builders(caps)
-    found = {f"linear_{name}": make.linear(linear_config(*s), caps) for name, s in SHAPES.items()}
-    found |= {f"linear_{n}": make.linear(linear_config(n, n), caps) for n in SQUARES}
-    attrs = NormAttrs(1e-5, has_weight=True)
-    found["norm"] = make.norm(NormConfig((-1, 4096), "bfloat16", "bfloat16", attrs), caps)
-    found["prefill"] = make.attention_prefill(attention_config(caps), caps)
-    found["decode"] = make.attention_decode(attention_config(caps), caps, None)
-    return found
-
-
-def attention_config(caps: Any) -> AttentionConfig:
-    config = AttentionConfig(dtype="bfloat16", kv_dtype="bfloat16", token_major=True, **HEADS)  # type: ignore[arg-type]
-    return with_defaults(config, caps)
-
-
-class Bench:
-    """Compiled kernels on the GPU, and timing. Imports torch."""
-
-    def __init__(self, caps: Any, names: list[str]) -> None:
-        import torch
-
-        from llmc.runtime import cuda
-        from llmc.runtime.library import ffi
-
-        self.torch, self.caps = torch, caps
-        cuda.load_runtime()
-        funcs = {name: func for name, func in kernels_of(caps).items() if name in names}
-        host, images, _ = build_kernels(funcs, get(caps.preset)[0].tvm_target(caps), (caps.preset[5:],))
-        host.import_module(cuda.module_from(next(iter(images.values()))))
-        self._host, self._from_dlpack = host, ffi().from_dlpack
-        self.copy_bandwidth = 0.0  # bytes per microsecond, read and written
-
-    def call(self, name: str, *args: Any) -> Callable[[], None]:
-        """A call of a kernel on torch tensors, to be timed."""
-        function = self._host[name]
-        tensors = [a if isinstance(a, int) else self._from_dlpack(a) for a in args]
-        return lambda: function(*tensors)
-
-    def random(self, *shape: int) -> Any:
-        return self.torch.randn(*shape, device="cuda", dtype=self.torch.bfloat16)
-
-    def empty(self, *shape: int, dtype: Any = None) -> Any:
-        return self.torch.empty(*shape, device="cuda", dtype=dtype or self.torch.bfloat16)
-
-    def integers(self, values: Any) -> Any:
-        return self.torch.tensor(values, device="cuda", dtype=self.torch.int32)
-
-    def times(self, *functions: Callable[[], Any], repeats: int = 30) -> list[float]:
-        """Median microseconds of each, in turns; the second-level cache is overwritten in between."""
-        cuda = self.torch.cuda
-        spoiler = self.empty(256 << 20, dtype=self.torch.uint8)
-        found: list[list[float]] = [[] for _ in functions]
-        for turn in range(repeats + 5):
-            for times, function in zip(found, functions, strict=True):
-                spoiler.zero_()
-                begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-                begin.record()
-                function()
-                end.record()
-                end.synchronize()
-                if turn >= 5:
-                    times.append(1000 * begin.elapsed_time(end))
-        return [statistics.median(t) for t in found]
-
-
-def measure_copy(b: Bench) -> Iterator[Row]:
-    source, target = b.empty(4 << 30, dtype=b.torch.uint8), b.empty(4 << 30, dtype=b.torch.uint8)
-    (time,) = b.times(lambda: target.copy_(source), repeats=10)
-    b.copy_bandwidth = 2 * source.nbytes / time
-    yield Row("copy", f"4 GiB, {b.copy_bandwidth / 1e6:.2f} TB/s", time, None, None, None)
-
-
-def measure_norm(b: Bench) -> Iterator[Row]:
-    for rows in (1, 512, 4096):
-        x, w, y = b.random(rows, 4096), b.random(4096), b.empty(rows, 4096)
-        call = b.call("norm", x, w, y)
-        theirs = lambda x=x, w=w: b.torch.nn.functional.rms_norm(x, (4096,), w, 1e-5)  # noqa: E731
-        call()
-        error = relative(y, theirs())
-        ours, other = b.times(call, theirs)
-        yield Row("norm", f"{rows} x 4096", ours, other, 4 * x.numel() / ours / b.copy_bandwidth, error)
-
-
-def _linear(b: Bench, name: str, n: int, k: int, gated: bool, rows: int) -> tuple[Any, Any, float]:
-    """(our call, torch's call, relative error)."""
-    import numpy as np
-
-    outputs = 2 * n if gated else n
-    weight, x, y = b.random(outputs, k), b.random(rows, k), b.empty(rows, n)
-    layout = linear_layout("bfloat16", b.caps)
-    bits = weight.view(b.torch.int16).cpu().numpy()
-    if gated:
-        half = type(layout)(layout.n_block // 2, layout.k_pack)
-        packed = np.concatenate([half.pack(bits[:n]), half.pack(bits[n:])], axis=2)
-    else:
-        packed = layout.pack(bits)
-    stored = b.torch.from_numpy(packed).cuda().view(b.torch.bfloat16)
-    call = b.call(f"linear_{name}", x, stored, y)
-
-    def theirs() -> Any:
-        sums = x @ weight.T
-        return b.torch.nn.functional.silu(sums[:, :n]) * sums[:, n:] if gated else sums
-
-    call()
-    return call, theirs, relative(y, theirs())
-
-
-def measure_gemv(b: Bench) -> Iterator[Row]:
-    for name, (n, k, gated) in SHAPES.items():
-        call, theirs, error = _linear(b, name, n, k, gated, 1)
-        ours, other = b.times(call, theirs)
-        size = 2 * n * k * (2 if gated else 1)
-        yield Row("gemv", f"{name} {n} x {k}", ours, other, size / ours / b.copy_bandwidth, error)
-
-
-def measure_flat(b: Bench) -> Iterator[Row]:
-    for rows in (2, 4, 8, 16):
-        for name, (n, k, gated) in SHAPES.items():
-            call, theirs, error = _linear(b, name, n, k, gated, rows)
-            ours, other = b.times(call, theirs)
-            yield Row("flat", f"{rows} rows, {name}", ours, other, other / ours, error)
-
-
-def measure_gemm(b: Bench) -> Iterator[Row]:
-    for n in SQUARES:
-        call, theirs, error = _linear(b, str(n), n, n, False, n)
-        ours, other = b.times(call, theirs, repeats=10)
-        yield Row("gemm", f"{n}^3, {2 * n**3 / ours / 1e6:.0f} TFLOP/s", ours, other, other / ours, error)
-
-
-def _cache(b: Bench, context: int) -> tuple[Any, Any, Any]:
-    pages = context // 16
-    return (
-        b.random(pages + 1, 1, 8, 128, 16),
-        b.random(pages + 1, 1, 8, 16, 128),
-        b.integers([list(range(1, pages + 1))]),
-    )
-
-
-def _plain(k_pool: Any, v_pool: Any) -> tuple[Any, Any]:
-    """Keys and values as [1, heads, tokens, 128]."""
-    k = k_pool[1:, 0].permute(1, 0, 3, 2).reshape(1, 8, -1, 128)
-    v = v_pool[1:, 0].permute(1, 0, 2, 3).reshape(1, 8, -1, 128)
-    return k.contiguous(), v.contiguous()
-
-
-def measure_prefill(b: Bench) -> Iterator[Row]:
-    for context in (4096, 16384):
-        k_pool, v_pool, table = _cache(b, context)
-        q, out = b.random(1, context, 32, 128), b.empty(1, context, 32, 128)
-        start, length = b.integers([0, context]), b.integers([context])
-        call = b.call("prefill", q, k_pool, v_pool, start, length, table, 0, out)
-        k, v = _plain(k_pool, v_pool)
-        theirs = lambda q=q, k=k, v=v: b.torch.nn.functional.scaled_dot_product_attention(  # noqa: E731
-            q.transpose(1, 2), k, v, is_causal=True, enable_gqa=True
-        )
-        call()
-        error = relative(out[0].transpose(0, 1), theirs()[0])
-        ours, other = b.times(call, theirs, repeats=5)
-        yield Row("prefill", f"{context} tokens", ours, other, other / ours, error)
-
-
-def measure_decode(b: Bench) -> Iterator[Row]:
-    cfg = attention_config(b.caps)
-    for context in (4096, 32768):
-        k_pool, v_pool, table = _cache(b, context)
-        q, out = b.random(1, 1, 32, 128), b.empty(1, 1, 32, 128)
-        partial = b.empty(1, *partial_shape(cfg), dtype=b.torch.float32)
-        start, length = b.integers([0, 1]), b.integers([context])
-        call = b.call("decode", q, k_pool, v_pool, start, length, table, 0, out, partial)
-        k, v = _plain(k_pool, v_pool)
-        theirs = lambda q=q, k=k, v=v: b.torch.nn.functional.scaled_dot_product_attention(  # noqa: E731
-            q.transpose(1, 2), k, v, enable_gqa=True
-        )
-        call()
-        error = relative(out[0].transpose(0, 1), theirs()[0])
-        ours, other = b.times(call, theirs)
-        size = 2 * k.nbytes
-        yield Row("decode", f"{context} tokens", ours, other, size / ours / b.copy_bandwidth, error)
-
-
-def relative(found: Any, expected: Any) -> float:
-    """Root mean square of the difference over that of the expected values."""
-    difference = (found.float() - expected.float()).pow(2).mean().sqrt()
-    return float(difference / expected.float().pow(2).mean().sqrt())
-
-
-def check_models(preset: str) -> list[str]:
-    """Compile tiny models for the GPU with the check against the source model, and compare greedy tokens with cpu's."""
-    import llmc
-    from llmc.pipeline import compile_model
-    from tools.tiny_configs import tiny_model
-
-    lines = []
-    for architecture in ("llama", "gemma2", "gpt2"):
-        model = tiny_model(architecture)
-        tokens = []
-        with tempfile.TemporaryDirectory() as work:
-            for number, target in enumerate(("cpu", preset)):
-                folder = Path(work) / str(number)
-                compile_model(model, folder, target=target, dtype="f32")
-                result = llmc.load(folder).generate([1, 2, 3], max_tokens=128, temperature=0.0)
-                tokens.append([int(i) for i in result.token_ids])
-        same = "equal" if tokens[0] == tokens[1] else "DIFFER from cpu"
-        lines.append(f"{architecture}: checked against torch, {len(tokens[1])} greedy tokens {same}")
-    return lines
-
-
-_MEASURES: dict[str, tuple[Callable[[Bench], Iterator[Row]], tuple[str, ...]]] = {
-    "copy": (measure_copy, ()),
-    "norm": (measure_norm, ("norm",)),
-    "gemv": (measure_gemv, tuple(f"linear_{s}" for s in SHAPES)),
-    "flat": (measure_flat, tuple(f"linear_{s}" for s in SHAPES)),
-    "gemm": (measure_gemm, tuple(f"linear_{n}" for n in SQUARES)),
-    "prefill": (measure_prefill, ("prefill",)),
-    "decode": (measure_decode, ("decode",)),
+# in the order in which they run: what others are measured by, what is wrong if numbers are, then the dearest numbers
+SECTIONS = {
+    "ceilings": Section("gpu_kernels", "ceilings", 60),
+    "tokens": Section("gpu_models", "tokens", 90),
+    "schemes": Section("gpu_models", "schemes", 120),
+    "gemm": Section("gpu_kernels", "gemm", 60),
+    "flat": Section("gpu_kernels", "flat", 60),
+    "gemv": Section("gpu_kernels", "gemv", 60),
+    "quant": Section("gpu_kernels", "quant", 120),
+    "integers": Section("gpu_kernels", "integers", 120),
+    "experts": Section("gpu_kernels", "experts", 60),
+    "prefill": Section("gpu_kernels", "prefill_attention", 90),
+    "decode": Section("gpu_kernels", "decode_attention", 60),
+    "model-bf16": Section("gpu_models", "model_bf16", 300),
+    "model-q4g128": Section("gpu_models", "model_q4", 300),
+    "torch": Section("gpu_models", "torch_compiled", 420),
 }
+_LEAST = 20.0  # seconds; with less left no section is begun
+_AGAINST_TORCH = 1.2
 
 
-def dry_run(preset: str) -> None:
-    """Compile everything and print what the kernels take."""
-    backend, caps = get(preset)
-    _, _, kernels = build_kernels(kernels_of(caps), backend.tvm_target(caps), tuple(preset[5:].split(",")))
-    for k in kernels:
-        print(
-            f"{k.arch:8} {k.name:32} {k.registers:4} registers {k.shared_bytes:6} B shared {k.spill_bytes:5} B spilled"
+# -- one section, in its own process ---------------------------------------------------------------------------------------
+
+
+def run_section(name: str, prepared: Path, device: str, results: Path) -> int:
+    """Run a section and append its rows to the results as they come."""
+    import importlib
+
+    from tools.gpu_device import Gpu, Simulated
+    from tools.gpu_kernels import Session
+
+    section = SECTIONS[name]
+    session: Session = Session(Simulated() if device == "simulator" else Gpu(), prepared, read_rows(results))
+    measure: Callable[[Session], Iterator[Row]] = getattr(
+        importlib.import_module(f"tools.{section.module}"), section.function
+    )
+    for row in measure(session):
+        write_line(results, json.loads(row.to_json()))
+        print(text_of(row), flush=True)
+    write_line(results, {"done": name})
+    return 0
+
+
+def write_line(results: Path, values: dict[str, object]) -> None:
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def read_lines(results: Path) -> list[dict[str, object]]:
+    """What a results file holds; a last line without an end is what a killed process left."""
+    if not results.exists():
+        return []
+    lines = results.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def read_rows(results: Path) -> list[Row]:
+    """Rows, of each line of the table the last one."""
+    from tools.gpu_device import Row
+
+    rows = [Row(**values) for values in read_lines(results) if "what" in values]  # type: ignore[arg-type]
+    return list({(row.section, row.what): row for row in rows}.values())
+
+
+# -- the command -----------------------------------------------------------------------------------------------------------
+
+
+def run_all(options: argparse.Namespace, sections: Sequence[str], results: Path) -> int:
+    """Run sections one after the other; returns how many failed."""
+    end = time.monotonic() + options.budget if options.budget else float("inf")
+    done = {str(values["done"]) for values in read_lines(results) if "done" in values}
+    failed = 0
+    for name in sections:
+        if name in done and not options.again:
+            print(f"-- {name}: done already")
+            continue
+        limit = min(SECTIONS[name].seconds * options.patience, end - time.monotonic())
+        if limit < _LEAST:
+            print(f"-- {name}: no time left")
+            failed += 1
+            continue
+        print(f"-- {name}", flush=True)
+        why = run_process(name, options, results, limit)
+        if why:
+            failed += 1
+            print(f"   {name} FAILED: {why}", flush=True)
+            write_line(results, {"failed": name, "why": why})
+    return failed
+
+
+def run_process(name: str, options: argparse.Namespace, results: Path, limit: float) -> str:
+    """Run a section in its own process; "" or why it did not come to its end."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--section", name]
+    command += ["--prepared", str(options.prepared), "--device", options.device, "--json", str(results)]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stderr=errors, cwd=ROOT, env=_environment())
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return f"no end within {limit:.0f} s"
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
+    if status == 0:
+        return ""
+    how = f"signal {-status}" if status < 0 else f"exit status {status}"
+    return f"{how}: {said[-1]}"[:600] if said else how
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+
+def unpack_wheels(prepared: Path, site: Path) -> None:
+    """TVM's runtime from the prepared folder, where this Python has none; for this process and its children."""
+    import importlib.util
+
+    if importlib.util.find_spec("tvm_ffi") and importlib.util.find_spec("tvm"):
+        return
+    for path in sorted((prepared / "wheels").glob("*")):
+        with zipfile.ZipFile(path) as held:
+            held.extractall(site)
+    sys.path.insert(0, str(site))
+
+
+# -- the table -------------------------------------------------------------------------------------------------------------
+
+
+def text_of(row: Row) -> str:
+    target = "" if row.target is None else f"{'<=' if row.at_most else '>='} {row.target:g}"
+    verdict = {None: "", True: "reached", False: "MISSED"}[row.reached]
+    return f"{row.section:13} {row.what:30} {row.value:9.3g} {row.unit:20} {target:>8} {verdict:8} {row.note}"
+
+
+def table(results: Path) -> str:
+    """All rows, what failed, and whether every target was reached."""
+    from tools.gpu_device import Row
+
+    rows = read_rows(results)
+    rates = {(r.section, r.what): r for r in rows}
+    ours, theirs = rates.get(("model-bf16", "decode, batch 1")), rates.get(("torch", "decode, max-autotune"))
+    if ours is not None and theirs is not None:
+        ratio = ours.facts["tokens_per_second"] / theirs.value
+        rows.append(
+            Row("model-bf16", "decode against torch.compile", ratio, "x max-autotune", _AGAINST_TORCH)
         )
+    lines = [f"{'section':13} {'what':30} {'reached':>9} {'unit':20} {'target':>8} {'':8} figures"]
+    order = list(SECTIONS)
+    lines += [text_of(row) for row in sorted(rows, key=lambda r: order.index(r.section))]
+    ended = {str(v["done"]) for v in read_lines(results) if "done" in v}
+    failures = {str(v["failed"]): str(v["why"]) for v in read_lines(results) if "failed" in v}
+    for name in SECTIONS:
+        if name not in ended:
+            lines.append(f"{name:13} {'FAILED: ' + failures[name] if name in failures else 'not run'}")
+    aims = [row for row in rows if row.target is not None]
+    missed = sum(not row.reached for row in aims)
+    lines.append(
+        f"{len(aims) - missed} of {len(aims)} targets reached; {len(ended)} of {len(SECTIONS)} sections ran"
+    )
+    return "\n".join(lines)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--target", default="", help="default: the GPU at hand; with --dry-run cuda/sm_90")
-    parser.add_argument("--dry-run", action="store_true", help="compile only; needs no GPU")
-    parser.add_argument("--json", type=Path, help="also write the rows there")
-    options = parser.parse_args()
-    if options.dry_run:
-        dry_run(options.target or "cuda/sm_90")
-        return 0
-    driver = cuda_driver.query()
-    if not driver.devices:
-        print(f"gpu_check needs a GPU, and {driver.problem}. Use --dry-run here.", file=sys.stderr)
+    parser.add_argument("--prepare", type=Path, metavar="DIR", help="build what is needed, without a GPU")
+    parser.add_argument("--prepared", type=Path, metavar="DIR", help="what --prepare wrote")
+    parser.add_argument(
+        "--target", default="", help="with --prepare (default: the GPU here, else cuda/sm_90a)"
+    )
+    parser.add_argument(
+        "--python", default="", help="with --prepare: take along TVM's runtime for this version"
+    )
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--budget", type=float, default=0, help="seconds for all; 0 = no limit")
+    parser.add_argument("--patience", type=float, default=1, help="factor of each section's limit")
+    parser.add_argument("--json", type=Path, default=Path("gpu_check.jsonl"), help="results, appended to")
+    parser.add_argument("--again", action="store_true", help="also sections that are in the results")
+    parser.add_argument("--report", action="store_true", help="only print the table of the results")
+    parser.add_argument("--device", choices=("gpu", "simulator"), default="gpu")
+    parser.add_argument("--section", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    sections = [name for name in SECTIONS if name in options.only.split(",")]
+    unknown = sorted(set(options.only.split(",")) - set(SECTIONS))
+    if unknown:
+        print(f"--only takes {', '.join(SECTIONS)}; found {', '.join(unknown)}.", file=sys.stderr)
         return 2
-    parts = [p for p in PARTS if p in options.only.split(",")]
-    _, caps = get(options.target or "cuda")
-    print(f"{driver.devices[0].name}, driver for CUDA {driver.version_text}, {caps.preset}")
-    if "models" in parts:
-        print("\n".join(check_models(caps.preset)))
-    measured = [
-        "copy",
-        *(p for p in parts if p not in ("copy", "models")),
-    ]  # the others need the copy's bandwidth
-    bench = Bench(caps, [name for p in measured for name in _MEASURES[p][1]])
-    rows = []
-    for part in measured:
-        for row in _MEASURES[part][0](bench):
-            rows.append(row)
-            cells = [f"{v:.3g}" if v is not None else "-" for v in (row.theirs, row.share, row.error)]
-            print(
-                f"{row.part:8} {row.what:28} {row.ours:9.1f} us  torch {cells[0]:>8}  share {cells[1]:>6}  error {cells[2]}"
-            )
-    if options.json:
-        options.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8")
+    if options.prepare is not None:
+        return _prepare(options, sections, options.prepare)
+    if options.section:
+        return run_section(options.section, options.prepared, options.device, options.json)
+    if options.report:
+        print(table(options.json))
+        return 0
+    return _check(options, sections)
+
+
+def _prepare(options: argparse.Namespace, sections: Sequence[str], folder: Path) -> int:
+    from tools.gpu_device import FULL, TINY
+    from tools.gpu_prepare import prepare, runtime_wheels, sizes_of
+
+    told = lambda text: print(text, flush=True)  # noqa: E731
+    target = "simulator" if options.device == "simulator" else options.target or default_target()
+    prepare(folder, target, TINY if target == "simulator" else FULL, tuple(sections), told)
+    if options.python:
+        runtime_wheels(folder, options.python, told)
+    total, parts = sizes_of(folder)
+    told(f"{folder}: {total / 1e6:.1f} MB (" + ", ".join(f"{n} {s / 1e6:.1f}" for n, s in parts) + ")")
     return 0
+
+
+def default_target() -> str:
+    """The preset of the GPU here, with what only its own architecture has; else that of the machine the targets are for."""
+    from llmc import cuda_driver
+    from llmc.targets.backend import get
+
+    devices = cuda_driver.query().devices
+    if not devices:
+        return "cuda/sm_90a"
+    backend, caps = get("cuda")
+    own = f"sm_{devices[0].arch}a"
+    return f"cuda/{own}" if own in backend.presets else caps.preset
+
+
+def _check(options: argparse.Namespace, sections: Sequence[str]) -> int:
+    from llmc import cuda_driver
+
+    driver = cuda_driver.query()
+    if options.device == "gpu" and not driver.devices:
+        print(
+            f"gpu_check measures on a GPU, and {driver.problem}. "
+            "Here it can --prepare DIR for a machine with one, or run with --device simulator.",
+            file=sys.stderr,
+        )
+        return 2
+    if driver.devices:
+        print(f"{driver.devices[0].name}, driver for CUDA {driver.version_text}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="llmc-gpu-check-") as work:
+        if options.prepared is None:
+            options.prepared = Path(work) / "prepared"
+            if _prepare(options, sections, options.prepared):
+                return 2
+        if not (options.prepared / "about.json").is_file():
+            print(f"{options.prepared} is not what gpu_check --prepare wrote.", file=sys.stderr)
+            return 2
+        unpack_wheels(options.prepared, Path(work) / "site")
+        failed = run_all(options, sections, options.json)
+    print()
+    print(table(options.json))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def chosen(records: list[Record], target: str) -> list[Record]:
     kept = []
     for group in tasks.values():
         tunable = tunables[group[0].rule]
-        choice = choose(tunable, tunable.from_values(group[0].task), group)
+        choice = choose(tunable, tunable.from_values(group[0].task), group, caps)
         kept += [
             replace(record, note="", seconds=_short(record.seconds), roofline=_short(record.roofline))
             for record in (choice.records if choice else ())

@@ -336,6 +336,12 @@ def tune(
     measure: Annotated[
         Path | None, typer.Option(help="Measure the candidates of this file here; needs no model.")
     ] = None,
+    rpc: Annotated[
+        str | None,
+        typer.Option(
+            help="HOST:PORT of the machine that measures; python -m llmc.tune.rpc_server runs there."
+        ),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="f32, bf16 or f16 (default: the checkpoint's).")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="Of the KV cache (default: --dtype).")] = None,
     quant: Annotated[str | None, typer.Option(help="Scheme of the weights, as for llmc compile.")] = None,
@@ -350,7 +356,7 @@ def tune(
 ) -> None:
     """Find fast schedules for the kernels of MODEL on this machine, or list and merge tuning records.
 
-    --export-candidates and --measure do it in two steps: build here, measure where the device is.
+    --export-candidates and --measure do it in two steps: build here, measure where the device is; --rpc in one.
     Ctrl-C keeps what was found; a later run goes on from there.
     """
     with guard():
@@ -368,7 +374,7 @@ def tune(
                 "max_batch": max_batch,
                 "max_step_tokens": max_step_tokens,
             },
-            TuneAction(list_records, merge or (), export_candidates, candidates, measure),
+            TuneAction(list_records, merge or (), export_candidates, candidates, measure, rpc),
             budget=budget,
             spec_file=spec,
             records=records,

@@ -22,7 +22,8 @@ from llmc.targets.backend import get
 from llmc.tune.sources import default_database, merge
 
 if TYPE_CHECKING:
-    from llmc.artifact import Manifest
+    from llmc.artifact import Limits, Manifest
+    from llmc.tune.extract import KernelUse
 
 _LONG = 12 * 3600.0  # measuring candidates ends by itself
 
@@ -36,6 +37,7 @@ class TuneAction:
         export: file to write candidates to.
         each: candidates per task and bucket in it.
         measure: file of candidates to measure here.
+        rpc: HOST:PORT of the machine that measures.
     """
 
     list_records: bool = False
@@ -43,6 +45,7 @@ class TuneAction:
     export: Path | None = None
     each: int = 32
     measure: Path | None = None
+    rpc: str | None = None
 
     @property
     def needs_no_model(self) -> bool:
@@ -79,6 +82,12 @@ def run_tune(
             "llmc tune needs a MODEL, an ARTIFACT, --list, --merge or --measure.",
             hint="See llmc tune --help.",
         )
+    if action.rpc is not None and (action.needs_no_model or action.export is not None):
+        raise LlmcError(
+            "tune-rpc",
+            "--rpc goes with tuning a MODEL or an ARTIFACT only.",
+            hint="Candidates in a file are measured where the file is: llmc tune --measure FILE.",
+        )
     seconds = parse_budget(budget) if budget is not None else None
     if action.export is not None:
         _export(model, options, action, spec_file, seconds, records, console, quiet)
@@ -98,8 +107,9 @@ def run_tune(
         measure_candidates(action.measure, budget=seconds or _LONG, database=database, progress=view)
     elif seconds is None:
         raise LlmcError("tune-budget", "llmc tune needs a budget of time.", hint="Add --budget 10m.")
-    elif _is_artifact(model):
-        _tune_artifact(Path(str(model)), options, seconds, database, view)
+    elif _is_artifact(model) or action.rpc is not None:
+        name = name if _is_artifact(model) else model or name
+        _tune_uses(_uses(model, options, spec_file), seconds, database, view, action.rpc)
     else:
         name = model or name
         _tune_model(model, options, spec_file, seconds, database, view, quiet)
@@ -134,9 +144,6 @@ def _export(
     quiet: bool,
 ) -> None:
     """Build candidates into a file."""
-    from llmc.pipeline.lower import lower_model
-    from llmc.pipeline.source import limits_of
-    from llmc.tune.extract import KernelUse, kernel_uses
     from llmc.tune.session import export_kernels
 
     assert action.export is not None
@@ -146,21 +153,14 @@ def _export(
             f"--candidates must be at least 1; found {action.each}.",
             hint="32 take a few minutes per kernel.",
         )
-    if _is_artifact(model):
-        manifest = _decided(Path(str(model)), options)
-        uses, limits = [KernelUse.from_json(use) for use in manifest.tasks], manifest.limits
-        target = manifest.target.preset
-    else:
-        spec = _spec(model, options, spec_file)
-        source, step, _ = lower_model(spec.model, spec)
-        uses, limits, target = list(kernel_uses(step.module)), limits_of(spec, source), spec.target
-    backend, caps = get(target)
+    found = _uses(model, options, spec_file)
+    backend, caps = get(found.target)
     done = export_kernels(
-        uses,
+        found.uses,
         backend,
         caps,
-        max_batch=limits.max_batch,
-        max_step_tokens=limits.max_step_tokens,
+        max_batch=found.limits.max_batch,
+        max_step_tokens=found.limits.max_step_tokens,
         path=action.export,
         each=action.each,
         budget=seconds,
@@ -201,24 +201,44 @@ def _tune_model(
         )
 
 
-def _tune_artifact(
-    path: Path, options: dict[str, Any], seconds: float, database: Path, view: TuneView
-) -> None:
-    """Tune what an artifact lists; its target and dtypes are decided."""
-    from llmc.tune.extract import KernelUse
+@dataclass(frozen=True)
+class _Uses:
+    """The kernels of a model or an artifact, its bounds and its target."""
+
+    uses: Sequence[KernelUse]
+    limits: Limits
+    target: str
+
+
+def _uses(model: str | None, options: dict[str, Any], spec_file: Path | None) -> _Uses:
+    """Of an artifact, whose target and dtypes are decided; or of a model, lowered without weights."""
+    from llmc.pipeline.lower import lower_model
+    from llmc.pipeline.source import limits_of
+    from llmc.tune.extract import KernelUse, kernel_uses
+
+    if _is_artifact(model):
+        manifest = _decided(Path(str(model)), options)
+        uses = [KernelUse.from_json(use) for use in manifest.tasks]
+        return _Uses(uses, manifest.limits, manifest.target.preset)
+    spec = _spec(model, options, spec_file)
+    source, step, _ = lower_model(spec.model, spec)
+    return _Uses(kernel_uses(step.module), limits_of(spec, source), spec.target)
+
+
+def _tune_uses(found: _Uses, seconds: float, database: Path, view: TuneView, rpc: str | None) -> None:
     from llmc.tune.session import tune_kernels
 
-    manifest = _decided(path, options)
-    backend, caps = get(manifest.target.preset)
+    backend, caps = get(found.target)
     tune_kernels(
-        [KernelUse.from_json(use) for use in manifest.tasks],
+        found.uses,
         backend,
         caps,
-        max_batch=manifest.limits.max_batch,
-        max_step_tokens=manifest.limits.max_step_tokens,
+        max_batch=found.limits.max_batch,
+        max_step_tokens=found.limits.max_step_tokens,
         budget=seconds,
         database=database,
         progress=view,
+        rpc=rpc,
     )
 
 

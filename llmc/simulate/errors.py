@@ -13,8 +13,8 @@ class SimulationError(LlmcError):
     """A kernel does something that a GPU does not define.
 
     Attributes:
-        ref: ``simulate-race``, ``simulate-bounds``, ``simulate-alignment``, ``simulate-barrier``, ``simulate-shuffle``
-            or ``simulate-unsupported``.
+        ref: ``simulate-race``, ``simulate-bounds``, ``simulate-alignment``, ``simulate-barrier``, ``simulate-shuffle``,
+            ``simulate-assertion`` or ``simulate-unsupported``.
         context: buffer, element, threads and statement, where there are such.
     """
 

@@ -11,6 +11,7 @@ import numpy as np
 import tvm
 from tvm import tirx
 
+from llmc.simulate import bulk, warpgroup  # noqa: F401  (they register models)
 from llmc.simulate.errors import failure
 from llmc.simulate.intrinsics import FUNCTIONS
 from llmc.simulate.machine import Machine, Pointer
@@ -280,7 +281,9 @@ class ExpressionCompiler:
     def _call_tvm_storage_sync(self, e: Any) -> Evaluator:
         scope = str(e.args[0].value)
         if scope == "warp":
-            return lambda m: m.warp_barrier()
+            raise failure(
+                "unsupported", 'A storage sync of scope "warp" becomes no instruction of the GPU', e
+            )
         return lambda m: m.barrier()
 
     def _call_address_of(self, e: Any) -> Evaluator:

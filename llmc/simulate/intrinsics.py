@@ -31,6 +31,29 @@ def _warp_barrier(m: Machine) -> None:
     m.warp_barrier()
 
 
+@model("llmc_dynamic_shared")
+def _dynamic_shared(m: Machine, size: Any) -> None:
+    """Says how much shared memory a kernel has; the allocation itself is modelled."""
+
+
+@model("llmc_device_fence")
+def _device_fence(m: Machine) -> None:
+    """Orders writes of one thread; memory is one here."""
+
+
+@model("llmc_exp2")
+def _exp2(m: Machine, value: Any) -> Any:
+    with np.errstate(under="ignore", over="ignore"):
+        return np.exp2(m.spread(value).astype(np.float32))
+
+
+@model("llmc_tanh")
+def _tanh(m: Machine, value: Any) -> Any:
+    with np.errstate(over="ignore"):
+        grown = np.exp2(m.spread(value).astype(np.float32) * np.float32(2.8853900817779268))
+        return (1 - 2 / (grown + 1)).astype(np.float32)
+
+
 @model("llmc_to_bf16")
 def _to_bf16(m: Machine, value: Any) -> Any:
     return np.asarray(value).astype(ml_dtypes.bfloat16).view(np.uint16)[()]

@@ -13,9 +13,17 @@ from llmc.simulate.errors import failure
 from llmc.simulate.expressions import ExpressionCompiler, dtype_of, root_of, type_text, visit
 from llmc.simulate.machine import Counts, Machine
 from llmc.simulate.memory import Array, Lanes, Memory, Registers
+from llmc.simulate.ordering import Clocks, OrderedShadow
+from llmc.simulate.strands import Strands
 
 _CHUNK = 32768  # threads that run side by side
 _AXES = ("x", "y", "z")
+_DEVICE_CALL = "tirx.cuda.func_call"
+_WAIT = "llmc_barrier_wait"
+_READS = {
+    "llmc_copy16": 1,
+    "llmc_bulk_copy": 1,
+}  # device functions -> which of their arguments they only read at
 Runner = Callable[[Machine], None]
 
 
@@ -23,8 +31,10 @@ def simulate(func: Any, args: Sequence[Any], *, races: bool = True, chunk: int =
     """Run a kernel.
 
     Args:
-        func: a PrimFunc after llmc.targets.simt.lower: flat buffers, blockIdx and threadIdx bound.
-        args: a C-contiguous numpy array for each tensor (results too; changed in place), an int for each scalar.
+        func: a PrimFunc after llmc.targets.simt.lower: flat buffers, blockIdx and threadIdx bound; or one of the kernels
+            that it is split into for the device, which take pointers.
+        args: a C-contiguous numpy array for each tensor (results too; changed in place), an int for each scalar; bytes
+            (uint8) from where it points to on for a pointer.
         races: whether to look for races (the other checks are always on).
         chunk: blocks are run side by side as long as their threads together are no more.
 
@@ -48,7 +58,9 @@ class Kernel:
     def run(self, args: Sequence[Any], *, chunk: int = _CHUNK) -> list[Counts]:
         """See simulate()."""
         compiler = self._compiler
-        host = Machine(Lanes(0, 1, 1), [None] * 4096, Counts())
+        # the parameters and the variables of their shapes may be new
+        room = len(compiler.slots) + len(args) + sum(np.ndim(a) for a in args)
+        host = Machine(Lanes(0, 1, 1), [None] * room, Counts())
         _bind(compiler, host, self._params, args)
         compiler.chunk, compiler.launches = chunk, []
         with np.errstate(all="ignore"):
@@ -61,6 +73,12 @@ def _bind(compiler: _StatementCompiler, host: Machine, params: list[Any], args: 
     if len(params) != len(args):
         raise ValueError(f"the kernel takes {len(params)} arguments, found {len(args)}")
     for param, arg in zip(params, args, strict=True):
+        if isinstance(param.ty, tvm.ir.PointerType):
+            granule = compiler.granules.get(param, 1)
+            watched = compiler.races and param in compiler.written
+            memory = Memory(param.name, arg.reshape(1, -1), granule, shared=False, watch=watched)
+            host.values[compiler.slot(param)] = memory
+            continue
         if not isinstance(param.ty, tirx.BufferType):
             host.values[compiler.slot(param)] = dtype_of(type_text(param))[0].type(arg)
             continue
@@ -117,7 +135,12 @@ class _StatementCompiler(ExpressionCompiler):
             if write:
                 self.written.add(root)
 
+        only_read: list[Any] = []
+
         def node(n: Any) -> None:
+            name = str(getattr(n.op, "name", "")) if isinstance(n, tvm.ir.Call) else ""
+            if name == _DEVICE_CALL and str(n.args[0].value) in _READS:
+                only_read.append(n.args[1 + _READS[str(n.args[0].value)]])
             if isinstance(n, tirx.DeclBuffer):
                 source = root_of(n.data)
                 roots[n.buffer] = roots.get(source, source)
@@ -125,8 +148,8 @@ class _StatementCompiler(ExpressionCompiler):
                 note(n.source, False)
             elif isinstance(n, tirx.BufferStore):
                 note(n.buffer, True)
-            elif isinstance(n, tvm.ir.Call) and str(getattr(n.op, "name", "")) == "tirx.address_of":
-                note(n.args[0].source, True)
+            elif name == "tirx.address_of":
+                note(n.args[0].source, not any(n.same_as(other) for other in only_read))
 
         visit(body, node)
 
@@ -183,10 +206,14 @@ class _StatementCompiler(ExpressionCompiler):
     def _stmt_ifthenelse(self, s: Any) -> Runner:
         cond, yes = self.expr(s.condition), self.stmt(s.then_case)
         no = self.stmt(s.else_case) if s.else_case is not None else None
+        both_wait = no is not None and _calls(s.then_case, _WAIT) and _calls(s.else_case, _WAIT)
 
         def run(m: Machine) -> None:
             m.node = s
             c = np.asarray(cond(m))
+            if both_wait and c.ndim and no is not None:
+                _side_by_side(m, c, yes, no)
+                return
             if c.ndim == 0:
                 if c:
                     yes(m)
@@ -199,6 +226,16 @@ class _StatementCompiler(ExpressionCompiler):
                     m.mask = mask
                     branch(m)
                     m.mask = outer
+
+        return run
+
+    def _stmt_assertstmt(self, s: Any) -> Runner:
+        condition = self.expr(s.condition)
+
+        def run(m: Machine) -> None:
+            m.node = s
+            if not np.all(np.asarray(condition(m))):
+                raise failure("assertion", "An assertion of the kernel does not hold", s)
 
         return run
 
@@ -267,7 +304,10 @@ class _StatementCompiler(ExpressionCompiler):
             if scope.startswith("shared"):
                 m.counts.shared_bytes += size * dtype.itemsize
                 raw = _poison(m.lanes.blocks, size * dtype.itemsize)
-                m.values[slot] = Memory(name, raw, granule, shared=True, watch=self.races)
+                make = OrderedShadow if m.lanes.clocks is not None else None
+                memory = Memory(name, raw, granule, shared=True, watch=self.races, make=make)
+                m.lanes.place(memory)
+                m.values[slot] = memory
             else:
                 m.values[slot] = Registers(name, size, dtype, m.lanes.n)
 
@@ -308,11 +348,12 @@ class _StatementCompiler(ExpressionCompiler):
         sizes = {tag: self.expr(value) for tag, value in extents.items()}
         body = self._bound(s)
         self._launching = False
+        counting = _calls(s, "llmc_barrier_init")
 
         def run(m: Machine) -> None:
             grid = [int(sizes[f"blockIdx.{a}"](m)) if f"blockIdx.{a}" in sizes else 1 for a in _AXES]
             block = [int(sizes[f"threadIdx.{a}"](m)) if f"threadIdx.{a}" in sizes else 1 for a in _AXES]
-            self._launch(m, grid, block, body)
+            self._launch(m, grid, block, body, counting)
 
         return run
 
@@ -328,7 +369,7 @@ class _StatementCompiler(ExpressionCompiler):
 
         return run
 
-    def _launch(self, host: Machine, grid: list[int], block: list[int], body: Runner) -> None:
+    def _launch(self, host: Machine, grid: list[int], block: list[int], body: Runner, counting: bool) -> None:
         threads, blocks = block[0] * block[1] * block[2], grid[0] * grid[1] * grid[2]
         if threads > 1024 or threads < 1:
             raise failure("unsupported", f"A block has {threads} threads; a GPU takes 1 to 1024")
@@ -336,13 +377,41 @@ class _StatementCompiler(ExpressionCompiler):
         self.launches.append(counts)
         for value in host.values:  # a launch begins when the one before has ended
             if isinstance(value, Memory):
-                value.forget()
-        step = max(1, self.chunk // threads)
+                value.forget(OrderedShadow if counting else None)
+        # blocks in lockstep would wait for each other's counting barriers
+        step = 1 if counting else max(1, self.chunk // threads)
         for first in range(0, blocks, step):
             lanes = Lanes(first, min(step, blocks - first), threads)
+            if counting:
+                lanes.clocks = Clocks(lanes)
             self._coordinates = _coordinates(lanes, grid, block)
             counts.shared_bytes = 0
             body(Machine(lanes, list(host.values), counts))
+
+
+def _calls(node: Any, name: str) -> bool:
+    """Whether a device function is called in a statement."""
+    found: list[bool] = []
+
+    def see(n: Any) -> None:
+        if isinstance(n, tvm.ir.Call) and str(getattr(n.op, "name", "")) == _DEVICE_CALL:
+            found.append(str(n.args[0].value) == name)
+
+    visit(node, see)
+    return any(found)
+
+
+def _side_by_side(m: Machine, condition: Array, yes: Runner, no: Runner) -> None:
+    """Both branches, whose threads wait for each other."""
+    if m.strands is not None:
+        raise failure("unsupported", "Branches that wait for each other stand within such branches", m.node)
+    parts = [(m.narrowed(c), body) for c, body in ((condition, yes), (~condition, no))]
+    bodies = [
+        lambda strands, number, mask=mask, body=body: body(m.part(mask, strands, number))
+        for mask, body in parts
+        if mask is not None
+    ]
+    Strands(bodies).run()
 
 
 def _coordinates(lanes: Lanes, grid: list[int], block: list[int]) -> dict[str, Array]:

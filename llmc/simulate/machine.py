@@ -5,6 +5,7 @@ A value is a numpy array: () if all threads have the same, [n] one per thread, [
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from llmc.simulate.errors import failure
 from llmc.simulate.memory import Array, Ints, Lanes, Memory, Registers
+from llmc.simulate.strands import Strands
 
 WARP = 32
 
@@ -46,6 +48,8 @@ class Machine:
         node: the statement being executed, for messages.
         pending: asynchronous copies that have been issued, and are in no group yet (see intrinsics.py).
         groups: groups of them that have not been waited for, oldest first.
+        products: products of matrix units that are under way (see warpgroup.py).
+        strands, strand: the parts of the block that run side by side, if there are several, and which one this is.
     """
 
     lanes: Lanes
@@ -55,6 +59,26 @@ class Machine:
     node: Any = None
     pending: list[Any] = field(default_factory=list)
     groups: list[list[Any]] = field(default_factory=list)
+    products: Any = None
+    strands: Strands | None = None
+    strand: int = 0
+
+    def part(self, mask: Array, strands: Strands, strand: int) -> Machine:
+        """The machine of some of its threads, that goes its own way from here on."""
+        return Machine(
+            self.lanes, list(self.values), self.counts, mask, self.node, strands=strands, strand=strand
+        )
+
+    def wait_until(self, ready: Callable[[], bool], what: str) -> None:
+        """Let other threads run until `ready`.
+
+        Raises:
+            SimulationError: no other can run.
+        """
+        if self.strands is not None:
+            self.strands.wait_until(self.strand, ready, self.node, what)
+        elif not ready():
+            raise failure("deadlock", f"All threads wait for {what}", self.node)
 
     @property
     def active(self) -> Ints:
@@ -182,6 +206,8 @@ class Machine:
     def barrier(self) -> None:
         """All threads of a block meet (bar.sync)."""
         lanes = self.lanes
+        if lanes.clocks is not None:
+            lanes.clocks.meet(self.active, lanes.block_size)
         if self.mask is None:
             lanes.barriers += 1
             self.counts.barriers += lanes.blocks
@@ -201,6 +227,8 @@ class Machine:
     def warp_barrier(self) -> None:
         """All threads of a warp meet (bar.warp.sync)."""
         self.whole_warps("a warp's barrier")
+        if self.lanes.clocks is not None:
+            self.lanes.clocks.meet(self.active, WARP)
         self.lanes.warp_barriers[self.active] += 1
 
     def whole_warps(self, what: str) -> None:

@@ -32,22 +32,32 @@ class Lanes:
         blocks, block_size: how many, and threads of each.
         barriers: i64[blocks]; barriers that each block has passed.
         warp_barriers: i64[n]; barriers of its warp that each thread has passed.
+        clocks: ordering.Clocks in kernels with counting barriers, whose threads meet in other ways too; else None.
+        shared: shared memory, in the order of its addresses.
     """
 
     first_block: int
     blocks: int
     block_size: int
+    clocks: Any = None
 
     def __post_init__(self) -> None:
         self.n = self.blocks * self.block_size
         self.block: Ints = np.repeat(np.arange(self.blocks), self.block_size)
         self.thread: Ints = np.tile(np.arange(self.block_size), self.blocks)
         self.lane: Ints = np.arange(self.n)
+        self.shared: list[Memory] = []
         self.barriers: Ints = np.zeros(self.blocks, np.int64)
         self.warp_barriers: Ints = np.zeros(self.n, np.int64)
         # a warp never spans two blocks
         warps = -(-self.block_size // 32)
         self.warp: Ints = self.block * warps + self.thread // 32
+
+    def place(self, memory: Memory) -> None:
+        """Give shared memory an address, behind what there is."""
+        used = [m.address + m.data.shape[1] for m in self.shared]
+        memory.address = -(-max(used, default=0) // 1024) * 1024
+        self.shared.append(memory)
 
     def name(self, thread: int) -> str:
         """A thread as people count: its block and its number within."""
@@ -78,17 +88,33 @@ class Memory:
         granule: bytes of the smallest element that the kernel takes it as.
         shared: whether rows belong to blocks.
         watch: whether races can occur at all (somebody writes it).
+        make: of the shadow that watches: Shadow, or in kernels with counting barriers ordering.OrderedShadow.
+
+    Attributes:
+        address: of shared memory, in the block's.
+        barriers: byte -> bulk.CountingBarrier.
     """
 
-    def __init__(self, name: str, data: Array, granule: int, shared: bool, watch: bool) -> None:
+    def __init__(
+        self, name: str, data: Array, granule: int, shared: bool, watch: bool, make: Any = None
+    ) -> None:
         self.name, self.data, self.granule, self.shared = name, data, granule, shared
+        self.address = 0
+        self.barriers: dict[int, Any] = {}
         self._views: dict[Any, Array] = {}
-        self.shadow = Shadow(data.shape[0], -(-data.shape[1] // granule)) if watch else None
+        self.shadow: Any = None
+        if watch:
+            self.shadow = (make or Shadow)(data.shape[0], -(-data.shape[1] // granule))
 
-    def forget(self) -> None:
+    def forget(self, make: Any = None) -> None:
         """All accesses so far lie behind a point that every thread waits for."""
         if self.shadow is not None:
-            self.shadow = Shadow(*self.shadow.writer.shape)
+            self.shadow = (make or Shadow)(*self.shadow.writer.shape)
+
+    def touch_by(self, units: Ints, actors: Any, lanes: Lanes, write: bool, statement: Any) -> None:
+        """Record accesses to granules by agents that need not be threads: ordering.Actors."""
+        if self.shadow is not None and units.size:
+            self.shadow.touch(self, units, actors, lanes.clocks, write, statement)
 
     def view(self, dtype: Any) -> Array:
         """The memory as elements of a type: [rows, elements]."""
@@ -125,6 +151,9 @@ class Memory:
         units: Ints = index.reshape(len(index), -1) * itemsize // self.granule
         if per > 1:
             units = (units[:, :, None] + np.arange(per)).reshape(len(index), -1)
+        if lanes.clocks is not None:
+            self.touch_by(units, lanes.clocks.actors(active), lanes, write, statement)
+            return
         width = units.shape[1]
         lane = np.repeat(active, width)
         units = units.reshape(-1)

@@ -18,6 +18,7 @@ from llmc.schedules.tunable import key_of
 from llmc.targets.runner import Limits
 from llmc.tune.building import BuildPool
 from llmc.tune.job import Job, Outcome
+from llmc.tune.remote import RemoteWorker
 from llmc.tune.workers import Crashed, Hung, Worker, serve_command
 
 _PREPARE_SECONDS = 300.0
@@ -52,15 +53,24 @@ class MeasuringLab(Lab):
 
     Args:
         target: as in ``--target``, with its preset.
-        command: of the measuring process.
+        measurer: what measures: the command of a process here, or a process on another machine.
         seconds: that measuring one candidate may take beside 100 calls of the default schedule.
 
     Attributes:
         spent: what the tuner waited for -> seconds; parts of the measuring process's time are indented.
     """
 
-    def __init__(self, target: str, command: list[str] | None = None, seconds: float | None = None) -> None:
-        self._measurer = Worker(command or serve_command("measure", target))
+    def __init__(
+        self,
+        target: str,
+        measurer: list[str] | RemoteWorker | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        self._measurer = (
+            measurer
+            if isinstance(measurer, RemoteWorker)
+            else Worker(measurer or serve_command("measure", target))
+        )
         self._measurer.start()
         self._measure_seconds = seconds or _MEASURE_SECONDS
         self._prepared: tuple[str, int] | None = None
@@ -102,6 +112,7 @@ class MeasuringLab(Lab):
                 "limits-unmeasured", f"The machine's limits could not be measured: the process {e}."
             ) from None
         if "failure" in answer:
+            self._replace_ended(answer)
             raise LlmcError(
                 "limits-unmeasured", f"The machine's limits could not be measured: {answer['failure']}."
             )
@@ -178,11 +189,18 @@ class MeasuringLab(Lab):
             self._prepared = None
             return Outcome(Status.HUNG, note=str(e))
         if "failure" in answer:
+            self._replace_ended(answer)
             return Outcome(Status.CRASHED, note=answer["failure"])
         for what, took in answer.get("spent", {}).items():
             self.spent[f"  {what}"] += took
         fields = ("seconds", "ratio", "default", "error", "note")
         return Outcome(Status(answer["status"]), **{k: answer[k] for k in fields if k in answer})
+
+    def _replace_ended(self, answer: dict[str, Any]) -> None:
+        """Let go of a process that ends with its failure; the next question starts another."""
+        if answer.get("ends"):
+            self._prepared = None
+            self._measurer.renew()
 
     @contextmanager
     def _waiting(self, what: str) -> Iterator[None]:
@@ -199,7 +217,7 @@ class ProcessLab(MeasuringLab):
     Args:
         target: as in ``--target``, with its preset.
         builders: build processes; they rest while something is measured.
-        build_command, measure_command, build_seconds, measure_seconds: see BuildPool and MeasuringLab.
+        build_command, measurer, build_seconds, measure_seconds: see BuildPool and MeasuringLab.
     """
 
     def __init__(
@@ -207,11 +225,11 @@ class ProcessLab(MeasuringLab):
         target: str,
         builders: int | None = None,
         build_command: list[str] | None = None,
-        measure_command: list[str] | None = None,
+        measurer: list[str] | RemoteWorker | None = None,
         build_seconds: float | None = None,
         measure_seconds: float | None = None,
     ) -> None:
-        super().__init__(target, measure_command, measure_seconds)
+        super().__init__(target, measurer, measure_seconds)
         self._pool = BuildPool(target, builders, build_command, build_seconds)
         self._defaults: dict[str, Path] = {}
 

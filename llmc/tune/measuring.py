@@ -36,6 +36,7 @@ class Measurer:
         self.caps = caps
         self.tunables = {tunable.name: tunable for tunable in backend.tunables()}
         self.runner = backend.runner(caps)
+        self.ends_with_failure = self.runner.errors_stay
         # the scheduler comes back to a task again and again, for other rows and other layouts
         self._weights: Kept[dict[str, Array]] = Kept(_KEPT_BYTES)
         self._copies: Kept[Sequence[Any]] = Kept(_KEPT_COPIES)

@@ -36,8 +36,11 @@ def main(arguments: list[str]) -> None:
                 answer = service.answer(question)
             except Exception as e:  # every failure of a candidate is an answer
                 text = str(e).strip().splitlines()
-                answer = {"failure": f"{type(e).__name__}: {text[-1] if text else 'no message'}"[:400]}
+                said = f"{type(e).__name__}: {text[-1] if text else 'no message'}"[:400]
+                answer = {"failure": said, "ends": service.ends_with_failure}
             _reply(stream, answer)
+            if answer.get("ends"):
+                return
 
 
 def _reply(stream: Any, answer: Answer) -> None:
@@ -56,7 +59,9 @@ def tunable_named(backend: Backend, name: str) -> Tunable:
 
 
 class Builder:
-    """Question: {rule, task, schedule, low, high, path}; writes the library."""
+    """Question: {rule, task, schedule, low, high, path}; writes the library, or says why it would not be measured."""
+
+    ends_with_failure = False
 
     def __init__(self, backend: Backend, caps: Any) -> None:
         self.backend, self.caps = backend, caps
@@ -69,6 +74,11 @@ class Builder:
         bucket = Bucket(question["low"], question["high"]) if question["low"] else None
         func = tunable.candidate(tunable.from_values(question["task"]), schedule, bucket, self.caps)
         self.backend.library(func, self.target, self.caps, Path(question["path"]))
+        # the default schedule is what all others are compared with, whatever it takes
+        unfit = self.backend.unfit(Path(question["path"])) if bucket is not None else ""
+        if unfit:
+            Path(question["path"]).unlink()
+            return {"failure": unfit}
         return {"seconds": time.perf_counter() - begin}
 
 

@@ -16,34 +16,39 @@ from llmc.tune.extract import KernelUse, jobs_of
 from llmc.tune.job import Job
 from llmc.tune.lab import ProcessLab
 from llmc.tune.model import has_xgboost, require_xgboost
+from llmc.tune.remote import RemoteWorker
 from llmc.tune.sources import soft_mismatches, tvm_version
 from llmc.tune.tuner import TuneProgress, Tuner, TuneResult
 
 
-def check_tunable(backend: Backend, caps: Capabilities) -> None:
+def check_tunable(backend: Backend, caps: Capabilities, *, elsewhere: bool = False) -> None:
     """Raise unless candidates for the target can be made and run here.
+
+    Args:
+        elsewhere: another machine runs them.
 
     Raises:
         LlmcError: the target has no tuner, this machine lacks features, or xgboost is not installed.
     """
-    _check_runnable(backend, caps)
+    _check_runnable(backend, caps, elsewhere)
     require_xgboost()
 
 
-def _check_runnable(backend: Backend, caps: Capabilities) -> None:
+def _check_runnable(backend: Backend, caps: Capabilities, elsewhere: bool = False) -> None:
     if backend.runner is None:
         raise LlmcError(
             "target-not-tunable",
             f"Target {backend.name} has no tuner in this version.",
             hint="Compile without --tune.",
         )
-    lacks = backend.missing(caps)
+    lacks = () if elsewhere else backend.missing(caps)
     if lacks:
+        why = ", ".join(lacks) if backend.on_device else f"it lacks {', '.join(lacks)}"
         raise LlmcError(
             "cannot-tune-here",
-            f"Tuning runs kernels, and this machine cannot run {caps.preset}: it lacks {', '.join(lacks)}.",
+            f"Tuning runs kernels, and this machine cannot run {caps.preset}: {why}.",
             hint="Tune on such a machine and bring its records (--records FILE), or build candidates for it here: "
-            "llmc tune MODEL --export-candidates FILE.",
+            "llmc tune MODEL --export-candidates FILE (or measure there from here: --rpc HOST:PORT).",
         )
 
 
@@ -57,19 +62,21 @@ def tune_kernels(
     budget: float,
     database: Path,
     progress: TuneProgress | None = None,
+    rpc: str | None = None,
 ) -> TuneResult:
     """Tune the kernels of a model for `budget` seconds; measurements go to `database` as they are made.
 
     Args:
         uses: kernels and how often they are called (llmc.tune.extract).
         max_batch, max_step_tokens: bounds of the artifact.
+        rpc: HOST:PORT of the machine that measures (llmc.tune.rpc_server); None = this one.
 
     Raises:
         LlmcError: see check_tunable; the database is corrupt or cannot be written; nothing to tune.
     """
-    check_tunable(backend, caps)
+    check_tunable(backend, caps, elsewhere=rpc is not None)
     jobs = _jobs(uses, backend, caps, max_batch, max_step_tokens)
-    return tune_jobs(jobs, backend, caps, budget=budget, database=database, progress=progress)
+    return tune_jobs(jobs, backend, caps, budget=budget, database=database, progress=progress, rpc=rpc)
 
 
 def tune_jobs(
@@ -80,21 +87,24 @@ def tune_jobs(
     budget: float,
     database: Path,
     progress: TuneProgress | None = None,
+    rpc: str | None = None,
 ) -> TuneResult:
     """tune_kernels on jobs that are made already."""
     progress = progress or TuneProgress()
     records = RecordFile(database)
-    said = soft_mismatches(list(records), backend, caps)
+    remote = RemoteWorker(rpc, caps.preset) if rpc is not None else None
+    device = remote.device() if remote is not None else backend.device()
+    said = soft_mismatches(list(records), backend, caps, device)
     if said:
         progress.phase(said)
-    with ProcessLab(caps.preset) as lab:
+    with ProcessLab(caps.preset, measurer=remote) as lab:
         tuner = Tuner(
             jobs,
             lab,
             records,
             caps,
             tvm_version(),
-            backend.device(),
+            device,
             more=shipped_records(),
             progress=progress,
         )

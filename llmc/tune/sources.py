@@ -75,9 +75,15 @@ def merge(into: Path, files: Sequence[Path]) -> tuple[int, int]:
     return added, len(read) - added
 
 
-def soft_mismatches(records: Sequence[Record], backend: Backend, caps: Capabilities) -> str:
-    """What a database holds that is measured again, in a sentence; "" if nothing."""
-    version, device = tvm_version(), backend.device()
+def soft_mismatches(
+    records: Sequence[Record], backend: Backend, caps: Capabilities, device: str | None = None
+) -> str:
+    """What a database holds that is measured again, in a sentence; "" if nothing.
+
+    Args:
+        device: that measures; None = this machine's.
+    """
+    version, device = tvm_version(), backend.device() if device is None else device
     kernels = {t.name: t for t in backend.tunables()}
     others: Counter[str] = Counter()
     for record in records:

@@ -148,7 +148,7 @@ class Tuner:
             seconds=self.clock() - begin,
             interrupted=interrupted,
             limits=limits,
-            gain=step_gain(self.jobs, self.caps.preset),
+            gain=step_gain(self.jobs, self.caps),
             spent=dict(getattr(self.lab, "spent", {})),
             curve=tuple(self._curve),
         )
@@ -258,7 +258,7 @@ class Tuner:
             after = job.best()
             if after is not None and after != before:
                 self._tell_buckets(job, after[0])
-                gain = step_gain(self.jobs, self.caps.preset)
+                gain = step_gain(self.jobs, self.caps)
                 self._curve.append((self.clock() - self._begin, gain))
 
     def _propose(self, job: Job, count: int) -> list[Any]:
@@ -342,7 +342,7 @@ class Tuner:
     def _winners(self, group: Sequence[Job]) -> list[tuple[Job, Any]]:
         """Schedules that would be chosen for a task, where that matters."""
         found = []
-        for record in choose_for(group, self.caps.preset)[1]:
+        for record in choose_for(group, self.caps)[1]:
             job = next(j for j in group if j.bucket == record.bucket)
             schedule = job.tunable.schedule_type(**record.schedule)
             worth = record.ratio < _WORTH_CONFIRMING and schedule != job.space.default
@@ -365,15 +365,15 @@ class Tuner:
         self.records.append([self._record(job, schedule, outcome)])
 
 
-def step_gain(jobs: Sequence[Job], preset: str) -> float:
+def step_gain(jobs: Sequence[Job], caps: Capabilities) -> float:
     """Step time under the traffic with the chosen schedules over that with the default ones."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         if job.default_seconds:
-            groups.setdefault(job.key(preset), []).append(job)
+            groups.setdefault(job.key(caps.preset), []).append(job)
     total, tuned = 0.0, 0.0
     for group in groups.values():
-        choice = choose_for(group, preset)[0]
+        choice = choose_for(group, caps)[0]
         for job in group:
             ratio = 1.0
             if choice is not None:
@@ -384,10 +384,12 @@ def step_gain(jobs: Sequence[Job], preset: str) -> float:
     return tuned / total if total else 1.0
 
 
-def choose_for(group: Sequence[Job], preset: str) -> tuple[ByRows[Any] | None, tuple[Record, ...]]:
+def choose_for(group: Sequence[Job], caps: Capabilities) -> tuple[ByRows[Any] | None, tuple[Record, ...]]:
     """What the measurements of all buckets of a task choose, and the records behind it."""
-    own = [job.record(s, outcome, preset, "", "") for job in group for s, outcome in job.measured.items()]
-    choice = choose(group[0].tunable, group[0].task, own)
+    own = [
+        job.record(s, outcome, caps.preset, "", "") for job in group for s, outcome in job.measured.items()
+    ]
+    choice = choose(group[0].tunable, group[0].task, own, caps)
     return (choice.schedule, choice.records) if choice else (None, ())
 
 

@@ -98,7 +98,7 @@ class Worker:
         while b"\n" not in self._rest:
             left = end - time.monotonic()
             if left <= 0 or not select.select([self._socket], [], [], left)[0]:
-                self._fail()
+                self.renew()
                 raise Hung(f"no answer within {seconds:.0f} s")
             try:
                 piece = self._socket.recv(1 << 16)
@@ -107,7 +107,7 @@ class Worker:
             if not piece:
                 status = self._process.wait()
                 started = self._started
-                self._fail()
+                self.renew()
                 if not started:
                     raise LlmcError(
                         "worker-failed",
@@ -119,7 +119,8 @@ class Worker:
         line, _, self._rest = self._rest.partition(b"\n")
         return line
 
-    def _fail(self) -> None:
+    def renew(self) -> None:
+        """End the process; the next question starts another."""
         self.restarts += 1
         self.close()
 

@@ -63,8 +63,8 @@ class Tile:
         self.group, self.share = cfg.heads // cfg.kv_heads, heads_per_tile(cfg)
         self.rows, self.tokens = tokens * self.share, tokens
         shares = self.group // self.share
-        self.kv_head = e.let(unit // shares)
-        self.first_head = e.let(self.kv_head * self.group + unit % shares * self.share)
+        self.kv_head = g.held(unit // shares)
+        self.first_head = g.held(self.kv_head * self.group + unit % shares * self.share)
         # threads of a value's dims, and how many rows go side by side
         self.dims = 1
         while self.dims < min(cfg.value_dim, THREADS):
@@ -114,6 +114,17 @@ class Tile:
             for register in row:
                 e.store(register, 0, e.f32(0.0), 1)
         g.barrier()
+
+    def run(self, first_token: Any, used: Any, table: Any, begin: Any, end: Any, position: Any) -> None:
+        """Attention of tokens [first_token, first_token + used) to keys [begin, end); see `visit`."""
+        self.start(first_token, used)
+        self.visit(table, begin, end, position)
+        self.finish()
+
+    def decode(self, sequence: Any, begin: Any, end: Any, position: Any) -> None:
+        """Attend with the one token of a sequence to keys [begin, end)."""
+        self.start(sequence, e.i64(1))
+        self.visit(e.let(sequence * self.args.width), begin, end, position)
 
     # -- keys --------------------------------------------------------------------------------------------------------
 
@@ -187,7 +198,7 @@ class Tile:
                     e.store(self.scores, index, weight, 1)
                     e.store(total, 0, total[0] + weight, 1)
                 g.warp_reduce(total, g.add)
-                T.evaluate(T.tvm_storage_sync("warp"))  # the old maximum is read by all lanes before
+                g.warp_barrier()  # the old maximum is read by all lanes before
                 with g.when(lane == 0):
                     factor = e.let(T.exp(old - top[0]))
                     e.store(self.factor, row, factor, 1)

@@ -31,6 +31,11 @@ def launch(grid: Any, threads: int) -> Iterator[tuple[Any, Any]]:
         yield block, thread
 
 
+def at_most_one_block() -> Any:
+    """The launch of the body has a multiprocessor to itself: its threads may take all registers of one."""
+    return T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", 1)
+
+
 def named(name: str, buffer: Any) -> Any:
     """The buffer with a name, for the generated source and the simulator's messages."""
     return IRBuilder.name(name, buffer)
@@ -46,14 +51,62 @@ def shared(size: int, dtype: str = "float32", name: str = "shared") -> Any:
     return named(name, T.alloc_buffer((size,), dtype, scope="shared"))
 
 
+def arena(size: int) -> Any:
+    """The kernel's dynamic shared memory, `size` bytes of it as uint16: one per kernel, and more than 48 KB if need be.
+
+    The call tells of its size in the generated source (targets/cuda/build.py), where nothing else does.
+    """
+    T.evaluate(device_call("llmc_dynamic_shared", _DYNAMIC_SHARED, i32(size)))
+    return named("arena", T.alloc_buffer((size // 2,), "uint16", scope="shared.dyn"))
+
+
+_DYNAMIC_SHARED = """
+__device__ __forceinline__ void llmc_dynamic_shared(int bytes) {}
+"""
+
+
 def local(size: int, dtype: str = "float32") -> Any:
     """Registers of a thread; index it with constants only, else it goes to memory."""
     return T.alloc_buffer((size,), dtype, scope="local")
 
 
+def held(value: Any) -> Any:
+    """A value that is computed once, in a register.
+
+    A name (emit.let) alone does not say so: TVM's simplifier writes what stands behind it into every use, and a division
+    of 64 bits in each address of a loop is more than the device's compiler takes out again.
+    """
+    register = local(1, str(value.ty.dtype))
+    e.store(register, 0, value, 1)
+    return register[0]
+
+
 def barrier() -> None:
     """All threads of the block meet."""
     T.evaluate(T.tvm_storage_sync("shared"))
+
+
+_WARP_BARRIER = """
+__device__ __forceinline__ void llmc_warp_barrier() { __syncwarp(); }
+"""
+
+
+def warp_barrier() -> None:
+    """All threads of the warp meet, and see what the others wrote before.
+
+    TVM's own storage sync of scope "warp" becomes no instruction at all.
+    """
+    T.evaluate(device_call("llmc_warp_barrier", _WARP_BARRIER))
+
+
+_DEVICE_FENCE = """
+__device__ __forceinline__ void llmc_device_fence() { __threadfence(); }
+"""
+
+
+def device_fence() -> None:
+    """What the thread wrote to global memory is there for all that is read on the device later, past all caches."""
+    T.evaluate(device_call("llmc_device_fence", _DEVICE_FENCE))
 
 
 def i32(value: Any) -> Any:
@@ -76,6 +129,11 @@ def elements(vector: Any, count: int) -> list[Any]:
 def across(value: Any, offset: int) -> Any:
     """The value of the thread whose number in the warp differs in the bit `offset`."""
     return T.tvm_warp_shuffle_xor(tirx.IntImm("uint32", 0xFFFFFFFF), value, offset, WARP, WARP)
+
+
+def from_first(value: Any) -> Any:
+    """The value of the warp's first thread."""
+    return T.tvm_warp_shuffle(tirx.IntImm("uint32", 0xFFFFFFFF), value, 0, WARP, WARP)
 
 
 def warp_reduce(register: Any, op: Callable[[Any, Any], Any], first: int = WARP // 2, last: int = 1) -> None:
@@ -139,6 +197,33 @@ __device__ __forceinline__ unsigned short llmc_to_bf16(float x) {
   return bits;
 }
 """
+
+
+_EXP2 = """
+__device__ __forceinline__ float llmc_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+"""
+_TANH = """
+__device__ __forceinline__ float llmc_tanh(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 2.8853900817779268f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(y + 1.0f));
+  return 1.0f - 2.0f * y;
+}
+"""
+
+
+def exp2(value: Any) -> Any:
+    """2^x in one instruction (error 2 ulp; 0 for very low x)."""
+    return device_call("llmc_exp2", _EXP2, value, result="float32")
+
+
+def tanh(value: Any) -> Any:
+    """tanh(x) = 1 - 2 / (e^2x + 1), with an absolute error of a few 1e-7."""
+    return device_call("llmc_tanh", _TANH, value, result="float32")
 
 
 def narrow(value: Any, dtype: str, caps: Capabilities) -> Any:

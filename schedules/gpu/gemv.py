@@ -19,7 +19,7 @@ from llmc.schedules.layout import BlockedLayout
 
 ROWS = 8  # weight rows of a block
 _BYTES = 16
-_IN_FLIGHT = 4  # loads that a thread has under way
+_IN_FLIGHT = 4  # loads that a thread has under way, untuned
 
 
 def words_of(dtype: str) -> int:
@@ -69,12 +69,13 @@ def element(vector: Any, i: int, dtype: str) -> Any:
     return e.let(e.widen(tirx.Shuffle([vector], [i]), dtype, 1))
 
 
-def gemv(ops: Operands, caps: Capabilities, rows: int, warps: int) -> None:
+def gemv(ops: Operands, caps: Capabilities, rows: int, warps: int, in_flight: int = _IN_FLIGHT) -> None:
     """One launch: a block computes 8 weight rows (4 gated outputs) for `rows` rows of x.
 
     Args:
         rows: of x per block; the last block drops those past the end.
         warps: of a block; they share the columns and add up at the end.
+        in_flight: loads that a thread has under way.
     """
     cfg = ops.cfg
     blocks, steps, nb, kp = ops.shape
@@ -105,13 +106,13 @@ def gemv(ops: Operands, caps: Capabilities, rows: int, warps: int) -> None:
 
         # all loads of a turn are under way before the first is used
         stride = g.WARP // ROWS * warps
-        turns = steps // (stride * _IN_FLIGHT)
+        turns = steps // (stride * in_flight)
         with e.loop(turns) as turn:
-            at = [e.let((turn * _IN_FLIGHT + u) * stride + thread // ROWS) for u in range(_IN_FLIGHT)]
+            at = [e.let((turn * in_flight + u) * stride + thread // ROWS) for u in range(in_flight)]
             weights = [weight_at(j) for j in at]
             for j, weight in zip(at, weights, strict=True):
                 multiply(j, weight)
-        rest = turns * _IN_FLIGHT * stride
+        rest = turns * in_flight * stride
         if rest < steps:
             g.strided(e.i64(thread // ROWS) + rest, steps, stride, lambda j: multiply(j, weight_at(j)))
         for r in range(rows):

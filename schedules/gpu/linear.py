@@ -8,8 +8,10 @@ from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
-from llmc.schedules.gpu import gemm
+from llmc.schedules.gpu import gemm, warpgroup_gemm
+from llmc.schedules.gpu.configs import GpuLinearSchedule, Way, emit_by_rows, schedules_in
 from llmc.schedules.gpu.gemv import Operands, gemv, layout_of
+from llmc.schedules.gpu.many_rows import many_rows
 from llmc.schedules.linear import LinearConfig
 
 _SHARED_ROWS = 4  # rows of x that share one pass over the weight, without matrix units
@@ -28,25 +30,68 @@ def linear(cfg: LinearConfig, caps: Capabilities) -> Any:
         warps = _warps(cfg, caps)
         with e.root():
             ops.view()
-            with T.If(t == 1):
-                with T.Then():
-                    gemv(ops, caps, 1, warps)
-                with T.Else():
-                    if gemm.takes(cfg, caps):
-                        _on_matrix_units(ops, caps)
-                    else:
-                        gemv(ops, caps, _SHARED_ROWS, warps)
+            schedules = schedules_in(cfg.schedule, GpuLinearSchedule)
+            emit_by_rows(schedules, t, lambda schedule, most: _run(ops, caps, schedule, warps, most))
     return built[0]
 
 
-def _on_matrix_units(ops: Operands, caps: Capabilities) -> None:
+def _run(ops: Operands, caps: Capabilities, schedule: GpuLinearSchedule, warps: int, most: int) -> None:
+    """The launch of a schedule for up to `most` rows (0 = any); `warps` of a block where it leaves them open."""
+    if schedule.way == Way.UNTUNED:
+        _untuned(ops, caps, warps, most)
+    elif schedule.way == Way.THREADS:
+        gemv(ops, caps, schedule.rows, schedule.warps or warps, schedule.in_flight)
+    elif schedule.way == Way.WARPGROUPS:
+        warpgroup_gemm.gemm(ops, caps, warpgroup_tile_of(schedule))
+    else:
+        gemm.gemm(ops, caps, tile_of(schedule))
+
+
+def tile_of(schedule: GpuLinearSchedule) -> gemm.TileConfig:
+    """The tile of a schedule on the matrix units.
+
+    Raises:
+        ValueError: it is none.
+    """
+    s = schedule
+    return gemm.TileConfig(s.tile_rows, s.tile_columns, s.warp_rows, s.warp_columns, s.stages)
+
+
+def warpgroup_tile_of(schedule: GpuLinearSchedule) -> warpgroup_gemm.WarpgroupTile:
+    """The tile of a schedule for warpgroups.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return warpgroup_gemm.WarpgroupTile(schedule.tile_columns, schedule.stages, schedule.warpgroups)
+
+
+def _untuned(ops: Operands, caps: Capabilities, warps: int, most: int) -> None:
+    """The kernel for one row, or one of those for more; only what `most` rows may need."""
+    if most == 1:
+        gemv(ops, caps, 1, warps)
+        return
+    with T.If(ops.t == 1):
+        with T.Then():
+            gemv(ops, caps, 1, warps)
+        with T.Else():
+            if gemm.takes(ops.cfg, caps):
+                _on_matrix_units(ops, caps, most)
+            else:
+                gemv(ops, caps, _SHARED_ROWS, warps)
+
+
+def _on_matrix_units(ops: Operands, caps: Capabilities, most: int) -> None:
     """By the number of rows: a tile of 16, or larger ones that have more work per byte and leave more blocks idle."""
     large = gemm.MANY_ROWS if ops.outputs >= 16 * gemm.MANY_ROWS.columns else gemm.SOME_ROWS
+    if 0 < most <= gemm.FEW_ROWS.rows:
+        gemm.gemm(ops, caps, gemm.FEW_ROWS)
+        return
     with T.If(ops.t <= gemm.FEW_ROWS.rows):
         with T.Then():
             gemm.gemm(ops, caps, gemm.FEW_ROWS)
         with T.Else():
-            gemm.gemm(ops, caps, large)
+            many_rows(ops, caps, large, most)
 
 
 def _warps(cfg: LinearConfig, caps: Capabilities) -> int:

@@ -57,7 +57,7 @@ _TYPES = {"bfloat16": "bf16", "float16": "f16"}
 
 def copy16(to: Any, to_index: Any, source: Any, source_index: Any, valid: Any) -> None:
     """Begin to copy 16 bytes from global to shared memory; zeros if not `valid` (the source must exist all the same)."""
-    size = T.Select(valid, g.i32(16), g.i32(0))
+    size = g.i32(16) if valid is True else T.Select(valid, g.i32(16), g.i32(0))
     target, origin = g.address(to, to_index), g.address(source, source_index)
     T.evaluate(g.device_call("llmc_copy16", _COPY, target, origin, size))
 

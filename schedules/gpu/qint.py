@@ -21,7 +21,7 @@ from llmc.schedules.gpu.qgemm import TILES, Tiles, zeros
 from llmc.schedules.gpu.qoperands import Operands
 from llmc.schedules.gpu.rows import Rows
 from llmc.schedules.iactivations import SMALLEST
-from llmc.schedules.qlayout import UNIT
+from llmc.schedules.qlayout import UNIT, QuantLayout
 
 _THREADS = 128
 _ROUND = """
@@ -122,7 +122,8 @@ class Block(Tiles):
                 pairs = [g.elements(e.let(e.load(self.x, row + word, 2)), 2) for row in (low, high)]
                 left.append([pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]])
             for j in range(TILES):
-                right = self._weights(codes.words(at, e.let(8 * self.part), 8, e.let(self.row + 8 * j))[0])
+                words = codes.words(at, e.let(8 * self.part), 8, e.let(self.row + 8 * j))
+                right = signed_bytes(words[0], self.layout)
                 for i in range(self.tiles):
                     unit.mma_bytes(part[i][j], left[i], right)
         for j in range(TILES):
@@ -134,12 +135,13 @@ class Block(Tiles):
                         product = tirx.Cast("float32", part[i][j][r]) * scale
                         e.store(total[i][j], r, total[i][j][r] + product, 1)
 
-    def _weights(self, words: list[Any]) -> list[Any]:
-        """Signed bytes of columns 0 to 3 and 4 to 7."""
-        high = g.u32(0x80808080)
-        if self.layout.of.bits == 8:
-            return [e.let(T.bitwise_xor(w, high)) for w in words]
-        low = g.u32(0x0F0F0F0F)
-        nibbles = [T.bitwise_and(words[0], low), T.bitwise_and(T.shift_right(words[0], g.u32(4)), low)]
-        # each byte less 8, with no borrow from the next one
-        return [e.let(T.bitwise_xor(T.bitwise_or(n, high) - g.u32(0x08080808), high)) for n in nibbles]
+
+def signed_bytes(words: list[Any], layout: QuantLayout) -> list[Any]:
+    """Columns 0 to 3 and 4 to 7 as signed bytes, of the words that ThreadCodes.words gives for eight."""
+    high = g.u32(0x80808080)
+    if layout.of.bits == 8:
+        return [e.let(T.bitwise_xor(w, high)) for w in words]
+    low = g.u32(0x0F0F0F0F)
+    nibbles = [T.bitwise_and(words[0], low), T.bitwise_and(T.shift_right(words[0], g.u32(4)), low)]
+    # each byte less 8, with no borrow from the next one
+    return [e.let(T.bitwise_xor(T.bitwise_or(n, high) - g.u32(0x08080808), high)) for n in nibbles]

@@ -10,51 +10,84 @@ from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
-from llmc.schedules.gpu import qgemm, qgemv, qint
-from llmc.schedules.gpu.qoperands import QuantOperands
+from llmc.schedules.choice import ByRows
+from llmc.schedules.gpu import qgemm, qgemv, qint, warpgroup_qgemm
+from llmc.schedules.gpu.configs import GpuQuantSchedule, Way, emit_by_rows, schedules_in
+from llmc.schedules.gpu.qoperands import Operands, QuantOperands
 from llmc.schedules.qlinear import QuantLinearConfig
+from llmc.schedules.tune_qlinear import QuantKernel
 
 _SHARED_ROWS = 4  # rows of x that share one pass over the weight, without matrix units
 _MOST_TILES = 4
 
 
-def quant_linear(cfg: QuantLinearConfig, caps: Capabilities) -> Any:
+def quant_linear(kernel: QuantKernel | QuantLinearConfig, caps: Capabilities) -> Any:
     """The PrimFunc of llmc.schedules.qlinear.quant_linear, for a machine with threads."""
+    cfg = kernel.config if isinstance(kernel, QuantKernel) else kernel
+    schedules = ByRows((GpuQuantSchedule(),))
+    if isinstance(kernel, QuantKernel):
+        schedules = schedules_in(kernel.schedule, GpuQuantSchedule)
     built: list[Any] = []
     with e.kernel(built):
         t = e.dim("T")
         ops = QuantOperands(cfg, t)
         with e.root():
             ops.view()
-            for condition, launch in _ways(ops, caps, _warps(cfg, caps)):
-                with T.If(condition(t)), T.Then():
-                    launch()
+            if cfg.layout.of.activation_bits:
+                qint.quantize_rows(ops)
+            emit_by_rows(schedules, t, lambda schedule, most: _run(ops, caps, schedule, most))
     return built[0]
 
 
-def _ways(
-    ops: QuantOperands, caps: Capabilities, warps: int
-) -> list[tuple[Callable[[Any], Any], Callable[[], None]]]:
-    """(numbers of rows, what computes them)."""
-    if ops.cfg.layout.of.activation_bits:
-        qint.quantize_rows(ops)
-    if qgemm.takes(ops, caps):
-        few, many = (
-            partial(qgemm.gemm, ops, caps, 1, warps),
-            partial(qgemm.gemm, ops, caps, _MOST_TILES, min(4, warps)),
-        )
-    elif ops.rounded is not None and caps.has_mma_bytes:
-        few, many = (
-            partial(qint.gemm, ops, caps, 1, warps),
-            partial(qint.gemm, ops, caps, _MOST_TILES, min(4, warps)),
-        )
+def _run(ops: QuantOperands, caps: Capabilities, schedule: GpuQuantSchedule, most: int) -> None:
+    """The launch of a schedule for up to `most` rows (0 = any)."""
+    warps, on_units = _warps(ops.cfg, caps), units_of(ops.cfg, caps)
+    if schedule.way == Way.UNITS and on_units is not None:
+        on_units(ops, caps, schedule.tiles, schedule.warps)
+    elif schedule.way == Way.WARPGROUPS:
+        warpgroup_qgemm.gemm(ops, caps)
+    elif schedule.way == Way.THREADS:
+        qgemv.gemv(ops, caps, schedule.rows, schedule.warps)
+    elif on_units is not None:
+        few = partial(on_units, ops, caps, 1, warps)
+        many = partial(on_units, ops, caps, _MOST_TILES, min(4, warps))
+        _by_rows(ops, few, partial(warpgroup_qgemm.many_rows, ops, caps, many, most), 16, most)
     else:
-        few, many = (
-            partial(qgemv.gemv, ops, caps, 1, warps),
-            partial(qgemv.gemv, ops, caps, _SHARED_ROWS, warps),
-        )
-        return [(lambda t: t == 1, few), (lambda t: t > 1, many)]
-    return [(lambda t: t <= 16, few), (lambda t: t > 16, many)]
+        few = partial(qgemv.gemv, ops, caps, 1, warps)
+        _by_rows(ops, few, partial(qgemv.gemv, ops, caps, _SHARED_ROWS, warps), 1, most)
+
+
+def _by_rows(
+    ops: QuantOperands, few: Callable[[], None], many: Callable[[], None], limit: int, most: int
+) -> None:
+    """One launch for up to `limit` rows, another one for more; only what `most` rows may need."""
+    if 0 < most <= limit:
+        few()
+        return
+    with T.If(ops.t <= limit):
+        with T.Then():
+            few()
+        with T.Else():
+            many()
+
+
+def takes_warpgroups(cfg: QuantLinearConfig, caps: Capabilities) -> bool:
+    """Whether warpgroups can multiply this weight."""
+    return warpgroup_qgemm.takes(_described(cfg), caps)
+
+
+def units_of(cfg: QuantLinearConfig, caps: Capabilities) -> Callable[..., None] | None:
+    """The matmul on the matrix units that takes this weight and these activations, or None."""
+    if qgemm.takes(_described(cfg), caps):
+        return qgemm.gemm
+    return qint.gemm if cfg.layout.of.activation_bits and caps.has_mma_bytes else None
+
+
+def _described(cfg: QuantLinearConfig) -> Operands:
+    """Operands that have a config and no buffers, for questions about it."""
+    ops = Operands()
+    ops.cfg = cfg
+    return ops
 
 
 def _warps(cfg: QuantLinearConfig, caps: Capabilities) -> int:

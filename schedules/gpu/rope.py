@@ -155,12 +155,19 @@ class Pages:
         return g.narrow(e.let(value), cfg.kv_dtype, self.caps)
 
 
-def append(ops: RopeOperands, pages: Pages, token: Any, thread: Any) -> None:
-    """Keys (rotated) and values of a token, all heads."""
-    heads = (e.i64(0), pages.cfg.kv_heads)
+def append(
+    ops: RopeOperands,
+    pages: Pages,
+    token: Any,
+    heads: tuple[Any, int],
+    thread: Any,
+    threads: int = THREADS,
+) -> None:
+    """Keys (rotated) and values of a token, for cached heads (first, how many)."""
     pages.at(token)
-    rotate(ops, 1, token, heads, thread, pages.store_key)
-    rotate(ops, 2, token, heads, thread, pages.store_value)
+    first = heads[0]
+    rotate(ops, 1, token, heads, thread, lambda n, d, value: pages.store_key(first + n, d, value), threads)
+    rotate(ops, 2, token, heads, thread, lambda n, d, value: pages.store_value(first + n, d, value), threads)
 
 
 def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
@@ -186,7 +193,7 @@ def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
                 vp = e.flat(v_pool, pages * a.layers * hk * ps * dv)
             with g.launch(t, THREADS) as (token, thread):
                 if cfg.k is not None:
-                    append(ops, Pages(a, slots, kp, vp, layer, caps), token, thread)
+                    append(ops, Pages(a, slots, kp, vp, layer, caps), token, (e.i64(0), hk), thread)
 
                 def store(head: Any, d: Any, value: Any) -> None:
                     at = (token * a.heads + head) * dk + d
@@ -197,26 +204,28 @@ def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
 
 
 def kv_append(cfg: AttentionConfig, caps: Capabilities) -> Any:
-    """The PrimFunc of llmc.schedules.attention.kv_append, for a machine with threads."""
+    """The PrimFunc of llmc.schedules.attention.kv_append, for a machine with threads; of latents without v and v_pool."""
     hk, dk, dv, ps, layers = cfg.kv_heads, cfg.key_dim, cfg.value_dim, cfg.page_size, cfg.layers
     built: list[Any] = []
     with e.kernel(built):
         t, pages = e.dim("T"), e.dim("P")
         k = g.tensor("k", [1, hk, t, dk], cfg.dtype)
-        v = g.tensor("v", [1, hk, t, dv], cfg.dtype)
+        v = None if cfg.latent else g.tensor("v", [1, hk, t, dv], cfg.dtype)
         slot = g.tensor("slot", [t], "int32")
         k_pool = g.tensor("k_pool", [pages, layers, hk, dk, ps], cfg.kv_dtype)
-        v_pool = g.tensor("v_pool", [pages, layers, hk, ps, dv], cfg.kv_dtype)
+        v_pool = None if cfg.latent else g.tensor("v_pool", [pages, layers, hk, ps, dv], cfg.kv_dtype)
         layer = e.scalar_arg("layer")
         with e.root():
             slots = e.flat(slot, t)
             kp = e.flat(k_pool, pages * layers * hk * dk * ps)
-            vp = e.flat(v_pool, pages * layers * hk * ps * dv)
-            sources = [(e.flat(k, hk * t * dk), dk), (e.flat(v, hk * t * dv), dv)]
+            vp = None if v_pool is None else e.flat(v_pool, pages * layers * hk * ps * dv)
+            sources = [(e.flat(k, hk * t * dk), dk)]
+            if v is not None:
+                sources.append((e.flat(v, hk * t * dv), dv))
             with g.launch(t, THREADS) as (token, thread):
                 to = Pages(cfg, slots, kp, vp, layer, caps)
                 to.at(token)
-                for (source, dim), put in zip(sources, (to.store_key, to.store_value), strict=True):
+                for (source, dim), put in zip(sources, (to.store_key, to.store_value), strict=False):
 
                     def element(i: Any, source: Any = source, dim: int = dim, put: Any = put) -> None:
                         head, d = e.let(i // dim), e.let(i % dim)

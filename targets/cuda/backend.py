@@ -11,6 +11,7 @@ from llmc.caps import Capabilities
 from llmc.errors import LlmcError
 from llmc.host import architecture
 from llmc.targets.backend import Backend, Built
+from llmc.targets.cuda import library, tuning
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,9 @@ def detect() -> str:
             hint=f"Name an architecture, e.g. --target cuda/sm_90 (of {', '.join(_ARCHS)}).",
         )
     arch = driver.devices[0].arch
-    # binary code runs on later minor versions of the same major one
-    fits = [
-        name
-        for name, a in _ARCHS.items()
-        if a.number <= arch and a.number // 10 == arch // 10 and name[-1] != "a"
-    ]
+    # binary code runs on later minor versions of the same major one, with features of its own only there; PTX on all newer ones
+    older = [name for name, a in _ARCHS.items() if a.number <= arch and (name[-1] != "a" or a.number == arch)]
+    fits = [name for name in older if _ARCHS[name].number // 10 == arch // 10] or older
     if not fits:
         raise LlmcError(
             "cuda-arch-unknown",
@@ -93,6 +91,7 @@ def capabilities(preset: str) -> Capabilities:
         has_mma_bf16=least >= 80,
         has_mma_bytes=least >= 80,
         has_async_copy=least >= 80,
+        has_wgmma=set(names) == {"sm_90a"},
     )
 
 
@@ -102,8 +101,11 @@ def missing(caps: Capabilities) -> tuple[str, ...]:
     if not driver.devices:
         return (driver.problem,)
     arch = driver.devices[0].arch
-    if any(_ARCHS[a].number // 10 == arch // 10 and _ARCHS[a].number <= arch for a in archs_of(caps.preset)):
-        return ()
+    for name in archs_of(caps.preset):
+        number = _ARCHS[name].number
+        # machine code with features of its own runs there only; else PTX runs on whatever is newer
+        if number == arch or (number <= arch and name[-1] != "a"):
+            return ()
     return (f"its GPU is an sm_{arch}, the code is for {caps.preset}",)
 
 
@@ -120,7 +122,7 @@ def build(module: Any, target: Any, caps: Capabilities) -> Built:
     """Host code for model.so, and a file of kernels per architecture."""
     from llmc.targets.cuda.build import build as run
 
-    return run(module, target, archs_of(caps.preset))
+    return run(module, target, caps, archs_of(caps.preset))
 
 
 BACKEND = Backend(
@@ -129,6 +131,11 @@ BACKEND = Backend(
     capabilities=capabilities,
     tvm_target=tvm_target,
     missing=missing,
+    tunables=tuning.tunables,
+    runner=tuning.runner,
+    device=tuning.device,
+    library=library.write_library,
+    unfit=library.unfit,
     build=build,
     several=True,
     on_device=True,

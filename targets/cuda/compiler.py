@@ -21,19 +21,19 @@ _OPTIONS = ("-default-device", "--device-int128", "--std=c++17", "--ptxas-option
 
 @dataclass(frozen=True)
 class Assembled:
-    """Machine code for one architecture.
+    """Code for one architecture.
 
     Attributes:
-        cubin: as the driver loads it.
+        code: as the driver loads it: machine code, or PTX as text.
         log: what the assembler reported (ptxas -v).
     """
 
-    cubin: bytes
+    code: bytes
     log: str
 
 
 def assemble(source: str, arch: str) -> Assembled:
-    """Compile CUDA source for an architecture such as ``sm_90``.
+    """Compile CUDA source for an architecture such as ``sm_90``, or to PTX for ``compute_90`` and all newer ones.
 
     Raises:
         LlmcError: no compiler is installed, or it refuses the source.
@@ -61,6 +61,11 @@ def which() -> str:
         f"Compiling for cuda needs {wanted or 'NVRTC or nvcc'}, which is not installed.",
         hint=INSTALL,
     )
+
+
+def is_ptx(arch: str) -> bool:
+    """Whether an architecture is a virtual one, whose code the driver translates."""
+    return arch.startswith("compute_")
 
 
 def version() -> str:
@@ -114,7 +119,12 @@ def _nvrtc(source: str, arch: str) -> Assembled:
         text = log.rstrip(b"\0").decode(errors="replace")
         if status != 0:
             raise _refused("nvrtc", arch, text or library.nvrtcGetErrorString(status).decode())
-        return Assembled(_nvrtc_bytes(library.nvrtcGetCUBINSize, library.nvrtcGetCUBIN, program), text)
+        size, get = (
+            (library.nvrtcGetPTXSize, library.nvrtcGetPTX)
+            if is_ptx(arch)
+            else (library.nvrtcGetCUBINSize, library.nvrtcGetCUBIN)
+        )
+        return Assembled(_nvrtc_bytes(size, get, program).rstrip(b"\0" if is_ptx(arch) else b""), text)
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
@@ -133,7 +143,7 @@ def _nvcc(source: str, arch: str) -> Assembled:
         file.write_text(source, encoding="utf-8")
         command = [
             "nvcc",
-            "-cubin",
+            "-ptx" if is_ptx(arch) else "-cubin",
             f"-arch={arch}",
             "--std=c++17",
             "-Xptxas",

@@ -38,11 +38,18 @@ def parse(log: str) -> tuple[DeviceKernel, ...]:
     return tuple(found)
 
 
-def check(kernels: Iterable[DeviceKernel], threads: dict[str, int]) -> None:
+def check(
+    kernels: Iterable[DeviceKernel],
+    threads: dict[str, int],
+    dynamic: dict[str, int] | None = None,
+    shared: int = 0,
+) -> None:
     """Raise if a kernel cannot be launched, or spills so much that it must be a mistake.
 
     Args:
         threads: kernel -> threads of a block.
+        dynamic: kernel -> bytes of shared memory that its launch asks for, beside those that it declares.
+        shared: most bytes of both together that the architecture has for a block.
 
     Raises:
         LlmcError: "kernel-limits".
@@ -52,7 +59,9 @@ def check(kernels: Iterable[DeviceKernel], threads: dict[str, int]) -> None:
         # registers are handed out to whole warps, 256 at a time (CUDA occupancy calculator)
         warps = -(-block // 32)
         taken = warps * (-(-k.registers * 32 // 256) * 256)
+        whole = k.shared_bytes + (dynamic or {}).get(k.name, 0)
         problems = [
+            (whole > shared > 0, f"{whole} bytes of shared memory; a block may have {shared}"),
             (taken > 65536, f"{k.registers} registers in {block} threads; a multiprocessor has 65536"),
             (
                 k.shared_bytes > STATIC_SHARED,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmc.errors import LlmcError
-from llmc.runtime.sampler import Sampler, SamplingParams, _draw, candidates, token_logprob
+from llmc.runtime.sampler import Sampler, SamplingParams, _draw, candidates, penalised, token_logprob
 
 RNG = np.random.default_rng(3)
 
@@ -84,7 +84,7 @@ def test_candidates_are_those_of_transformers(params: SamplingParams) -> None:
     for processor in chain:
         want = processor(torch.tensor([seen]), want)
     sampler = Sampler(SamplingParams(0.0, repetition_penalty=1.3), seen)
-    ids, weights = candidates(sampler._penalised(scores), params)
+    ids, weights = candidates(penalised(scores, sampler.draw()), params)
     probabilities = torch.softmax(want[0].double(), -1).numpy()
     assert np.array_equal(ids, np.flatnonzero(probabilities))
     assert np.allclose(weights / weights.sum(), probabilities[ids], rtol=1e-5, atol=0)
@@ -128,7 +128,7 @@ def test_repetition_penalty_counts_prompt_and_new_tokens() -> None:
     scores = np.array([3.0, 2.0, -1.0, 1.4], np.float32)
     sampler = Sampler(SamplingParams(repetition_penalty=2.0), seen=[0, 2])
     assert [sampler.sample(scores) for _ in range(3)] == [1, 0, 0]  # 1.5 2 -2 1.4, then 1.5 1 -2 1.4
-    assert np.array_equal(sampler._penalised(scores), np.array([1.5, 1.0, -2.0, 1.4], np.float32))
+    assert np.array_equal(penalised(scores, sampler.draw()), np.array([1.5, 1.0, -2.0, 1.4], np.float32))
     assert scores[0] == 3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,11 @@ import pytest
 from llmc.artifact import Limits
 from llmc.errors import LlmcError
 from llmc.kv_plan import KVKind
+from llmc.runtime.engine import StepInputs
+from llmc.runtime.sampler import Draw, Sampler, SamplingParams, choose
+from llmc.runtime.sequence import Sequence
+from llmc.runtime.stepper import Stepper
+from tests.runtime.conftest import ToyEngine
 
 RNG = np.random.default_rng(0)
 
@@ -165,3 +171,30 @@ def test_a_forgotten_sequence_gives_its_pages_back(toy: Any) -> None:
 def test_prefill_must_fit_the_sequences(toy: Any) -> None:
     with pytest.raises(LlmcError, match=r"between 1 and the length.*\[3\].*found \[4\]"):
         toy().model.logits([1, 2, 3], prefill=4)
+
+
+class SamplingToy(ToyEngine):
+    """The toy on a device that samples."""
+
+    def sample(self, function: str, inputs: StepInputs, draws: Seq[Draw]) -> list[int]:
+        return [choose(row, draw) for row, draw in zip(self.run(function, inputs), draws, strict=True)]
+
+
+def test_tokens_chosen_by_an_engine_are_the_samplers(toy: Any) -> None:
+    """Also of prompts that take several steps, whose parts choose nothing that counts."""
+    prompts = [list(range(1, 41)), [7], list(range(20, 50))]
+    params = SamplingParams(1.0, top_k=5, repetition_penalty=1.5, seed=3)
+    chosen = []
+    for kind in (ToyEngine, SamplingToy):
+        t = toy(limits=Limits(256, 4, 16))
+        engine = kind(t.engine.plan, t.engine.pages, t.vocab)
+        stepper = Stepper(engine, t.allocator, t.manifest.limits, t.vocab)
+        sequences = [Sequence(t.allocator) for _ in prompts]
+        samplers = [Sampler(params, p) for p in prompts]
+        tokens = stepper.sample(list(zip(sequences, prompts, strict=True)), samplers)
+        found = [tokens]
+        for _ in range(3):
+            tokens = stepper.sample([(s, [x]) for s, x in zip(sequences, tokens, strict=True)], samplers)
+            found.append(tokens)
+        chosen.append(found)
+    assert chosen[0] == chosen[1]

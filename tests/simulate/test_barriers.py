@@ -61,7 +61,6 @@ CASES: dict[str, tuple[Callable[[], Any], range]] = {
     "gemv": (lambda: run_linear(1), range(1)),
     "gemm": (lambda: run_linear(16), range(1, 2)),
     "attention": (run_attention, range(4)),
-    "flash": (lambda: run_attention(dtype="bfloat16", kv_dtype="bfloat16"), range(3)),
 }
 
 

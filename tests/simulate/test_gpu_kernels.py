@@ -14,7 +14,6 @@ from llmc.ops import HeadsAttrs, NormAttrs, Run
 from llmc.schedules import norm as cpu_norm
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.gather import EmbeddingConfig, GatherConfig
-from llmc.schedules.gpu import flash
 from llmc.schedules.gpu.attention import attention_decode, attention_prefill
 from llmc.schedules.gpu.gather import embedding, gather_rows
 from llmc.schedules.gpu.linear import linear
@@ -188,30 +187,6 @@ def test_attention(case: str) -> None:
         assert run(cfg, TOOLS, kernels, batch, decode=False) < TOOLS.exact[cfg.dtype] * 2, batch
     for batch in ([(1, 1), (1, 600), (1, 33)], [(1, 1500)]):
         assert run(cfg, TOOLS, kernels, batch, decode=True) < TOOLS.exact[cfg.dtype], batch
-
-
-FLASH = {
-    "bf16": {"dtype": "bfloat16", "kv_dtype": "bfloat16"},
-    "f16-window-sinks-softcap": {
-        **{"dtype": "float16", "kv_dtype": "float16", "key_dim": 32, "value_dim": 48, "heads": 8},
-        **{"window": 20, "has_sinks": True, "softcap": 5.0},
-    },
-    "bf16-alibi-chunk": {
-        **{"dtype": "bfloat16", "kv_dtype": "bfloat16", "page_size": 32},
-        **{"has_alibi": True, "chunk": 24},
-    },
-}
-
-
-@pytest.mark.parametrize("case", [*list(FLASH)[:1], *_slow(list(FLASH)[1:])])
-def test_prefill_on_matrix_units(case: str) -> None:
-    from tests.schedules.test_attention import run
-
-    cfg = replace(BASE, **FLASH[case], sinks_dtype="")
-    assert flash.takes(cfg, gpu()) and not flash.takes(cfg, gpu("sm_75"))
-    kernels = TOOLS.build(gpu(), append=kv_append(cfg, gpu()), prefill=attention_prefill(cfg, gpu()))
-    for batch in ([(5, 5), (1, 33), (40, 70)], [(3, 300)]):
-        assert run(cfg, TOOLS, kernels, batch, decode=False) < TOOLS.exact[cfg.dtype] * 2, batch
 
 
 def test_attention_with_more_heads_per_cached_head_than_a_tile_takes() -> None:

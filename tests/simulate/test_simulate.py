@@ -128,7 +128,7 @@ def test_a_warp_barrier_orders_a_warp_and_no_more(x: np.ndarray) -> None:
     def body(x: Any, y: Any, row: Any, thread: Any, t: Any, distance: int) -> None:
         line = g.shared(THREADS)
         e.store(line, thread, x[row * 64 + thread], 1)
-        T.evaluate(T.tvm_storage_sync("warp"))
+        g.warp_barrier()
         e.store(y, row * 64 + thread, line[T.bitwise_xor(thread, distance)], 1)
 
     order = np.arange(64) ^ 5

@@ -39,14 +39,16 @@ ARCHITECTURES = [
 ]
 
 
-def simulated(model: object, dtype: str, **changes: object) -> SimulatedModel:
+def simulated(
+    model: object, dtype: str, limits: Limits = Limits(64, 4, 64), **changes: object
+) -> SimulatedModel:
     given = {"model": "tiny", "target": "cuda/sm_90", "dtype": dtype, "page_size": 16, **changes}
     step, source, caps = (
         (lowered := lower_model(model, CompileSpec.from_json(given)))[1],
         lowered[0],
         lowered[2],
     )
-    return SimulatedModel(step, source, caps, Limits(64, 4, 64))
+    return SimulatedModel(step, source, caps, limits)
 
 
 @pytest.mark.e2e
@@ -67,6 +69,23 @@ def test_a_ragged_batch_equals_the_cpu_artifact(
     got = simulated(model, "f32", quant=quant).logits(batch, 17)
     for one, other in zip(got, expected, strict=True):
         assert np.abs(one - other).max() < 1e-4
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["none", "q4g32", "w8a8"])
+def test_a_long_prompt_on_warpgroups(quant: str) -> None:
+    """More rows than the kernels for warps take: as near to float32 as without warpgroups."""
+    model, limits = tiny_model("llama"), Limits(96, 1, 96)
+    ids = np.random.default_rng(0).integers(0, VOCAB, 72).tolist()
+    exact = simulated(model, "f32", quant=quant, limits=limits).logits([ids], 71)[0]
+    errors = []
+    for target in ("cuda/sm_90", "cuda/sm_90a"):
+        found = simulated(model, "bf16", quant=quant, target=target, limits=limits)
+        errors.append(np.abs(found.logits([ids], 71)[0] - exact).max())
+        wide = [use.shared_bytes > 48 << 10 for name, use in found.simulated.uses.items() if "linear" in name]
+        assert all(wide) if target.endswith("a") else not any(wide)
+    assert errors[1] < 1.2 * errors[0] < 0.2
 
 
 @pytest.mark.e2e

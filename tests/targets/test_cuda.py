@@ -19,9 +19,11 @@ from llmc.ops import NormAttrs
 from llmc.pipeline import compile_model
 from llmc.quant.schemes import by_name
 from llmc.runtime.cuda import choose_image
+from llmc.sample_layout import SampleConfig
 from llmc.schedules.gpu.linear import linear
 from llmc.schedules.gpu.norm import norm
 from llmc.schedules.gpu.qlinear import quant_linear
+from llmc.schedules.gpu.sample import sample
 from llmc.schedules.linear import LinearConfig
 from llmc.schedules.norm import NormConfig
 from llmc.schedules.qlayout import quant_layout
@@ -29,6 +31,7 @@ from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.targets.backend import get
 from llmc.targets.cuda import compiler, resources
 from llmc.targets.cuda.backend import BACKEND, capabilities, tvm_target
+from llmc.targets.cuda.build import ptx_of, source_only
 from tools.tiny_configs import tiny_model
 
 H100 = CudaDevice(0, "NVIDIA H100", 90, 132, 80 << 30)
@@ -53,7 +56,8 @@ def assembled(preset: str, **funcs: Any) -> tuple[DeviceKernel, ...]:
 
     caps = capabilities(preset)
     named = {name: f.with_attr("global_symbol", name) for name, f in funcs.items()}
-    library = tvm.tirx.build(tvm.IRModule(named), tvm_target(caps), pipeline=simt.register())
+    with source_only():
+        library = tvm.tirx.build(tvm.IRModule(named), tvm_target(caps), pipeline=simt.register())
     kernels = resources.parse(compiler.assemble(str(library.imports[0].inspect_source()), preset).log)
     assert kernels and {k.arch for k in kernels} == {preset}
     return kernels
@@ -78,6 +82,21 @@ def test_kernels_assemble_without_spills(preset: str) -> None:
     resources.check(kernels, {k.name: 256 for k in kernels})
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    "preset", [p if p == "sm_90" else pytest.param(p, marks=pytest.mark.slow) for p in BACKEND.presets]
+)
+def test_sampling_kernels_assemble(preset: str) -> None:
+    kernels = assembled(preset, sample=sample(SampleConfig(128256), capabilities(preset)))
+    assert not [k for k in kernels if k.spill_bytes > 32]
+    resources.check(kernels, {k.name: 256 for k in kernels})
+
+
+def test_ptx_is_for_the_newest_architecture_without_features_of_its_own() -> None:
+    assert ptx_of(("sm_80", "sm_90")) == ptx_of(("sm_80", "sm_90", "sm_90a")) == ("compute_90",)
+    assert ptx_of(("sm_90a",)) == ()
+
+
 def test_presets() -> None:
     _, caps = get("cuda/sm_75,sm_90")
     assert caps.simt and not caps.has_mma_bf16 and caps.preset == "cuda/sm_75,sm_90"
@@ -88,7 +107,8 @@ def test_presets() -> None:
 
 def test_cuda_means_the_gpu_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_driver, "query", lambda: CudaDriver(13000, (H100,)))
-    assert get("cuda")[1].preset == "cuda/sm_90"
+    assert get("cuda")[1].preset == "cuda/sm_90a" and get("cuda")[1].has_wgmma
+    assert not get("cuda/sm_90")[1].has_wgmma and not get("cuda/sm_90,sm_90a")[1].has_wgmma
     monkeypatch.setattr(cuda_driver, "query", lambda: CudaDriver(0, (), "there is no NVIDIA driver"))
     with pytest.raises(
         LlmcError, match=r"there is no NVIDIA driver.*--target cuda/sm_90.*\[no-cuda-device\]"
@@ -141,7 +161,11 @@ def test_a_tiny_model_becomes_an_artifact(
     compile_model(tiny_model("llama"), out, **spec)
     manifest = Manifest.from_text((out / MANIFEST).read_text(), "")
     assert manifest.device is not None
-    assert [i.arch for i in manifest.device.images] == presets.split(",")
+    newest = presets.split(",")[-1].removeprefix("sm_")
+    assert [i.arch for i in manifest.device.images] == [*presets.split(","), f"compute_{newest}"]
+    assert [i.format for i in manifest.device.images][-2:] == ["cubin", "ptx"]
+    ptx = (out / manifest.device.images[-1].file).read_bytes()
+    assert f".target sm_{newest}".encode() in ptx and b".entry sample_tokens_kernel(" in ptx
     assert {k.arch for k in manifest.device.kernels} == set(presets.split(","))
     assert any("attention_decode" in k.name for k in manifest.device.kernels)
     assert all(
@@ -152,18 +176,46 @@ def test_a_tiny_model_becomes_an_artifact(
         LlmcError, match=rf"is for cuda/{presets}, and there is no NVIDIA driver.*\[no-cuda-device\]"
     ):
         llmc.load(out)
+    _refusals(manifest)
+
+
+def _refusals(manifest: Manifest) -> None:
+    """What other machines say to it, and which of several images they take."""
+    assert manifest.device is not None
+    newer = CudaDevice(0, "B200", 100, 148, 1)
+    large = dataclasses.replace(manifest.device.kernels[0], shared_bytes=200 << 10, arch="sm_90")
+    wide = dataclasses.replace(manifest, device=dataclasses.replace(manifest.device, kernels=(large,)))
+    later = dataclasses.replace(manifest, device=dataclasses.replace(manifest.device, compiler="nvrtc 13.1"))
     found = [
-        (CudaDriver(12080, (H100,)), "cuda-driver-too-old", "implements CUDA 12.8"),
-        (CudaDriver(13000, (CudaDevice(0, "T4", 75, 40, 1),)), "wrong-gpu", "this machine's T4 is sm_75"),
+        (manifest, CudaDriver(12080, (H100,)), "cuda-driver-too-old", "implements CUDA 12.8"),
+        (
+            manifest,
+            CudaDriver(13000, (CudaDevice(0, "T4", 75, 40, 1),)),
+            "wrong-gpu",
+            "machine's T4 is sm_75",
+        ),
+        (later, CudaDriver(13000, (newer,)), "cuda-driver-too-old", r"its PTX needs a driver for CUDA 13\.1"),
+        (
+            wide,
+            CudaDriver(13000, (dataclasses.replace(H100, shared=99 << 10),)),
+            "wrong-gpu",
+            "takes 204800 bytes of shared memory; .* has 101376 for a block",
+        ),
+        (
+            wide,
+            CudaDriver(13000, (CudaDevice(0, "RTX 5090", 120, 170, 1, 99 << 10),)),
+            "wrong-gpu",
+            "for compute_90 takes 204800 bytes",
+        ),
     ]
-    for driver, ref, words in found:
+    for artifact, driver, ref, words in found:
         with pytest.raises(LlmcError, match=words) as caught:
-            choose_image(manifest, driver)
+            choose_image(artifact, driver)
         assert caught.value.ref == ref
-    # of several images the newest that the GPU can run
-    image = manifest.device.images[0]
-    both = tuple(dataclasses.replace(image, arch=arch) for arch in ("sm_80", "sm_90"))
+    # machine code before PTX, and of several images the newest that the GPU can run
+    image, ptx = manifest.device.images[0], manifest.device.images[-1]
+    both = (*(dataclasses.replace(image, arch=arch) for arch in ("sm_80", "sm_90")), ptx)
     several = dataclasses.replace(manifest, device=dataclasses.replace(manifest.device, images=both))
-    for arch, expected in ((90, "sm_90"), (86, "sm_80")):
+    for arch, expected in ((90, "sm_90"), (86, "sm_80"), (120, ptx.arch)):
         chosen = choose_image(several, CudaDriver(13000, (CudaDevice(0, "x", arch, 1, 1),)))
         assert chosen is not None and chosen.arch == expected

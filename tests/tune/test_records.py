@@ -110,36 +110,38 @@ def test_the_choice_agrees_in_what_is_shared():
         record(1.5, layout=1, rows=4, bucket=more),
         record(0.7, tile=2, rows=4, bucket=more),
     ]
-    choice = choose(TOY, ToyConfig(64), records)
+    choice = choose(TOY, ToyConfig(64), records, CAPS)
     assert choice.schedule.at(1) == ToySchedule(tile=4) and choice.schedule.at(3) == ToySchedule(tile=2)
     assert choice.schedule.at(99) == choice.schedule.at(8) == ToySchedule()  # nothing known: the default
     # where the second bucket does not matter, it is the other way round
     weighted = [replace(r, share=0.001 if r.low == 2 else 0.5) for r in records]
-    assert choose(TOY, ToyConfig(64), weighted).schedule.at(1) == ToySchedule(layout=1)
+    assert choose(TOY, ToyConfig(64), weighted, CAPS).schedule.at(1) == ToySchedule(layout=1)
     # a layout that some bucket was not measured with does not compete
     assert (
-        choose(TOY, ToyConfig(64), [*records[1:3], record(0.1, layout=2, bucket=few)]).schedule.at(1).layout
+        choose(TOY, ToyConfig(64), [*records[1:3], record(0.1, layout=2, bucket=few)], CAPS)
+        .schedule.at(1)
+        .layout
         == 0
     )
     # a weight that is packed already
-    forced = choose(TOY, ToyConfig(64), records, {"layout": 1})
+    forced = choose(TOY, ToyConfig(64), records, CAPS, {"layout": 1})
     assert {s.layout for s in forced.schedule.choices} == {1} and len(forced.records) == 2
-    assert choose(TOY, ToyConfig(64), [], {"layout": 2}).schedule.choices == (ToySchedule(layout=2),)
-    assert choose(TOY, ToyConfig(64), [record(1.2, tile=4)]) is None
+    assert choose(TOY, ToyConfig(64), [], CAPS, {"layout": 2}).schedule.choices == (ToySchedule(layout=2),)
+    assert choose(TOY, ToyConfig(64), [record(1.2, tile=4)], CAPS) is None
 
 
 def test_a_threshold_is_there_only_where_it_pays():
     more = {"rows": 4, "bucket": (2, 4)}
     # in the second bucket the first one's schedule is 1 % slower than the best: it serves both
     same = [record(0.8, tile=4), record(0.7, tile=2, **more), record(0.707, tile=4, **more)]
-    choice = choose(TOY, ToyConfig(64), same)
+    choice = choose(TOY, ToyConfig(64), same, CAPS)
     assert choice.schedule.at(1) == choice.schedule.at(4) == ToySchedule(tile=4)
     assert choice.schedule.limits == (4,) and [r.ratio for r in choice.records] == [0.8, 0.707]
     # 10 % slower: a threshold
     apart = [*same[:2], record(0.77, tile=4, **more)]
-    assert choose(TOY, ToyConfig(64), apart).schedule.limits == (1, 4)
+    assert choose(TOY, ToyConfig(64), apart, CAPS).schedule.limits == (1, 4)
     # what gains 1 % on the default is not worth the code
-    assert choose(TOY, ToyConfig(64), [record(0.99, tile=4)]) is None
+    assert choose(TOY, ToyConfig(64), [record(0.99, tile=4)], CAPS) is None
 
 
 def test_configs_are_scheduled_by_records_of_this_machine():
