@@ -9,57 +9,18 @@ threads run. Method of the selection: Alabi et al. 2012, "Fast k-selection algor
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
-from llmc.sample_layout import COLUMNS, DIGITS, PASSES, SampleConfig
+from llmc.sample_layout import PASSES, SampleConfig
 from llmc.schedules import emit as e
 from llmc.schedules.gpu import emit as g
+from llmc.schedules.gpu.sample_draw import draw_tokens
+from llmc.schedules.gpu.sample_row import THREADS, Row, block_sum, columns, f64
 from llmc.schedules.gpu.sample_select import Selection
-
-THREADS = 256
-_EACH = COLUMNS // THREADS
-
-
-class _Row:
-    """One row, as the threads of a block see it: its parameters, and its parts of the scratch memory."""
-
-    def __init__(self, cfg: SampleConfig, args: dict[str, Any], row: Any) -> None:
-        self.cfg, self.args, self.row = cfg, args, row
-        s = cfg.blocks
-        self.first = e.let(row * cfg.vocab)
-        ints, doubles = e.let(row * cfg.ints), e.let(row * cfg.doubles)
-        self.best_index, self.counts, self.ties = ints, ints + s, ints + s * (1 + 2 * DIGITS)
-        self.states = ints + s * (2 + 2 * DIGITS)
-        self.sums, self.all = doubles, doubles + s * 2 * DIGITS
-        self.kept = doubles + s * (2 * DIGITS + 1)
-        self.below = doubles + s * (2 + 2 * DIGITS)
-
-    def number(self, which: int) -> Any:
-        """Temperature, min-p or penalty."""
-        return self.args["numbers"][self.row * 3 + which]
-
-    @property
-    def drawn(self) -> Any:
-        """Whether a token is drawn: not the likeliest, and the logits are numbers."""
-        return T.And(self.number(0) > e.f32(0.0), self.args["tokens"][self.row] >= 0)
-
-    def total(self, at: Any) -> Any:
-        """Sum of one number of each block, in order."""
-        value = g.local(1, "float64")
-        e.store(value, 0, _f64(0.0), 1)
-        with e.loop(self.cfg.blocks) as s:
-            e.store(value, 0, value[0] + self.args["doubles"][at + s], 1)
-        return e.let(value[0])
-
-    @property
-    def spare(self) -> Any:
-        """What top-p may leave out of the sum of the weights."""
-        return e.let(self.args["shares"][self.row * 2 + 1] * self.total(self.all))
 
 
 def sample(cfg: SampleConfig, caps: Capabilities) -> Any:
@@ -93,17 +54,17 @@ def sample(cfg: SampleConfig, caps: Capabilities) -> Any:
         with e.root():
             args = {name: e.flat(tensors[name], _size(shape)) for name, (shape, _) in shapes.items()}
 
-            def parts(body: Callable[[_Row, Any, Any], None]) -> None:
+            def parts(body: Callable[[Row, Any, Any], None]) -> None:
                 """A launch with a block for each 4096 columns of each row: body(row, block of the row, thread)."""
                 with g.launch(n * cfg.blocks, THREADS) as (number, thread):
-                    row = _Row(cfg, args, e.let(number // cfg.blocks))
+                    row = Row(cfg, args, e.let(number // cfg.blocks))
                     body(row, e.let(number % cfg.blocks), thread)
 
             with g.when(penalise > 0), g.launch(n, THREADS) as (number, thread):
-                _penalise(_Row(cfg, args, number), thread)
+                _penalise(Row(cfg, args, number), thread)
             parts(_largest_of_part)
             with g.launch(n, g.WARP) as (number, thread):
-                _largest(_Row(cfg, args, number), thread)
+                _largest(Row(cfg, args, number), thread)
             with g.when(draw > 0):
                 with T.If(by_count > 0):
                     with T.Then():
@@ -117,9 +78,9 @@ def sample(cfg: SampleConfig, caps: Capabilities) -> Any:
                         with e.loop(PASSES) as p:
                             parts(lambda row, part, thread: _add_up(row, part, thread, p))
                         parts(_count_ties)
-                        _draw(cfg, args, n, parts, True)
+                        draw_tokens(cfg, args, n, parts, True)
                     with T.Else():
-                        _draw(cfg, args, n, parts, False)
+                        draw_tokens(cfg, args, n, parts, False)
     return built[0]
 
 
@@ -130,19 +91,7 @@ def _size(shape: list[Any]) -> Any:
     return size
 
 
-def _f64(value: float) -> Any:
-    return tirx.FloatImm("float64", value)
-
-
-def _columns(row: _Row, part: Any, thread: Any, body: Callable[[Any], None]) -> None:
-    """body(column) for the columns of a block that are the thread's, neighbours for neighbours."""
-    with e.loop(_EACH) as i:
-        column = e.let(part * COLUMNS + i * THREADS + e.i64(thread))
-        with g.when(column < row.cfg.vocab):
-            body(column)
-
-
-def _penalise(row: _Row, thread: Any) -> None:
+def _penalise(row: Row, thread: Any) -> None:
     """Tokens that occurred become less likely."""
     logits, start = row.args["logits"], row.args["seen_start"]
     penalty = e.let(row.number(2))
@@ -181,7 +130,7 @@ def _fresh_best() -> tuple[Any, Any]:
     return best, index
 
 
-def _largest_of_part(row: _Row, part: Any, thread: Any) -> None:
+def _largest_of_part(row: Row, part: Any, thread: Any) -> None:
     """The largest logit of a block; logits become scores where a token is drawn."""
     logits = row.args["logits"]
     values, numbers = g.shared(THREADS // g.WARP), g.shared(THREADS // g.WARP, "int32", "numbers")
@@ -194,7 +143,7 @@ def _largest_of_part(row: _Row, part: Any, thread: Any) -> None:
         with g.when(temperature > e.f32(0.0)):
             e.store(logits, row.first + column, value / temperature, 1)
 
-    _columns(row, part, thread, one)
+    columns(row, part, thread, one)
     _across_warp(best, index)
     with g.when(thread % g.WARP == 0):
         e.store(values, thread // g.WARP, best[0], 1)
@@ -207,7 +156,7 @@ def _largest_of_part(row: _Row, part: Any, thread: Any) -> None:
         e.store(row.args["ints"], row.best_index + part, index[0], 1)
 
 
-def _largest(row: _Row, thread: Any) -> None:
+def _largest(row: Row, thread: Any) -> None:
     """The largest logit of a row: the token of a greedy row, and what the scores of others are taken from."""
     base = e.let(row.row * row.cfg.blocks)
     best, index = _fresh_best()
@@ -228,7 +177,7 @@ def _largest(row: _Row, thread: Any) -> None:
         e.store(row.args["floats"], base, best[0], 1)
 
 
-def _by_count(row: _Row, part: Any, thread: Any) -> Selection:
+def _by_count(row: Row, part: Any, thread: Any) -> Selection:
     return Selection(
         "int32",
         row.args["ints"],
@@ -243,7 +192,7 @@ def _by_count(row: _Row, part: Any, thread: Any) -> Selection:
     )
 
 
-def _by_mass(row: _Row, part: Any, thread: Any) -> Selection:
+def _by_mass(row: Row, part: Any, thread: Any) -> Selection:
     return Selection(
         "float64",
         row.args["doubles"],
@@ -253,12 +202,12 @@ def _by_mass(row: _Row, part: Any, thread: Any) -> Selection:
         thread,
         bits=(row.args["ints"], row.states + 2 * (PASSES + 1)),
         rest=(row.args["doubles"], row.below),
-        start=_f64(0.0),
+        start=f64(0.0),
         descending=False,
     )
 
 
-def _count(row: _Row, part: Any, thread: Any, number: Any) -> None:
+def _count(row: Row, part: Any, thread: Any, number: Any) -> None:
     """A pass of top-k."""
     with g.when(row.drawn):
         chosen = _by_count(row, part, thread)
@@ -267,12 +216,12 @@ def _count(row: _Row, part: Any, thread: Any, number: Any) -> None:
             def one(column: Any) -> None:
                 add(_ordered(row.args["logits"][row.first + column]), g.i32(1))
 
-            _columns(row, part, thread, one)
+            columns(row, part, thread, one)
 
         chosen.run(number, all_of)
 
 
-def _add_up(row: _Row, part: Any, thread: Any, number: Any) -> None:
+def _add_up(row: Row, part: Any, thread: Any, number: Any) -> None:
     """A pass of top-p."""
     with g.when(row.drawn):
         chosen = _by_mass(row, part, thread)
@@ -283,7 +232,7 @@ def _add_up(row: _Row, part: Any, thread: Any, number: Any) -> None:
                 weight = e.let(row.args["logits"][row.first + column])
                 add(T.reinterpret("uint32", weight), tirx.Cast("float64", weight))
 
-            _columns(row, part, thread, one)
+            columns(row, part, thread, one)
 
         chosen.run(number, all_of)
 
@@ -302,7 +251,7 @@ def _unordered(bits: Any) -> Any:
     return e.let(T.reinterpret("float32", back))
 
 
-def _weigh(row: _Row, part: Any, thread: Any, by_count: bool) -> None:
+def _weigh(row: Row, part: Any, thread: Any, by_count: bool) -> None:
     """Scores become weights, exp(score - largest), 0 for what top-k leaves out; their sum."""
     with g.when(row.drawn):
         logits = row.args["logits"]
@@ -314,7 +263,7 @@ def _weigh(row: _Row, part: Any, thread: Any, by_count: bool) -> None:
             bits, _ = chosen.finish()
             least = _unordered(bits)
         total = g.local(1, "float64")
-        e.store(total, 0, _f64(0.0), 1)
+        e.store(total, 0, f64(0.0), 1)
 
         def one(column: Any) -> None:
             score = e.let(logits[row.first + column])
@@ -322,46 +271,13 @@ def _weigh(row: _Row, part: Any, thread: Any, by_count: bool) -> None:
             e.store(logits, row.first + column, weight, 1)
             e.store(total, 0, total[0] + tirx.Cast("float64", weight), 1)
 
-        _columns(row, part, thread, one)
-        _block_sum(sums, thread, total[0])
+        columns(row, part, thread, one)
+        block_sum(sums, thread, total[0])
         with g.when(thread == 0):
             e.store(row.args["doubles"], row.all + part, sums[0], 1)
 
 
-def _block_sum(sums: Any, thread: Any, value: Any) -> None:
-    """sums[0] of thread 0 becomes the sum of all threads' values."""
-    e.store(sums, thread, value, 1)
-    half = THREADS // 2
-    while half:
-        g.barrier()
-        with g.when(thread < half):
-            e.store(sums, thread, sums[thread] + sums[thread + half], 1)
-        half //= 2
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """Where top-p cuts: weights below go, and the first `dropped` ones of equal weight."""
-
-    weight: Any
-    dropped: Any
-
-
-def _cut(row: _Row) -> _Cut:
-    """After _count_ties, from what it left behind."""
-    bits = row.args["ints"][row.states + 2 * (PASSES + 1) + PASSES]
-    below = e.let(row.args["doubles"][row.below + PASSES])
-    weight = e.let(T.reinterpret("float32", bits))
-    ties = g.local(1, "int32")
-    e.store(ties, 0, g.i32(0), 1)
-    with e.loop(row.cfg.blocks) as s:
-        e.store(ties, 0, ties[0] + row.args["ints"][row.ties + s], 1)
-    fit = e.let(T.floor((row.spare - below) / tirx.Cast("float64", weight)))
-    most = e.let(tirx.Cast("float64", ties[0] - 1))
-    return _Cut(weight, e.let(g.i32(T.max(_f64(0.0), T.min(fit, most)))))
-
-
-def _count_ties(row: _Row, part: Any, thread: Any) -> None:
+def _count_ties(row: Row, part: Any, thread: Any) -> None:
     """How many weights of a block are equal to the cut of top-p."""
     with g.when(row.drawn):
         chosen = _by_mass(row, part, thread)
@@ -376,144 +292,7 @@ def _count_ties(row: _Row, part: Any, thread: Any) -> None:
             with g.when(T.reinterpret("uint32", weight) == bits):
                 e.store(count, 0, count[0] + 1, 1)
 
-        _columns(row, part, thread, one)
-        _block_sum(counts, thread, count[0])
+        columns(row, part, thread, one)
+        block_sum(counts, thread, count[0])
         with g.when(thread == 0):
             e.store(row.args["ints"], row.ties + part, counts[0], 1)
-
-
-class _Segments:
-    """What top-p and min-p leave of a block's columns, which each thread sees 16 neighbouring ones of.
-
-    Args:
-        part: the block of the row.
-        cut: of top-p; None = off.
-    """
-
-    def __init__(self, row: _Row, part: Any, thread: Any, cut: _Cut | None) -> None:
-        self.row, self.part, self.cut = row, part, cut
-        self.least = e.let(row.number(1))
-        self.before = g.shared(THREADS, "int32", "before") if cut else None
-        self.ahead = g.local(1, "int32")  # ties in earlier blocks
-        if cut is None or self.before is None:
-            return
-        e.store(self.ahead, 0, g.i32(0), 1)
-        with e.loop(row.cfg.blocks) as s, g.when(s < part):
-            e.store(self.ahead, 0, self.ahead[0] + row.args["ints"][row.ties + s], 1)
-        count = g.local(1, "int32")
-        e.store(count, 0, g.i32(0), 1)
-
-        def one(column: Any, weight: Any) -> None:
-            with g.when(weight == cut.weight):
-                e.store(count, 0, count[0] + 1, 1)
-
-        self._each(thread, one)
-        e.store(self.before, thread, count[0], 1)
-        g.barrier()
-
-    def _each(self, segment: Any, body: Callable[[Any, Any], None]) -> None:
-        with e.loop(_EACH) as i:
-            column = e.let(self.part * COLUMNS + e.i64(segment) * _EACH + i)
-            with g.when(column < self.row.cfg.vocab):
-                body(column, e.let(self.row.args["logits"][self.row.first + column]))
-
-    def visit(self, segment: Any, body: Callable[[Any, Any], None]) -> None:
-        """body(column, weight) for what is kept of a segment, in order."""
-        if self.cut is None or self.before is None:
-
-            def plain(column: Any, weight: Any) -> None:
-                with g.when(weight >= self.least):
-                    body(column, weight)
-
-            self._each(segment, plain)
-            return
-        cut, before = self.cut, self.before
-        rank = g.local(1, "int32")
-        e.store(rank, 0, self.ahead[0], 1)
-        with e.loop(THREADS) as t, g.when(t < e.i64(segment)):
-            e.store(rank, 0, rank[0] + before[t], 1)
-
-        def one(column: Any, weight: Any) -> None:
-            tie = e.let(weight == cut.weight)
-            kept = T.Or(weight > cut.weight, T.And(tie, rank[0] >= cut.dropped))
-            with g.when(T.And(kept, weight >= self.least)):
-                body(column, weight)
-            with g.when(tie):
-                e.store(rank, 0, rank[0] + 1, 1)
-
-        self._each(segment, one)
-
-
-def _mass(segments: _Segments, thread: Any) -> Any:
-    """Sum of what is kept of the thread's segment."""
-    mass = g.local(1, "float64")
-    e.store(mass, 0, _f64(0.0), 1)
-    segments.visit(thread, lambda column, weight: e.store(mass, 0, mass[0] + tirx.Cast("float64", weight), 1))
-    return mass[0]
-
-
-def _draw(cfg: SampleConfig, args: dict[str, Any], n: Any, parts: Any, by_mass: bool) -> None:
-    """Two launches: the sums of what is kept, and the place at which the running sum passes the random number."""
-
-    def keep(row: _Row, part: Any, thread: Any) -> None:
-        with g.when(row.drawn):
-            sums = g.shared(THREADS, "float64", "sums")
-            segments = _Segments(row, part, thread, _cut(row) if by_mass else None)
-            _block_sum(sums, thread, _mass(segments, thread))
-            with g.when(thread == 0):
-                e.store(args["doubles"], row.kept + part, sums[0], 1)
-
-    parts(keep)
-    with g.launch(n, THREADS) as (number, thread):
-        row = _Row(cfg, args, number)
-        with g.when(row.drawn):
-            _choose(row, thread, _cut(row) if by_mass else None)
-
-
-def _choose(row: _Row, thread: Any, cut: _Cut | None) -> None:
-    """Block, then segment, then column: the first behind which the running sum is above the target.
-
-    Where rounding leaves no such one, the last one that has any weight.
-    """
-    masses = g.shared(THREADS, "float64", "masses")
-    target = e.let(row.args["shares"][row.row * 2] * row.total(row.kept))
-    block, before = _passing(row.cfg.blocks, lambda s: row.args["doubles"][row.kept + s], target, _f64(0.0))
-    segments = _Segments(row, e.let(e.i64(block)), thread, cut)
-    e.store(masses, thread, _mass(segments, thread), 1)
-    g.barrier()
-    with g.when(thread == 0):
-        segment, start = _passing(THREADS, lambda s: masses[s], target, before)
-        running, found = g.local(1, "float64"), g.local(1, "int32")
-        done = g.local(1, "int32")
-        e.store(running, 0, start, 1)
-        e.store(found, 0, row.args["tokens"][row.row], 1)
-        e.store(done, 0, g.i32(0), 1)
-
-        def one(column: Any, weight: Any) -> None:
-            with g.when(T.And(done[0] == 0, weight > e.f32(0.0))):
-                e.store(found, 0, g.i32(column), 1)
-                e.store(running, 0, running[0] + tirx.Cast("float64", weight), 1)
-                with g.when(running[0] > target):
-                    e.store(done, 0, g.i32(1), 1)
-
-        segments.visit(segment, one)
-        e.store(row.args["tokens"], row.row, found[0], 1)
-
-
-def _passing(count: int, value: Callable[[Any], Any], target: Any, start: Any) -> tuple[Any, Any]:
-    """(index at which start + the running sum of values passes the target, the sum before it)."""
-    running, before = g.local(1, "float64"), g.local(1, "float64")
-    index, done = g.local(1, "int32"), g.local(1, "int32")
-    e.store(running, 0, start, 1)
-    e.store(before, 0, start, 1)
-    e.store(index, 0, g.i32(0), 1)
-    e.store(done, 0, g.i32(0), 1)
-    with e.loop(count) as s:
-        one = e.let(value(s))
-        with g.when(T.And(done[0] == 0, one > _f64(0.0))):
-            e.store(index, 0, g.i32(s), 1)
-            e.store(before, 0, running[0], 1)
-            e.store(running, 0, running[0] + one, 1)
-            with g.when(running[0] > target):
-                e.store(done, 0, g.i32(1), 1)
-    return e.let(index[0]), e.let(before[0])
