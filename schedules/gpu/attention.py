@@ -185,7 +185,8 @@ def attention_decode(cfg: AttentionConfig, caps: Capabilities, rope: RopeConfig 
                 pair = sequence * cfg.kv_heads + head // group
                 return ((pair * splits + split) * group + head % group) * width
 
-            with g.launch(b * units * most, kind.threads) as (number, thread):
+            # without this the assembler counts on more blocks per multiprocessor than shared memory allows, and spills
+            with g.launch(b * units * most, kind.threads) as (number, thread), g.at_most_one_block():
                 split, rest = g.held(T.truncmod(number, most)), g.held(T.truncdiv(number, most))
                 unit, sequence = (
                     g.held(T.truncmod(rest, e.i64(units))),
