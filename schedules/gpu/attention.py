@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -68,6 +69,10 @@ class _Prefill:
             self.tokens = tokens_per_tile(cfg, caps)
         self.threads = THREADS if self.cut is None else self.cut.threads
 
+    def bounds(self) -> Any:
+        """What the launch is said to take: parts of a block exchange registers only if it has a multiprocessor to itself."""
+        return g.at_most_one_block() if isinstance(self.cut, flash_group.GroupShape) else nullcontext()
+
     def make(self, args: Operands, thread: Any, unit: Any) -> Any:
         """The block's tile, which has a method `run`."""
         if self.cut is None:
@@ -120,7 +125,7 @@ def attention_prefill(cfg: AttentionConfig, caps: Capabilities) -> Any:
         with e.root():
             args.view()
             tiles = e.let(t // tokens + b)
-            with g.launch(tiles * units, kind.threads) as (number, thread):
+            with g.launch(tiles * units, kind.threads) as (number, thread), kind.bounds():
                 # later tiles of a sequence see more keys; they go first, so that the short ones fill the gaps at the end
                 unit, tile_number = g.held(number % units), g.held(tiles - 1 - number // units)
                 sequence, first = _find_tile(args, tile_number, tokens)
@@ -187,7 +192,8 @@ def attention_decode(cfg: AttentionConfig, caps: Capabilities, rope: RopeConfig 
                 pair = sequence * cfg.kv_heads + head // group
                 return ((pair * splits + split) * group + head % group) * width
 
-            with g.launch(b * units * most, kind.threads) as (number, thread):
+            # without this the assembler counts on more blocks per multiprocessor than shared memory allows, and spills
+            with g.launch(b * units * most, kind.threads) as (number, thread), g.at_most_one_block():
                 split, rest = g.held(T.truncmod(number, most)), g.held(T.truncdiv(number, most))
                 unit, sequence = (
                     g.held(T.truncmod(rest, e.i64(units))),

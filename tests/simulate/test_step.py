@@ -72,6 +72,23 @@ def test_a_ragged_batch_equals_the_cpu_artifact(
 
 
 @pytest.mark.e2e
+@pytest.mark.slow(reason="two artifacts, and steps of a minute in the simulator")
+@pytest.mark.parametrize("preset", ["sm_90", "sm_90a"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_bf16_is_as_exact_as_on_the_cpu(architecture: str, preset: str, tmp_path: Path) -> None:
+    """Heads and weights of 16 bits, which the matrix units take; the error of both against the float32 artifact."""
+    model, rng = tiny_model(architecture), np.random.default_rng(0)
+    batch = [rng.integers(0, VOCAB, n).tolist() for n in (21, 3, 18)]
+    results = []
+    for dtype in ("f32", "bf16"):
+        compile_model(model, tmp_path / dtype, **{**TINY, "dtype": dtype})
+        results.append(llmc.load(tmp_path / dtype).logits_batch(batch, prefill=[17, 3, 17]))
+    results.append(simulated(model, "bf16", target=f"cuda/{preset}").logits(batch, 17))
+    exact, cpu, gpu = (np.concatenate([np.ravel(r) for r in result]) for result in results)
+    assert np.linalg.norm(gpu - exact) < 1.2 * np.linalg.norm(cpu - exact) < 0.02 * np.linalg.norm(exact)
+
+
+@pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.parametrize("quant", ["none", "q4g32", "w8a8"])
 def test_a_long_prompt_on_warpgroups(quant: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from llmc.ops import HeadsAttrs, Run
 from llmc.schedules.attention_config import AttentionConfig
-from llmc.schedules.gpu import flash, flash_decode
+from llmc.schedules.gpu import flash, flash_decode, flash_group
 from llmc.schedules.gpu.attention import attention_decode, attention_prefill
 from llmc.schedules.kernels import with_defaults
 from llmc.schedules.rope import HeadSource, RopeConfig
@@ -50,7 +50,7 @@ def test_attention_assembles_without_spills(preset: str, dims: tuple[int, int]) 
     caps = capabilities(preset)
     cfg = AttentionConfig(32, 8, *dims, "bfloat16", "bfloat16", 32, 32, 0.1, token_major=True)
     cfg = with_defaults(cfg, caps)
-    cut, piece = flash.shape(cfg, caps), flash_decode.shape(cfg, caps)
+    cut, piece = flash_group.shape(cfg, caps) or flash.shape(cfg, caps), flash_decode.shape(cfg, caps)
     assert cut is not None and piece is not None
     funcs = {"prefill": attention_prefill(cfg, caps), "decode": attention_decode(cfg, caps)}
     if dims[0] == dims[1]:
