@@ -21,6 +21,7 @@ from llmc.link import export_objects, link_objects
 from llmc.runtime import cuda
 from llmc.runtime.library import ffi
 
+_FEW_SPILLED = 32  # bytes per thread
 _HOST, _KERNELS, _ABOUT = "host.so", "kernels.json", "about.json"
 
 
@@ -66,8 +67,11 @@ def kernels_of(path: Path) -> tuple[DeviceKernel, ...]:
 
 
 def unfit(path: Path) -> str:
-    """Why a candidate is not worth measuring: registers that do not suffice go to memory; "" if it is."""
-    spilled = {k.name: k.spill_bytes for k in kernels_of(path) if k.spill_bytes}
+    """Why a candidate is not worth measuring: registers that do not suffice go to memory; "" if it is.
+
+    A few bytes are mostly spilled outside of the loop, and such a candidate may be the best.
+    """
+    spilled = {k.name: k.spill_bytes for k in kernels_of(path) if k.spill_bytes > _FEW_SPILLED}
     said = ", ".join(f"{name} {count} bytes" for name, count in sorted(spilled.items()))
     return f"registers are spilled: {said}" if spilled else ""
 

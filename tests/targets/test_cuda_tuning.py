@@ -170,6 +170,8 @@ def test_spilling_candidates_are_not_measured(tmp_path: Path, monkeypatch: pytes
     spilling = DeviceKernel("k_kernel", "sm_90", 255, 0, 0, 40, 24)
     monkeypatch.setattr(library, "kernels_of", lambda path: (spilling,))
     assert library.unfit(tmp_path / "x") == "registers are spilled: k_kernel 40 bytes"
+    monkeypatch.setattr(library, "kernels_of", lambda path: (replace(spilling, spill_stores=8),))
+    assert library.unfit(tmp_path / "x") == ""  # a few bytes may be worth it
 
 
 # -- the runner ------------------------------------------------------------------------------------------------------------
