@@ -238,7 +238,8 @@ class TunableQuantLinear(Tunable):
         moved = task.layout.size + rows * task.layout.k * ITEM_BYTES[task.in_dtype]
         moved += rows * task.n * (ITEM_BYTES[task.out_dtype] + ITEM_BYTES[task.in_dtype] * task.has_residual)
         held = 2 * task.n if task.gated else task.n
-        return Work(float(moved), 2.0 * rows * held * task.layout.k, task.in_dtype)
+        multiplied = "int8" if task.layout.of.activation_bits else task.in_dtype
+        return Work(float(moved), 2.0 * rows * held * task.layout.k, multiplied)
 
     def terms(
         self, task: QuantLinearConfig, schedule: QuantLinearSchedule, rows: int, caps: Capabilities

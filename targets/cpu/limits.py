@@ -1,131 +1,97 @@
-"""The two limits of a CPU that kernels run into: reading memory, and multiply-adds on registers. Measured with TIR."""
+"""The limits of a CPU that kernels run into, measured: reading memory, and multiply-adds on registers.
+
+The kernels are those of schedules/limits.py, made for the machine at hand in memory: no C++ driver is needed.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import tvm
-from tvm.tirx.script import builder as T
 
-from llmc.caps import Capabilities, TileUnit
+from llmc import host
+from llmc.caps import Capabilities
+from llmc.errors import LlmcError
+from llmc.runtime.library import tensor_view
 from llmc.runtime.memory import huge_zeros
-from llmc.schedules import emit as e
-from llmc.schedules.limits import TILE_KINDS, multiply_kernel
+from llmc.schedules.limits import multiply_kernel, multiply_kinds, read_kernel
 
-_READ_BYTES = 256 << 20
-_TURNS = 20_000
-_TILE_TURNS = 5_000
-_CHAINS = 12  # independent sums: more than latency times throughput of any multiply-add unit
-_ROUNDS = 9
-
-
-def read_bandwidth(caps: Capabilities, target: Any) -> float:
-    """Bytes per second that all threads read together, best of several rounds; memory on huge pages."""
-    kernel = _build(_sum_kernel(caps), target)
-    memory = huge_zeros(_READ_BYTES)
-    memory[::4096] = 1  # make every page real
-    data = tvm.runtime.from_dlpack(memory.view(np.int32))
-    out = tvm.runtime.tensor(np.zeros(_PARTS, np.int32))
-    return _READ_BYTES / _best(lambda: kernel(data, out))
+# far more than any last-level cache; halved until it takes no more than an eighth of the memory
+_READ_BYTES = 1 << 30
+_REPEATS = 7
+# seconds of one measurement of a multiply loop
+_LOOP_SECONDS = 0.1
 
 
-def peak(caps: Capabilities, target: Any, threads: int) -> dict[str, float]:
-    """dtype -> operations per second of all threads on registers."""
-    found = {}
-    out = tvm.runtime.tensor(np.zeros(threads * 16, np.float32))
-    one = tvm.runtime.tensor(np.ones(caps.lanes_f32, np.float32))
-    for dtype, per_lane in (("float32", 2), ("bfloat16", 4)):
-        if dtype == "bfloat16" and not caps.has_bf16_dot:
-            continue
-        kernel = _build(_multiply_kernel(caps, threads, dtype == "bfloat16"), target)
-        operations = per_lane * caps.lanes_f32 * _CHAINS * _TURNS * threads
-        found[dtype] = operations / _best(lambda kernel=kernel: kernel(one, out))  # type: ignore[misc]
-    if caps.tiles is not TileUnit.NONE:
-        kind = TILE_KINDS[0]
-        kernel = _build(multiply_kernel(kind, replace(caps, threads=threads)), target)
-        arguments = [
-            tvm.runtime.tensor(np.zeros(shape, dtype))
-            for shape, dtype in (((2, caps.lanes_f32), np.int32), ((threads, caps.lanes_f32), np.float32))
-        ]
-        operations = kind.operations(caps.lanes_f32) * _TILE_TURNS * threads
-        found["bfloat16"] = operations / _best(lambda: kernel(*arguments, _TILE_TURNS))
-    # what there is no instruction for is widened first
-    return {"bfloat16": found["float32"], "float16": found["float32"], **found}
+def measure(caps: Capabilities, target: Any) -> tuple[float, dict[str, float]]:
+    """Bytes read per second, and operand type (f32, bf16, int8) -> multiplications plus additions per second.
+
+    All of `caps.threads` threads together, which this process must run (runtime.library.use_threads). Best of several
+    runs each: whatever else the machine does can only slow a run down.
+    """
+    host.require_permission(caps.features)
+    kinds = multiply_kinds(caps)
+    kernels = {kind.operands: multiply_kernel(kind, caps) for kind in kinds} | {"read": read_kernel(caps)}
+    functions = {
+        f"limit_{name}": tir.with_attr("global_symbol", f"limit_{name}") for name, tir in kernels.items()
+    }
+    library = tvm.compile(tvm.IRModule(functions), target=target)
+    multiply = {
+        kind.operands: _multiply_rate(
+            library[f"limit_{kind.operands}"], kind.dtype, kind.operations(caps.lanes_f32), caps
+        )
+        for kind in kinds
+    }
+    return _read_rate(library["limit_read"], caps), multiply
 
 
-_PARTS = 64  # tasks of the reading kernel
+def _multiply_rate(function: Callable[..., Any], dtype: str, operations: int, caps: Any) -> float:
+    """Operations per second of all threads."""
+    operands = _tensor((2, caps.lanes_f32), "int32")
+    out = _tensor((caps.threads, caps.lanes_f32), dtype)
+    np.from_dlpack(operands)[:] = (
+        0  # any value does: no core multiplies faster or slower for it, but denormals
+    )
+
+    def seconds(rounds: int) -> float:
+        start = time.perf_counter()
+        function(operands, out, rounds)
+        return time.perf_counter() - start
+
+    rounds = 1000
+    while (took := seconds(rounds)) < _LOOP_SECONDS:
+        rounds = int(rounds * max(2.0, min(20.0, 1.1 * _LOOP_SECONDS / took)))
+    best = min(seconds(rounds) for _ in range(_REPEATS))
+    return operations * rounds * caps.threads / best
 
 
-def _sum_kernel(caps: Capabilities) -> Any:
-    lanes, count = caps.lanes_f32, _READ_BYTES // 4
-    built: list[Any] = []
-    with e.kernel(built):
-        x = e.tensor("x", [count], "int32")
-        y = e.tensor("y", [_PARTS], "int32")
-        with e.root():
-            xf, yf = e.flat(x, count), e.flat(y, _PARTS)
-            with e.parallel(_PARTS, caps) as part:
-                sums = [e.scratch(lanes, "int32") for _ in range(8)]
-                for s in sums:
-                    e.store(s, 0, e.const("int32", 0, lanes), lanes)
-                base = e.let(part * (count // _PARTS))
-                with e.loop(count // _PARTS // (8 * lanes)) as i:
-                    for j, s in enumerate(sums):
-                        at = base + (i * 8 + j) * lanes
-                        e.store(s, 0, e.load(s, 0, lanes) + e.load(xf, at, lanes), lanes)
-                total = e.load(sums[0], 0, lanes)
-                for s in sums[1:]:
-                    total = total + e.load(s, 0, lanes)
-                total = e.let(total)
-                whole = e.scratch(lanes, "int32")
-                e.store(whole, 0, total, lanes)
-                folded = whole[0]
-                for j in range(1, lanes):
-                    folded = folded + whole[j]
-                e.store(yf, part, folded, 1)
-    return built[0]
+def _read_rate(function: Callable[..., Any], caps: Any) -> float:
+    """Bytes per second of all threads together."""
+    size = _READ_BYTES
+    while size > host.available_memory() // 8 and size > 1 << 26:
+        size //= 2
+    piece = caps.threads * 16 * caps.vector_bytes
+    size -= size % piece
+    raw = huge_zeros(size)
+    raw[:: os.sysconf("SC_PAGE_SIZE")] = 1  # untouched pages are all the same page of zeros
+    source = tensor_view(raw, (size // 4,), "int32")
+    out = _tensor((caps.threads, caps.lanes_f32), "int32")
+    best = float("inf")
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        function(source, out)
+        best = min(best, time.perf_counter() - start)
+    total = int(np.from_dlpack(out).sum())
+    expected = -(-size // os.sysconf("SC_PAGE_SIZE"))
+    if total != expected:
+        raise LlmcError("limits-wrong", f"The reading kernel found {total} marked pages of {expected}.")
+    return size / best
 
 
-def _multiply_kernel(caps: Capabilities, threads: int, dot: bool) -> Any:
-    lanes = caps.lanes_f32
-    built: list[Any] = []
-    with e.kernel(built):
-        x = e.tensor("x", [lanes], "float32")
-        y = e.tensor("y", [threads * 16], "float32")
-        with e.root():
-            xf, yf = e.flat(x, lanes), e.flat(y, threads * 16)
-            with e.parallel(threads, caps) as thread:
-                factor = e.let(e.load(xf, 0, lanes))
-                bits = e.let(T.reinterpret(e.vec("int32", lanes), factor))
-                sums = [e.scratch(lanes) for _ in range(_CHAINS)]
-                for j, s in enumerate(sums):
-                    e.store(s, 0, e.splat(float(j), lanes), lanes)
-                with e.loop(_TURNS):
-                    for s in sums:
-                        now = e.load(s, 0, lanes)
-                        made = e.dot_bf16(now, bits, bits) if dot else now * factor + factor
-                        e.store(s, 0, made, lanes)
-                total = e.load(sums[0], 0, lanes)
-                for s in sums[1:]:
-                    total = total + e.load(s, 0, lanes)
-                e.store(yf, thread * 16, e.fold(total, lanes, lambda a, b: a + b), 1)
-    return built[0]
-
-
-def _build(func: Any, target: Any) -> Any:
-    module = tvm.IRModule({"k": func.with_attr("global_symbol", "k")})
-    return tvm.compile(module, target=target)["k"]
-
-
-def _best(call: Callable[[], Any]) -> float:
-    call()
-    least = float("inf")
-    for _ in range(_ROUNDS):
-        begin = time.perf_counter()
-        call()
-        least = min(least, time.perf_counter() - begin)
-    return least
+def _tensor(shape: tuple[int, ...], dtype: str) -> Any:
+    """Zeros, aligned as kernels expect."""
+    return tensor_view(huge_zeros(4 * int(np.prod(shape))), shape, dtype)

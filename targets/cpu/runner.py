@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,11 @@ import numpy as np
 import tvm
 
 from llmc.caps import Capabilities
-from llmc.host import cache_bytes, default_threads, require_permission
-from llmc.knobs import threads as wanted_threads
-from llmc.runtime.library import tensor_view
+from llmc.host import cache_bytes, require_permission
+from llmc.runtime.library import tensor_view, use_threads
 from llmc.runtime.memory import huge_zeros
 from llmc.schedules.tunable import Arguments
-from llmc.targets.cpu.limits import peak, read_bandwidth
+from llmc.targets.cpu.limits import measure
 from llmc.targets.runner import Limits, Runner
 
 _MOST_BYTES = 1 << 30  # of all copies of a cold argument
@@ -31,12 +31,17 @@ class CpuRunner(Runner):
     def __init__(self, caps: Capabilities, target: Any) -> None:
         self.caps, self.target = caps, target
         require_permission(caps.features)
-        self.threads = wanted_threads() or default_threads()
+        # TVM by itself would take half of the processors for hyper-threads
+        self.threads = use_threads(None)
         # one thread runs in this one, whose processor time does not count what else runs on the machine
         self._clock = time.thread_time if self.threads == 1 else time.perf_counter
 
     def limits(self) -> Limits:
-        return Limits(read_bandwidth(self.caps, self.target), peak(self.caps, self.target, self.threads))
+        read, rates = measure(replace(self.caps, threads=self.threads), self.target)
+        plain = rates["f32"]
+        # what there is no instruction for is widened first
+        names = (("float32", "f32"), ("float16", "f16"), ("bfloat16", "bf16"), ("int8", "int8"))
+        return Limits(read, {dtype: rates.get(name, plain) for dtype, name in names})
 
     def load(self, path: Path) -> Any:
         return tvm.runtime.load_module(str(path))["k"]

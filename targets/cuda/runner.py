@@ -145,4 +145,10 @@ def peak(arch: int, cycles: float) -> dict[str, float]:
     nearest = max((v for v in _UNITS if v <= version), default=(7, 5))
     plain = 2 * _FLOAT32.get(version, 128) * cycles
     units = 2 * _UNITS[nearest] * cycles
-    return {"float32": plain, "float16": units, "bfloat16": units if version >= (8, 0) else plain}
+    has_units = version >= (8, 0)
+    return {
+        "float32": plain,
+        "float16": units,
+        "bfloat16": units if has_units else plain,
+        "int8": 2 * units if has_units else plain,
+    }

@@ -260,7 +260,7 @@ def test_limits(fake: FakeDriver) -> None:
     limits = CudaRunner(CAPS, DeviceClock(fake)).limits()
     assert limits.read == pytest.approx(4e12)
     assert limits.peak["bfloat16"] == pytest.approx(1070e12, rel=0.01)  # 132 x 4096 x 1.98 GHz
-    assert set(limits.peak) == {"float32", "float16", "bfloat16"}
+    assert set(limits.peak) == {"float32", "float16", "bfloat16", "int8"}
     assert peak(75, 1e9)["bfloat16"] == peak(75, 1e9)["float32"] < peak(75, 1e9)["float16"]
     assert peak(103, 1e9) == peak(100, 1e9)
 
