@@ -47,7 +47,8 @@ class WeightExpression:
     def evaluate(self, sources: Sequence[Array]) -> Array:
         """The result (bfloat16 as ml_dtypes has it); every operator rounds to its own dtype, as the compiled one would."""
         known = dict(zip(self.function.params, sources, strict=True))
-        return np.ascontiguousarray(Evaluator(Graph(self.function), 0, known).value(self.function.body.body))
+        made = Evaluator(Graph(self.function), 0, known).value(self.function.body.body)
+        return np.asarray(made, order="C")  # ascontiguousarray would give a number a dimension
 
 
 class FoldWeights:

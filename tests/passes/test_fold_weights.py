@@ -201,7 +201,8 @@ FOLDED = {
 
 
 @pytest.mark.parametrize(
-    "architecture", [a if a == "apertus" else pytest.param(a, marks=pytest.mark.slow) for a in FOLDED]
+    "architecture",
+    [a if a in ("apertus", "diffllama") else pytest.param(a, marks=pytest.mark.slow) for a in FOLDED],
 )
 def test_what_models_compute_of_weights(architecture: str) -> None:
     source, low = lowered(architecture)
