@@ -41,6 +41,30 @@ class Epilogue:
         """Columns of y per weight block."""
         return self.n_block // 2 if self.gated else self.n_block
 
+    def store_held(
+        self,
+        held: list[list[Any]],
+        rows: list[Any],
+        block: Any,
+        y: Any,
+        caps: Capabilities,
+        bias: Any = None,
+        residual: Any = None,
+        bias_base: Any = 0,
+    ) -> None:
+        """store() of sums in registers: a vector for each row and part of the block."""
+        self.store(
+            lambda r, v: e.load(held[r][v], 0, caps.lanes_f32),
+            lambda r, v, i: held[r][v][i],
+            rows,
+            block,
+            y,
+            caps,
+            bias,
+            residual,
+            bias_base,
+        )
+
     def store(
         self,
         sums: Callable[[int, int], Any],

@@ -10,7 +10,7 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.layout import BlockedLayout, linear_layout
-from llmc.schedules.linear import MicroKernel, row_sizes, row_view, weight_view, write_rows
+from llmc.schedules.micro_kernel import MicroKernel, row_sizes, row_view, weight_view, write_rows
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from llmc.schedules import emit as e
 from llmc.schedules.iactivations import IntActivations
 from llmc.schedules.isums import IntSums, RowOf, Vectors, Write
 from llmc.schedules.layout import usual_vectors
-from llmc.schedules.linear import for_tiles
+from llmc.schedules.micro_kernel import for_tiles
 from llmc.schedules.qlayout import UNIT
 
 FEW = 48  # up to so many rows unpack in registers

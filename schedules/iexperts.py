@@ -46,7 +46,7 @@ def int_expert_linear(cfg: QuantExpertConfig, caps: Capabilities) -> Any:
                 base = e.let(expert * work.copy_bytes + block * work.block_bytes)
 
                 def write(acc: Vectors, at: list[Any]) -> None:
-                    work.store(acc, epilogue, at, block, yf, bf, None, expert * n)
+                    epilogue.store_held(acc, at, block, yf, caps, bf, None, expert * n)
 
                 with e.loop((end - first + (_ROWS - 1)) // _ROWS) as part:
                     start = e.let(first + part * _ROWS)

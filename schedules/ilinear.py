@@ -46,7 +46,7 @@ def int_linear(cfg: QuantLinearConfig, caps: Capabilities) -> Any:
             rounded = work.prepare(cfg.in_dtype, args.x, t)
 
             def write(block: Any, acc: Vectors, rows: list[Any]) -> None:
-                work.store(acc, epilogue, rows, block, args.y, args.bias, args.residual)
+                epilogue.store_held(acc, rows, block, args.y, caps, args.bias, args.residual)
 
             # tasks of equal numbers of whole tiles
             tile = work.max_rows

@@ -10,7 +10,6 @@ from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
-from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.iactivations import IntActivations, Outliers, quantize_rows
 from llmc.schedules.idot import IntDot
 from llmc.schedules.qcodes import QuantCodes
@@ -51,30 +50,6 @@ class IntSums:
     def prepare(self, in_dtype: str, x: Any, rows: Any) -> IntActivations:
         """Rows of x, [rows, k] in in_dtype, rounded."""
         return quantize_rows(self.caps, self.layout, in_dtype, x, rows, self.dot.offset, self.outliers)
-
-    def store(
-        self,
-        acc: Vectors,
-        epilogue: Epilogue,
-        rows: list[Any],
-        block: Any,
-        y: Any,
-        bias: Any,
-        residual: Any,
-        bias_base: Any = 0,
-    ) -> None:
-        """Apply the epilogue to sums and store them to rows of y."""
-        epilogue.store(
-            lambda r, v: e.load(acc[r][v], 0, self.lanes),
-            lambda r, v, i: acc[r][v][i],
-            rows,
-            block,
-            y,
-            self.caps,
-            bias,
-            residual,
-            bias_base,
-        )
 
     def _partial(self, x: IntActivations, count: Any, most: int, row_of: RowOf) -> Any:
         """Sums of rows between passes: float32 with groups, else the integers."""

@@ -11,7 +11,7 @@ from llmc.schedules import emit as e
 from llmc.schedules.matrix_tile import multiply_bf16, multiply_lanes
 
 if TYPE_CHECKING:
-    from llmc.schedules.linear import MicroKernel
+    from llmc.schedules.micro_kernel import MicroKernel
 
 Vectors = list[list[Any]]
 

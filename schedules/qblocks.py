@@ -16,8 +16,8 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.layout import BlockedLayout
-from llmc.schedules.linear import MicroKernel, for_tiles
 from llmc.schedules.matrix_tile import multiply_bf16
+from llmc.schedules.micro_kernel import MicroKernel, for_tiles
 from llmc.schedules.qactivations import Activations, prepare
 from llmc.schedules.qcodes import QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout

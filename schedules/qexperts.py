@@ -10,7 +10,7 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.experts import sort_rows
-from llmc.schedules.linear import MicroKernel, write_rows
+from llmc.schedules.micro_kernel import MicroKernel, write_rows
 from llmc.schedules.qblocks import QuantBlocks
 from llmc.schedules.qlayout import QuantLayout
 

@@ -11,7 +11,7 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.epilogue import Epilogue
-from llmc.schedules.linear import MicroKernel, store_rows
+from llmc.schedules.micro_kernel import MicroKernel
 from llmc.schedules.qblocks import ROWS, QuantBlocks
 from llmc.schedules.qlayout import QuantLayout
 
@@ -112,7 +112,7 @@ def quant_linear(cfg: QuantLinearConfig, caps: Capabilities) -> Any:
             work = QuantBlocks(caps, layout, cfg.in_dtype, args.x, t, args.w, prefetch=cfg.prefetch)
 
             def store(block: Any, micro: MicroKernel, acc: list[list[Any]], rows: list[Any]) -> None:
-                store_rows(epilogue, micro, acc, rows, block, args.y, args.bias, args.residual)
+                epilogue.store_held(acc, rows, block, args.y, caps, args.bias, args.residual)
 
             values = work.prepare()
             # tasks of about equal numbers of rows, in whole tiles

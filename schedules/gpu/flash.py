@@ -14,13 +14,12 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig
-from llmc.schedules.attention_tile import Operands
 from llmc.schedules.gpu import emit as g
 from llmc.schedules.gpu import matrix_unit as unit
 from llmc.schedules.gpu.attention_pages import PageTiles, stage_elements
-from llmc.schedules.gpu.attention_tile import final_factor, heads_per_tile
+from llmc.schedules.gpu.attention_tile import final_factor
 from llmc.schedules.gpu.configs import GpuPrefillSchedule
-from llmc.schedules.gpu.flash_warp import LN2, WarpTile, query_line
+from llmc.schedules.gpu.flash_warp import LN2, HeadTile, WarpTile, query_line
 from llmc.schedules.gpu.flash_warp import takes as takes_heads
 from llmc.schedules.gpu.qcodes import pack
 
@@ -73,28 +72,8 @@ def shape(cfg: AttentionConfig, caps: Capabilities) -> FlashShape | None:
     return next((s for s in shapes if s.shared_bytes(cfg) <= caps.shared_bytes), None)
 
 
-class FlashTile:
-    """A block's memory and steps; made inside the launch.
-
-    Args:
-        unit_number: number of the (cached head, share of its query heads).
-    """
-
-    def __init__(
-        self,
-        cfg: AttentionConfig,
-        caps: Capabilities,
-        args: Operands,
-        cut: Any,
-        thread: Any,
-        unit_number: Any,
-    ) -> None:
-        self.cfg, self.caps, self.args, self.cut, self.thread = cfg, caps, args, cut, thread
-        group, self.share = cfg.heads // cfg.kv_heads, heads_per_tile(cfg)
-        shares = group // self.share
-        self.kv_head = g.held(unit_number // shares)
-        self.first_head = g.held(self.kv_head * group + unit_number % shares * self.share)
-        self.memory = g.arena(cut.shared_bytes(cfg))
+class FlashTile(HeadTile):
+    """A block's steps."""
 
     def run(self, first_token: Any, used: Any, table: Any, begin: Any, end: Any, position: Any) -> None:
         """Attention of tokens [first_token, first_token + used), of which the first is at `position` of its sequence.

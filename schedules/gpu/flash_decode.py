@@ -22,7 +22,7 @@ from llmc.schedules.gpu import matrix_unit as unit
 from llmc.schedules.gpu.attention_pages import PageTiles, stage_elements
 from llmc.schedules.gpu.attention_tile import final_factor, heads_per_tile
 from llmc.schedules.gpu.configs import GpuDecodeSchedule
-from llmc.schedules.gpu.flash_warp import LN2, WarpTile, query_line, takes
+from llmc.schedules.gpu.flash_warp import LN2, HeadTile, WarpTile, query_line, takes
 from llmc.schedules.gpu.rope import Pages, append, rotate
 
 _ROWS = 16
@@ -82,28 +82,18 @@ def appends(cfg: AttentionConfig) -> bool:
     return heads_per_tile(cfg) == cfg.heads // cfg.kv_heads
 
 
-class DecodeTile:
-    """A block's memory and steps; made inside the launch.
+class DecodeTile(HeadTile):
+    """A block's steps.
 
     Args:
-        unit_number: number of the (cached head, share of its query heads).
+        cut: of the block.
+        rest: see HeadTile.
     """
 
     def __init__(
-        self,
-        cfg: AttentionConfig,
-        caps: Capabilities,
-        args: Operands,
-        cut: DecodeShape,
-        thread: Any,
-        unit_number: Any,
+        self, cfg: AttentionConfig, caps: Capabilities, args: Operands, cut: DecodeShape, *rest: Any
     ) -> None:
-        self.cfg, self.caps, self.args, self.cut, self.thread = cfg, caps, args, cut, thread
-        group, self.share = cfg.heads // cfg.kv_heads, heads_per_tile(cfg)
-        shares = group // self.share
-        self.kv_head = g.held(unit_number // shares)
-        self.first_head = g.held(self.kv_head * group + unit_number % shares * self.share)
-        self.memory = g.arena(cut.shared_bytes(cfg))
+        super().__init__(cfg, caps, args, cut, *rest)
         self.largest = g.shared(cut.warps * _ROWS, name="largest")
         self.total = g.shared(cut.warps * _ROWS, name="total")
 

@@ -18,6 +18,7 @@ from llmc.schedules.attention_tile import Operands
 from llmc.schedules.gpu import emit as g
 from llmc.schedules.gpu import matrix_unit as unit
 from llmc.schedules.gpu.attention_pages import PAD, PageTiles
+from llmc.schedules.gpu.attention_tile import heads_per_tile
 from llmc.schedules.gpu.qcodes import pack
 
 LN2, _LOG2E = math.log(2.0), 1.0 / math.log(2.0)
@@ -30,6 +31,31 @@ def takes(cfg: AttentionConfig, caps: Capabilities) -> bool:
     has = {"bfloat16": caps.has_mma_bf16, "float16": caps.has_mma_f16}.get(cfg.dtype, False)
     sizes = cfg.key_dim % 16 == 0 and cfg.value_dim % 16 == 0
     return has and caps.has_async_copy and cfg.kv_dtype == cfg.dtype and sizes and cfg.scale > 0
+
+
+class HeadTile:
+    """The memory of a block, and the cached head and query heads that it works for; made inside the launch.
+
+    Args:
+        cut: how the block is cut; it knows its `shared_bytes(cfg)`.
+        unit_number: number of the (cached head, share of its query heads).
+    """
+
+    def __init__(
+        self,
+        cfg: AttentionConfig,
+        caps: Capabilities,
+        args: Operands,
+        cut: Any,
+        thread: Any,
+        unit_number: Any,
+    ) -> None:
+        self.cfg, self.caps, self.args, self.cut, self.thread = cfg, caps, args, cut, thread
+        group, self.share = cfg.heads // cfg.kv_heads, heads_per_tile(cfg)
+        shares = group // self.share
+        self.kv_head = g.held(unit_number // shares)
+        self.first_head = g.held(self.kv_head * group + unit_number % shares * self.share)
+        self.memory = g.arena(cut.shared_bytes(cfg))
 
 
 def query_line(cfg: AttentionConfig) -> int:
