@@ -12,7 +12,6 @@ class KVKind(str, Enum):
     FULL = "full"
     SLIDING_WINDOW = "sliding_window"  # pages that lie wholly behind the window are freed
     CHUNKED = "chunked"  # only the current chunk is visible; earlier pages are freed
-    MLA_LATENT = "mla_latent"  # reserved: one latent vector per token instead of expanded K/V
     RECURRENT = "recurrent"  # reserved: a fixed-size state per sequence
 
 
@@ -23,7 +22,7 @@ class KVGroup:
     Pools of a group, one tensor each for keys and values (layer = index within the group):
 
         k_pool [pages, layers, kv_heads, key_dim, page_size]       dim-major: lanes run over tokens
-        v_pool [pages, layers, kv_heads, page_size, value_dim]     token-major: lanes run over dims
+        v_pool [pages, layers, kv_heads, page_size, value_dim]     token-major: lanes run over dims; none of latents
 
     Token t of a sequence lives in page ``block_table[b, t // page_size]`` at offset ``t % page_size``;
     ``slot = page * page_size + offset``. Page 0 is never handed out (padding entries of a table point at it).
@@ -36,6 +35,7 @@ class KVGroup:
         window: visible tokens for SLIDING_WINDOW, chunk size for CHUNKED, else 0.
         sink_tokens: first tokens of a sequence that stay visible and are never freed (StreamingLLM); 0 = none.
         dtype: float32, float16 or bfloat16.
+        latent: values are the first value_dim elements of keys (multi-head latent attention); there is no v_pool.
     """
 
     name: str
@@ -47,17 +47,24 @@ class KVGroup:
     window: int
     sink_tokens: int
     dtype: str
+    latent: bool = False
 
     def page_bytes(self, page_size: int) -> int:
         """Bytes of one page over all layers of the group, keys and values."""
         item = 4 if self.dtype == "float32" else 2
-        return len(self.layers) * self.kv_heads * page_size * (self.key_dim + self.value_dim) * item
+        width = self.key_dim + (0 if self.latent else self.value_dim)
+        return len(self.layers) * self.kv_heads * page_size * width * item
 
     def k_shape(self, pages: int, page_size: int) -> tuple[int, ...]:
         return (pages, len(self.layers), self.kv_heads, self.key_dim, page_size)
 
     def v_shape(self, pages: int, page_size: int) -> tuple[int, ...]:
         return (pages, len(self.layers), self.kv_heads, page_size, self.value_dim)
+
+    def pool_shapes(self, pages: int, page_size: int) -> tuple[tuple[int, ...], ...]:
+        """Of every pool of the group, in the order in which the step functions take them."""
+        keys = self.k_shape(pages, page_size)
+        return (keys,) if self.latent else (keys, self.v_shape(pages, page_size))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from llmc.kv_plan import KVPlan
 from llmc.ops import ATTENTION, HEADS, AttentionAttrs, HeadsAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels
 from llmc.passes.step_module import LoweredGraph, StepModule
-from llmc.schedules.attention import AttentionConfig
+from llmc.schedules.attention_config import AttentionConfig, LatentConfig
 from llmc.schedules.costs import append_cost, attention_cost
 from llmc.schedules.gather import GatherConfig
 from llmc.schedules.kernels import builders, with_defaults
@@ -55,16 +55,17 @@ class MakeStepFunction:
         inputs, specs = self._inputs(func, tokens, dims)
         by_name = {spec.name: var for spec, var in zip(specs, inputs, strict=True)}
         pools = self._pools()
-        pool_tuple = relax.Var("pools", relax.TupleType([p.ty for pair in pools for p in pair]))
+        pool_tuple = relax.Var("pools", relax.TupleType([p.ty for own in pools for p in own]))
         head = _head(graph, func)
         used = [i for i, p in enumerate(func.params[2:]) if graph.uses.get(p, 0)]
         param_tuple = relax.Var("params", relax.TupleType([func.params[2 + i].ty for i in used]))
         for slot, i in enumerate(used):
             build.bind(func.params[2 + i], relax.TupleGetItem(param_tuple, slot))
-        current = []
-        for g, pair in enumerate(pools):
+        current: list[list[Any]] = []
+        for own in pools:
+            first = sum(map(len, current))
             current.append(
-                [build.emit(relax.TupleGetItem(pool_tuple, 2 * g + j), p.name) for j, p in enumerate(pair)]
+                [build.emit(relax.TupleGetItem(pool_tuple, first + j), p.name) for j, p in enumerate(own)]
             )
         row_count = dims["R"]
         row_vars: dict[Any, Any] = {}
@@ -121,18 +122,17 @@ class MakeStepFunction:
             specs.append(TensorSpec(name, "int32", text))
         return inputs, specs
 
-    def _pools(self) -> list[tuple[Any, Any]]:
-        """The pools' variables; the number of pages is symbolic, each pool's own."""
+    def _pools(self) -> list[list[Any]]:
+        """The variables of each group's pools; the number of pages is symbolic, each group's own."""
         out = []
         for g, group in enumerate(self.plan.groups):
             pages = tirx.Var(f"P{g}", "int64")
-            k = group.k_shape(1, self.plan.page_size)[1:]
-            v = group.v_shape(1, self.plan.page_size)[1:]
+            shapes = group.pool_shapes(1, self.plan.page_size)
             out.append(
-                (
-                    relax.Var(f"k_pool_{g}", ir.tensor_type([pages, *k], group.dtype)),
-                    relax.Var(f"v_pool_{g}", ir.tensor_type([pages, *v], group.dtype)),
-                )
+                [
+                    relax.Var(f"{name}_pool_{g}", ir.tensor_type([pages, *shape[1:]], group.dtype))
+                    for name, shape in zip("kv", shapes, strict=False)
+                ]
             )
         return out
 
@@ -149,8 +149,8 @@ class MakeStepFunction:
         q, k, v = operands[:3]
         g, index = self.plan.locate(attrs.layer)
         group = self.plan.groups[g]
-        config = AttentionConfig(
-            heads=int(q.ty.shape[1]),
+        config = (LatentConfig if attrs.latent else AttentionConfig)(
+            heads=int(q.ty.shape[2 if attrs.token_major else 1]),
             kv_heads=group.kv_heads,
             key_dim=group.key_dim,
             value_dim=group.value_dim,
@@ -164,6 +164,7 @@ class MakeStepFunction:
             softcap=attrs.softcap,
             has_sinks=attrs.has_sinks,
             has_alibi=attrs.has_alibi,
+            token_major=attrs.token_major,
         )
         config = with_defaults(config, self.caps)
         for kernel in ("attention_prefill", "attention_decode"):
@@ -194,18 +195,21 @@ class MakeStepFunction:
         self, config: AttentionConfig, g: int, k: Any, v: Any, slot: Any, current: list[list[Any]], layer: Any
     ) -> None:
         """Keys and values to their pages."""
-        build = self._build
         key = ("append", g, str(k.ty.dtype))
         build_it = partial(builders(self.caps).kv_append, config, self.caps)
         gvar = self._kernels.get(key, f"kv_append_{g}", build_it, append_cost(config))
-        call = relax.op.call_tir_inplace(
-            gvar,
-            relax.Tuple([k, v, slot, *current[g], layer]),
-            [3, 4],
-            [current[g][0].ty, current[g][1].ty],
-        )
+        operands = [k, slot] if config.latent else [k, v, slot]
+        current[g] = self._in_place(gvar, operands, current[g], layer, f"pool_{g}")
+
+    def _in_place(self, gvar: Any, operands: list[Any], pools: list[Any], layer: Any, name: str) -> list[Any]:
+        """A kernel whose only results are the pools, which it changes."""
+        build, at = self._build, len(operands)
+        where, types = [at + j for j in range(len(pools))], [pool.ty for pool in pools]
+        call = relax.op.call_tir_inplace(gvar, relax.Tuple([*operands, *pools, layer]), where, types)
+        if len(pools) == 1:
+            return [build.emit(call, name)]
         both = build.emit(call, "pools")
-        current[g] = [build.emit(relax.TupleGetItem(both, j), f"pool_{g}") for j in range(2)]
+        return [build.emit(relax.TupleGetItem(both, j), name) for j in range(len(pools))]
 
     def _rotate(
         self, attention: AttentionConfig, g: int, heads: list[Any], slot: Any, pools: list[Any], layer: Any

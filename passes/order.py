@@ -11,6 +11,7 @@ from tvm import relax
 
 from llmc.caps import Capabilities
 from llmc.kv_plan import KVPlan
+from llmc.passes.absorb_latent import AbsorbLatent
 from llmc.passes.cancel_transposes import CancelTransposes
 from llmc.passes.estimate_costs import EstimateCosts
 from llmc.passes.fold_weights import FoldWeights
@@ -22,6 +23,7 @@ from llmc.passes.fuse_qkv import FuseQKV
 from llmc.passes.fuse_rope import FuseRoPE
 from llmc.passes.lower_embedding import LowerEmbedding
 from llmc.passes.lower_experts import LowerExperts
+from llmc.passes.lower_head_linear import LowerHeadLinear
 from llmc.passes.lower_linear import LowerLinear
 from llmc.passes.lower_norm import LowerNorm
 from llmc.passes.lower_top_k import LowerTopK
@@ -56,6 +58,8 @@ def graph_phase(
 def rewrite_phase(quantize: QuantizeWeights | None = None, disabled: Collection[str] = ()) -> list[GraphPass]:
     """The part of graph_phase that is the same for all machines."""
     passes: list[GraphPass] = [
+        # before QuantizeWeights: what is absorbed is no linear layer any more
+        ("AbsorbLatent", AbsorbLatent()),
         # before the fusions, which join weights of one scheme only
         *([("QuantizeWeights", quantize)] if quantize else []),
         ("CancelTransposes", CancelTransposes()),
@@ -91,6 +95,7 @@ def kernel_phase(
         ("LowerNorm", LowerNorm(caps)),
         ("LowerLinear", LowerLinear(caps, tuned, layouts)),
         ("LowerExperts", LowerExperts(caps, tuned, layouts)),
+        ("LowerHeadLinear", LowerHeadLinear(caps, layouts)),
         ("LowerTopK", LowerTopK(caps)),
         # after LowerLinear: a tied embedding reads the head's packed weight
         ("LowerEmbedding", LowerEmbedding(caps, layouts)),

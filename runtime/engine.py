@@ -114,7 +114,7 @@ class CompiledEngine:
         tensors: list[Any] = []
         for group, count in zip(plan.groups, pages, strict=True):
             item = 4 if group.dtype == "float32" else 2
-            for shape in (group.k_shape(count, plan.page_size), group.v_shape(count, plan.page_size)):
+            for shape in group.pool_shapes(count, plan.page_size):
                 raw = _allocate(int(np.prod(shape)) * item)
                 self._pools.append(raw)
                 tensors.append(tensor_view(raw, shape, group.dtype))

@@ -9,6 +9,7 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
+from llmc.schedules.attention_latent import LatentTile
 from llmc.schedules.attention_tile import Operands, Tile, first_visible
 from llmc.schedules.rope import RopeConfig, RopeOperands, append_all
 from llmc.schedules.tile_attention import UnitTile, attention_unit
@@ -16,6 +17,7 @@ from llmc.schedules.vmath import exp_nonpositive
 
 __all__ = ["AttentionConfig", "attention_decode", "attention_prefill", "kv_append", "partial_shape"]
 
+_LATENT_KEYS = 64
 _EMPTY = -1e30  # running maximum of a piece of context without keys
 _TASKS_PER_THREAD = 4  # of decode: a context is cut into no more pieces than that takes
 _SERIAL_TOKENS = 4  # appending this few tokens costs less than a parallel launch
@@ -24,25 +26,23 @@ _SERIAL_TOKENS = 4  # appending this few tokens costs less than a parallel launc
 def kv_append(cfg: AttentionConfig, caps: Capabilities) -> Any:
     """The PrimFunc (k[1,hk,T,dk], v[1,hk,T,dv], slot i32[T], k_pool, v_pool, layer: int64); pools in place.
 
-    Token t goes to page slot[t] // page_size at offset slot[t] % page_size.
+    Of latents there is no v and no v_pool. Token t goes to page slot[t] // page_size at offset slot[t] % page_size.
     """
     hk, dk, dv, ps, layers = cfg.kv_heads, cfg.key_dim, cfg.value_dim, cfg.page_size, cfg.layers
     built: list[Any] = []
     with e.kernel(built):
         t, pages = e.dim("T"), e.dim("P")
         k = e.tensor("k", [1, hk, t, dk], cfg.dtype)
-        v = e.tensor("v", [1, hk, t, dv], cfg.dtype)
+        v = None if cfg.latent else e.tensor("v", [1, hk, t, dv], cfg.dtype)
         slot = e.tensor("slot", [t], "int32")
         k_pool = e.tensor("k_pool", [pages, layers, hk, dk, ps], cfg.kv_dtype)
-        v_pool = e.tensor("v_pool", [pages, layers, hk, ps, dv], cfg.kv_dtype)
+        v_pool = None if cfg.latent else e.tensor("v_pool", [pages, layers, hk, ps, dv], cfg.kv_dtype)
         layer = e.scalar_arg("layer")
         with e.root():
-            kf, vf = e.flat(k, hk * t * dk), e.flat(v, hk * t * dv)
+            kf, vf = e.flat(k, hk * t * dk), None if v is None else e.flat(v, hk * t * dv)
             slots = e.flat(slot, t)
-            kp, vp = (
-                e.flat(k_pool, pages * layers * hk * dk * ps),
-                e.flat(v_pool, pages * layers * hk * ps * dv),
-            )
+            kp = e.flat(k_pool, pages * layers * hk * dk * ps)
+            vp = None if v_pool is None else e.flat(v_pool, pages * layers * hk * ps * dv)
             lanes = caps.lanes_f32
 
             def convert(value: Any, n: int) -> Any:
@@ -56,6 +56,8 @@ def kv_append(cfg: AttentionConfig, caps: Capabilities) -> Any:
                 row = e.let(head * t + token)
                 with e.loop(dk) as d:
                     e.store(kp, (part * dk + d) * ps + where % ps, convert(kf[row * dk + d], 1), 1)
+                if vp is None:
+                    return
                 to = e.let((part * ps + where % ps) * dv)
                 with e.loop(dv // lanes) as i:
                     value = convert(e.load(vf, row * dv + i * lanes, lanes), lanes)
@@ -112,7 +114,7 @@ def _prefill(cfg: AttentionConfig, caps: Capabilities, args: Operands, schedule:
         used = e.let(T.min(e.i64(tokens), length - first))
         position = e.let(e.i64(args.context_len[sequence]) - length + first)
         if unit is None:
-            tile = Tile(cfg, caps, args, tokens, pages, schedule, direct=False)
+            tile = _vector_tile(cfg, caps, args, tokens, pages, schedule, direct=False)
         else:
             tile = UnitTile(unit, cfg, caps, args, tokens, pages, schedule)
         tile.start(e.let(start + first), kv_head, e.let(used * group))
@@ -124,8 +126,26 @@ def _prefill(cfg: AttentionConfig, caps: Capabilities, args: Operands, schedule:
         tile.finish(e.let(start + first))
 
 
+def _vector_tile(
+    cfg: AttentionConfig,
+    caps: Capabilities,
+    args: Operands,
+    tokens: int,
+    pages: int,
+    schedule: PrefillSchedule | DecodeSchedule,
+    *,
+    direct: bool,
+) -> Tile:
+    """The tile that multiplies with vectors."""
+    if cfg.latent:
+        return LatentTile(cfg, caps, args, tokens, pages, schedule)
+    return Tile(cfg, caps, args, tokens, pages, schedule, direct=direct)
+
+
 def _pages(cfg: AttentionConfig, keys: int) -> int:
     """Cache pages per block of about `keys` keys, whose number is a multiple of 32."""
+    if cfg.latent:  # laid out for all heads, a block should stay in a near cache
+        keys = min(keys, _LATENT_KEYS)
     pages = max(1, keys // cfg.page_size)
     return pages * 2 if pages * cfg.page_size % 32 else pages
 
@@ -198,7 +218,7 @@ def _decode(
         begin = e.let(low + split * per_split)
         end = e.let(T.min(high, begin + per_split))
         with T.If(begin < end), T.Then():
-            tile = Tile(cfg, caps, args, 1, pages, schedule, direct=True)
+            tile = _vector_tile(cfg, caps, args, 1, pages, schedule, direct=True)
             tile.start(sequence, kv_head, e.i64(group))
             table = e.let(sequence * args.width)
             with e.loop(e.ceildiv(end - begin, tile.block)) as i:
@@ -231,8 +251,9 @@ def _store_partial(tile: Tile, part: Any, first_row: Any, width: int) -> None:
     lanes = tile.lanes
     with e.loop(tile.group) as g:
         base = e.let((first_row + g) * width)
+        buffer, first = tile.row_sums(g)
         for v in range(tile.value_width // lanes):
-            value = e.load(tile.out, g * tile.value_width + v * lanes, lanes)
+            value = e.load(buffer, first + v * lanes, lanes)
             e.store(part, base + v * lanes, value, lanes)
         total = e.fold(e.load(tile.total, g * lanes, lanes), lanes, lambda x, y: x + y)
         e.store(part, base + width - 16, tile.largest[g], 1)

@@ -76,10 +76,15 @@ class RunningSoftmax:
                 e.store(self.largest, r, after, 1)
                 total = e.load(self.total, r * lanes, lanes) * shrink
                 e.store(self.total, r * lanes, total, lanes)
-                for v in range(self.value_width // lanes):
-                    at = r * self.value_width + v * lanes
-                    e.store(self.out, at, e.load(self.out, at, lanes) * shrink, lanes)
+                self._shrink(r, shrink)
             self._exponentials(r, after, pairs)
+
+    def _shrink(self, r: Any, factor: Any) -> None:
+        """Multiply what row r has accumulated by the lanes of `factor`, which are equal."""
+        lanes = self.lanes
+        for v in range(self.value_width // lanes):
+            at = r * self.value_width + v * lanes
+            e.store(self.out, at, e.load(self.out, at, lanes) * factor, lanes)
 
     def _visible(self, r: Any, vectors: Any, low: Any, own: Any, high: Any, top: Any) -> None:
         """The scores of a row with those outside of [low, high) replaced; `top` gets their maximum."""

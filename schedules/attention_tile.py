@@ -42,8 +42,9 @@ class Operands:
         self.k_size = pages * layers * hk * cfg.key_dim * ps
         self.v_size = pages * layers * hk * ps * cfg.value_dim
         q_shape = [1, t, cfg.heads, cfg.key_dim] if cfg.token_major else [1, cfg.heads, t, cfg.key_dim]
-        self.rope = rope  # takes the place of q
-        self._q = e.tensor("q", q_shape, cfg.dtype) if rope is None else None
+        self._operands = rope
+        self.rope = None if rope is None or rope.cfg.q is None else rope  # takes the place of q
+        self._q = e.tensor("q", q_shape, cfg.dtype) if self.rope is None else None
         appends = rope is not None and rope.cfg.k is not None
         self._slot = e.tensor("slot", [t], "int32") if appends else None
         self._k = e.tensor("k_pool", [pages, layers, hk, cfg.key_dim, ps], cfg.kv_dtype)
@@ -60,14 +61,14 @@ class Operands:
     def view(self) -> None:
         """Make the flat views; inside the root block."""
         cfg, t = self.cfg, self.t
-        if self.rope is None:
-            self.q = e.flat(self._q, t * cfg.heads * cfg.key_dim)
-        else:
-            self.q = None
-            self.rope.view()
+        self.q = e.flat(self._q, t * cfg.heads * cfg.key_dim) if self._q is not None else None
+        if self._operands is not None:
+            self._operands.view()
         self.slots = e.flat(self._slot, t) if self._slot is not None else None
         self.k = e.flat(self._k, self.k_size)
         self.v = e.flat(self._v, self.v_size) if self._v is not None else None
+        pairs = cfg.latent and cfg.kv_dtype == "bfloat16"  # of neighbouring tokens
+        self.k_pairs = e.flat(self._k, self.k_size // 2, "int32") if pairs else None
         self.query_start = e.flat(self._start, self.b + 1)
         self.context_len = e.flat(self._context, self.b)
         self.block_table = e.flat(self._table, self.b * self.width)
@@ -153,8 +154,13 @@ class Tile(PageReader, RunningSoftmax):
             self._load_query(source, base, r)
             e.store(self.largest, r, e.f32(LOWEST), 1)
             e.store(self.total, r * lanes, e.splat(0.0, lanes), lanes)
-            with e.loop(self.value_width // lanes) as v:
-                e.store(self.out, r * self.value_width + v * lanes, e.splat(0.0, lanes), lanes)
+            self._clear(r)
+
+    def _clear(self, r: Any) -> None:
+        """Row r of the sums."""
+        lanes = self.lanes
+        with e.loop(self.value_width // lanes) as v:
+            e.store(self.out, r * self.value_width + v * lanes, e.splat(0.0, lanes), lanes)
 
     def _load_query(self, source: Any, base: Any, r: Any) -> None:
         """Row r of the tile from the head at source[base:]."""
@@ -192,7 +198,12 @@ class Tile(PageReader, RunningSoftmax):
             total = e.let(e.fold(e.load(self.total, r * lanes, lanes), lanes, lambda a, b: a + b))
             factor = self.final_factor(self.largest[r], total, head)
             base = e.let(((first_token + r // self.group) * cfg.heads + head) * cfg.value_dim)
-            self.store_row(base, r * self.value_width, self.out, factor)
+            buffer, first = self.row_sums(r)
+            self.store_row(base, first, buffer, factor)
+
+    def row_sums(self, r: Any) -> tuple[Any, Any]:
+        """(buffer, element) where the unnormalised sums of row r begin."""
+        return self.out, r * self.value_width
 
     def final_factor(self, largest: Any, total: Any, head: Any) -> Any:
         """What the unnormalised output is multiplied with: 1 / (l + e^(sink - m)), stable for a large sink."""

@@ -10,6 +10,7 @@ from llmc.caps import Capabilities
 from llmc.schedules import (
     attention,
     gather,
+    head_linear,
     iexperts,
     norm,
     qexperts,
@@ -24,6 +25,7 @@ from llmc.schedules.choice import ByRows
 from llmc.schedules.gpu import attention as gpu_attention
 from llmc.schedules.gpu import experts as gpu_experts
 from llmc.schedules.gpu import gather as gpu_gather
+from llmc.schedules.gpu import head_linear as gpu_head_linear
 from llmc.schedules.gpu import linear as gpu_linear
 from llmc.schedules.gpu import norm as gpu_norm
 from llmc.schedules.gpu import qlinear as gpu_qlinear
@@ -43,6 +45,7 @@ class Builders:
     expert_linear: Builder
     quant_expert_linear: Builder
     int_expert_linear: Builder
+    head_linear: Builder
     norm: Builder
     embedding: Builder
     quant_embedding: Builder
@@ -65,6 +68,7 @@ _LOOPS = Builders(
     expert_linear=tune_experts.expert_linear_by_rows,
     quant_expert_linear=qexperts.quant_expert_linear,
     int_expert_linear=iexperts.int_expert_linear,
+    head_linear=head_linear.head_linear,
     norm=norm.norm,
     embedding=gather.embedding,
     quant_embedding=qgather.quant_embedding,
@@ -81,6 +85,7 @@ _THREADS = Builders(
     expert_linear=_default(gpu_experts.expert_linear),
     quant_expert_linear=gpu_experts.quant_expert_linear,
     int_expert_linear=gpu_experts.quant_expert_linear,
+    head_linear=gpu_head_linear.head_linear,
     norm=gpu_norm.norm,
     embedding=gpu_gather.embedding,
     quant_embedding=gpu_gather.quant_embedding,

@@ -53,7 +53,7 @@ class SimulatedModel:
         pages = tuple(limits.max_batch * -(-limits.max_seq_len // plan.page_size) + 1 for _ in plan.groups)
         self._pools: list[Any] = []
         for group, count in zip(plan.groups, pages, strict=True):
-            for shape in (group.k_shape(count, plan.page_size), group.v_shape(count, plan.page_size)):
+            for shape in group.pool_shapes(count, plan.page_size):
                 # an entry that is read before it is written must show
                 self._pools.append(np.full(shape, np.nan, _dtype(group.dtype)))
         self._allocator = PageAllocator(plan, pages, limits.max_seq_len)

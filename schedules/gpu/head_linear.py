@@ -1,0 +1,3 @@
+"""Placeholder."""
+from typing import Any
+def head_linear(cfg: Any, caps: Any) -> Any: ...
