@@ -221,11 +221,16 @@ class Tile:
         count = e.let(T.min(e.i64(KEYS), end - first))
         with e.loop(count) as i:
             key = e.let(first + i)
-            base = e.let(self._page(table, key, ps * cfg.value_dim) + key % ps * cfg.value_dim)
+            if cfg.latent:  # a value is the beginning of the key, whose elements lie a page's tokens apart
+                base, step = e.let(self._page(table, key, cfg.key_dim * ps) + key % ps), ps
+            else:
+                base = e.let(self._page(table, key, ps * cfg.value_dim) + key % ps * cfg.value_dim)
+                step = 1
+            pool = self.args.k if cfg.latent else self.args.v
             for c in range(self.columns):
                 d = e.let(dim + c * self.dims)
                 with g.when(d < cfg.value_dim):
-                    value = e.let(e.widen(self.args.v[base + d], cfg.kv_dtype, 1))
+                    value = e.let(e.widen(pool[base + d * step], cfg.kv_dtype, 1))
                     for row, registers in zip(rows, self.acc, strict=True):
                         weight = self.scores[e.i64(row * KEYS) + i]
                         e.store(registers[c], 0, registers[c][0] + weight * value, 1)

@@ -12,13 +12,13 @@ from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.gpu import emit as g
-from llmc.schedules.rope import RopeConfig, RopeOperands
+from llmc.schedules.rope import HeadOperands, RopeConfig, RopeOperands
 
 THREADS = 128
 
 
 def rotate(
-    ops: RopeOperands,
+    ops: HeadOperands,
     which: int,
     token: Any,
     heads: tuple[Any, int],
@@ -29,10 +29,10 @@ def rotate(
     """Rotated elements of neighbouring heads of a token, shared among the threads: store(number, element, float32).
 
     Args:
-        which: 0 = q, 1 = k, 2 = v.
+        which: number of the source.
         heads: (first head, how many); `number` counts from 0.
     """
-    source = ops.cfg.sources[which]
+    source = ops.heads.sources[which]
     attrs = source.attrs
     first, count = heads
     stride = attrs.head_stride * ops.t if attrs.head_major else e.i64(attrs.head_stride)
@@ -63,7 +63,7 @@ class _HeadNorms:
 
     def __init__(
         self,
-        ops: RopeOperands,
+        ops: HeadOperands,
         which: int,
         count: int,
         head: Callable[[Any], Callable[[Any], Any]],
@@ -71,7 +71,7 @@ class _HeadNorms:
         threads: int,
     ) -> None:
         """head(number) gives a function of the element's number in the head, float32."""
-        source = ops.cfg.sources[which]
+        source = ops.heads.sources[which]
         self.attrs, self.dtype = source.attrs.norm, source.vector_dtype
         self.vectors = ops.vectors[which]
         if self.attrs is None:
@@ -166,8 +166,15 @@ def append(
     """Keys (rotated) and values of a token, for cached heads (first, how many)."""
     pages.at(token)
     first = heads[0]
-    rotate(ops, 1, token, heads, thread, lambda n, d, value: pages.store_key(first + n, d, value), threads)
-    rotate(ops, 2, token, heads, thread, lambda n, d, value: pages.store_value(first + n, d, value), threads)
+    puts = {"k": pages.store_key, "v": pages.store_value}
+    for name, put in puts.items():
+        if name == "v" and ops.cfg.v is None:
+            continue
+
+        def store(n: Any, d: Any, value: Any, put: Callable[[Any, Any, Any], None] = put) -> None:
+            put(first + n, d, value)
+
+        rotate(ops, ops.cfg.place(name), token, heads, thread, store, threads)
 
 
 def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
@@ -181,16 +188,16 @@ def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
         if cfg.k is not None:
             slot = g.tensor("slot", [t], "int32")
             k_pool = g.tensor("k_pool", [pages, a.layers, hk, dk, ps], a.kv_dtype)
-            v_pool = g.tensor("v_pool", [pages, a.layers, hk, ps, dv], a.kv_dtype)
+            v_pool = None if a.latent else g.tensor("v_pool", [pages, a.layers, hk, ps, dv], a.kv_dtype)
             layer = e.scalar_arg("layer")
-        q = g.tensor("q", [1, t, a.heads, dk], a.dtype)
+        q = None if cfg.q is None else g.tensor("q", [1, t, a.heads, dk], a.dtype)
         with e.root():
             ops.view()
-            out = e.flat(q, t * a.heads * dk)
+            out = None if q is None else e.flat(q, t * a.heads * dk)
             if cfg.k is not None:
                 slots = e.flat(slot, t)
                 kp = e.flat(k_pool, pages * a.layers * hk * dk * ps)
-                vp = e.flat(v_pool, pages * a.layers * hk * ps * dv)
+                vp = None if v_pool is None else e.flat(v_pool, pages * a.layers * hk * ps * dv)
             with g.launch(t, THREADS) as (token, thread):
                 if cfg.k is not None:
                     append(ops, Pages(a, slots, kp, vp, layer, caps), token, (e.i64(0), hk), thread)
@@ -199,7 +206,8 @@ def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
                     at = (token * a.heads + head) * dk + d
                     e.store(out, at, g.narrow(e.let(value), a.dtype, caps), 1)
 
-                rotate(ops, 0, token, (e.i64(0), a.heads), thread, store)
+                if out is not None:
+                    rotate(ops, 0, token, (e.i64(0), a.heads), thread, store)
     return built[0]
 
 
