@@ -215,7 +215,7 @@ class HeadsAttrs:
     Attributes:
         heads, dim: of the result.
         runs: the rotation; they cover every element of a head once.
-        norm: each head of `norm_width` elements is normalised first; weight and bias of that width follow x.
+        norm: the first `norm_width` elements of each head are normalised first; weight and bias of that width follow x.
     """
 
     heads: int

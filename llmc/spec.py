@@ -29,6 +29,7 @@ OPTIONAL_PASSES = (
     "FuseNorm",
     "FuseAddNorm",
     "FuseRoPE",
+    "FuseLatentHeads",
     "FoldWeights",
     "ViewReshapes",
     "SpecializeDecode",

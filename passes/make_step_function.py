@@ -172,7 +172,11 @@ class MakeStepFunction:
         layer = relax.prim_value(tirx.IntImm("int64", index))
         heads = [ir.match_opaque(self._graph.definition(v), HEADS) for v in (q, k, v)]
         owns = attrs.layer not in dict(self.plan.shared) and attrs.layer not in appended
-        if heads[0] and heads[1] and heads[2]:
+        if attrs.latent and heads[1] and owns:
+            current[g] = self._append_latents(config, g, heads[1], by_name[f"slot_{g}"], current[g], layer)
+            appended.add(attrs.layer)
+            owns = False
+        elif heads[0] and heads[1] and heads[2]:
             config = replace(config, token_major=True)
             sources = [h for h in heads if h is not None][: 3 if owns else 1]
             q, current[g] = self._rotate(config, g, sources, by_name[f"slot_{g}"], current[g], layer)
@@ -216,28 +220,9 @@ class MakeStepFunction:
     ) -> tuple[Any, list[Any]]:
         """(q rotated, pools) from the llmc.heads of q alone, or of q, k and v, which are appended."""
         build = self._build
-        attrs = [HeadsAttrs.from_json(text) for _, text in heads]
-        own = [operands[: 1 + a.vectors] for (operands, _), a in zip(heads, attrs, strict=True)]
-        rest = [operands[1 + a.vectors :] for (operands, _), a in zip(heads, attrs, strict=True)]
-        tensors = max(rest, key=len)
-        sources = [
-            HeadSource(_shape(ops[0]), str(ops[0].ty.dtype), a, str(ops[-1].ty.dtype))
-            for ops, a in zip(own, attrs, strict=True)
-        ]
-        config = RopeConfig(
-            attention,
-            sources[0],
-            sources[1] if len(heads) > 1 else None,
-            sources[2] if len(heads) > 1 else None,
-            tuple(_shape(t) for t in tensors),
-            str(tensors[0].ty.dtype) if tensors else "float32",
-        )
-        name = f"rope_append_{g}" if len(heads) > 1 else f"rope_{g}"
-        gvar = self._kernels.get(config, name, lambda: builders(self.caps).rope_append(config, self.caps))
-        self._rope_configs[gvar.name_hint] = config
+        gvar, args = self._rope(attention, g, dict(zip("qkv", heads, strict=False)))
         tokens = next(d for d in slot.ty.shape)
         q_type = ir.tensor_type([1, tokens, attention.heads, attention.key_dim], attention.dtype)
-        args = [*(operand for ops in own for operand in ops), *tensors]
         if len(heads) == 1:
             return build.emit(relax.call_tir(gvar, relax.Tuple(args), q_type), "q"), pools
         at = len(args) + 1
@@ -252,6 +237,35 @@ class MakeStepFunction:
             build.emit(relax.TupleGetItem(three, j), n) for j, n in enumerate(("q", "k_pool", "v_pool"))
         ]
         return q, after
+
+    def _append_latents(
+        self, attention: AttentionConfig, g: int, head: Any, slot: Any, pools: list[Any], layer: Any
+    ) -> list[Any]:
+        """The pools after an llmc.heads of keys was appended; queries are there already."""
+        gvar, args = self._rope(attention, g, {"k": head})
+        return self._in_place(gvar, [*args, slot], pools, layer, f"pool_{g}")
+
+    def _rope(self, attention: AttentionConfig, g: int, heads: dict[str, Any]) -> tuple[Any, list[Any]]:
+        """(kernel that rotates, its arguments up to the slots) of q, k and v as far as they are there."""
+        attrs = [HeadsAttrs.from_json(text) for _, text in heads.values()]
+        own = [operands[: 1 + a.vectors] for (operands, _), a in zip(heads.values(), attrs, strict=True)]
+        rest = [operands[1 + a.vectors :] for (operands, _), a in zip(heads.values(), attrs, strict=True)]
+        tensors = max(rest, key=len)
+        sources = {
+            name: HeadSource(_shape(ops[0]), str(ops[0].ty.dtype), a, str(ops[-1].ty.dtype))
+            for name, ops, a in zip(heads, own, attrs, strict=True)
+        }
+        config = RopeConfig(
+            attention,
+            *(sources.get(name) for name in "qkv"),
+            tuple(_shape(t) for t in tensors),
+            str(tensors[0].ty.dtype) if tensors else "float32",
+        )
+        parts = ["rope" if "q" in heads else "latent", "append" if "k" in heads else "", str(g)]
+        build_it = partial(builders(self.caps).rope_append, config, self.caps)
+        gvar = self._kernels.get(config, "_".join(filter(None, parts)), build_it)
+        self._rope_configs[gvar.name_hint] = config
+        return gvar, [*(operand for ops in own for operand in ops), *tensors]
 
     def _gather(self, x: Any, rows: Any, row_count: Any) -> Any:
         lead = len(x.ty.shape) - 2

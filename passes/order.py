@@ -17,6 +17,7 @@ from llmc.passes.estimate_costs import EstimateCosts
 from llmc.passes.fold_weights import FoldWeights
 from llmc.passes.fuse_add_norm import FuseAddNorm
 from llmc.passes.fuse_gate_up import FuseGateUp
+from llmc.passes.fuse_latent_heads import FuseLatentHeads
 from llmc.passes.fuse_linear_epilogue import FuseLinearEpilogue
 from llmc.passes.fuse_norm import FuseNorm
 from llmc.passes.fuse_qkv import FuseQKV
@@ -77,6 +78,7 @@ def rewrite_phase(quantize: QuantizeWeights | None = None, disabled: Collection[
         ("FuseAddNorm", FuseAddNorm()),
         # after FuseQKV: heads are read where its matmul wrote them
         ("FuseRoPE", FuseRoPE()),
+        ("FuseLatentHeads", FuseLatentHeads()),
     ]
     return [named for named in passes if named[0] not in disabled]
 

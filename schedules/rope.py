@@ -131,13 +131,13 @@ class HeadOperands:
         attrs = self.heads.sources[which].attrs
         stride = attrs.head_stride * self.t if attrs.head_major else e.i64(attrs.head_stride)
         base = e.let(token * attrs.token_stride + head * stride + attrs.offset)
-        if attrs.norm is not None:
-            line = self._normalised(which, base)
-            read = lambda at, lanes: self._read(line, at, lanes, "float32")  # noqa: E731
-        else:
-            source, dtype = self.sources[which], self.heads.sources[which].dtype
-            read = lambda at, lanes: self._read(source, base + at, lanes, dtype)  # noqa: E731
+        line = self._normalised(which, base) if attrs.norm is not None else None
+        source, dtype = self.sources[which], self.heads.sources[which].dtype
         for run in attrs.runs:
+            if run.a < attrs.norm_width:
+                read = lambda at, lanes: self._read(line, at, lanes, "float32")  # noqa: E731
+            else:
+                read = lambda at, lanes: self._read(source, base + at, lanes, dtype)  # noqa: E731
             steps = (run.to_step, run.a_step, run.b_step, run.ca_step, run.cb_step)
             plain = all(s == 1 for s in (steps if run.pair else steps[:2]))
             lanes = self.caps.lanes_f32 if plain else 1

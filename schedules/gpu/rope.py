@@ -51,7 +51,8 @@ def rotate(
             base = base_of(number)
 
             def read(first: Any, lanes: int) -> Any:
-                return norm.apply(number, first, raw(base, first))
+                value = raw(base, first)
+                return norm.apply(number, first, value) if run.a < attrs.norm_width else value
 
             store(number, run.to + at * run.to_step, ops._value(run, read, token, at, 1))
 
