@@ -21,6 +21,9 @@ from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.attention_pages import in_groups
 from llmc.schedules.attention_tile import Operands, Tile
 
+_NEAR_STEPS = 96  # of which a block of 64 keys takes 24 KB
+_LINE = 32  # elements of a cache line, of 16 bits
+
 
 class LatentTile(Tile):
     """A Tile whose sums are turned: out[value dim, row], rows padded to whole vectors.
@@ -31,15 +34,28 @@ class LatentTile(Tile):
 
     def __init__(self, cfg: AttentionConfig, caps: Capabilities, args: Operands, *others: Any) -> None:
         super().__init__(cfg, caps, args, *others, direct=False)
-        self.columns = -(-self.rows_padded // self.lanes) * self.lanes  # rows in whole vectors
+        self._tile_rows()
+        self.columns = -(-self.rows // self.lanes) * self.lanes  # rows in whole vectors
+        whole = cfg.key_dim % self.pack == 0
+        self.chunk = next((n for n in range(_NEAR_STEPS, 1, -1) if self.k_steps % n == 0 and whole), self.k_steps)
         wide = caps.vector_registers >= 32
         self.side = min(4 if wide else 2, self.columns // self.lanes)  # vectors of rows whose sums are in registers
         self.dims = (16 if wide else 8) // self.side  # dims likewise
 
+    def _tile_rows(self) -> None:
+        """Rows of a register tile: fewer than there could be, where that leaves less of the last tile empty."""
+
+        def cost(size: int) -> float:
+            # multiplications of a step, and loads of operands of which two go at a time
+            return -(-self.rows // size) * (size * self.vectors + (size + self.vectors) / 2)
+
+        self.row_tile = min(range(self.row_tile, max(1, self.row_tile - 3), -1), key=cost)
+        self.rows_padded = -(-self.rows // self.row_tile) * self.row_tile
+
     def _allocate(self) -> None:
         operand = "int32" if self.dot else "float32"
         self.query = e.workspace(self.rows_padded * self.k_steps, operand)
-        self.keys = e.workspace(self.k_steps * self.block, operand)
+        self.keys = e.workspace(self.chunk * self.block, operand)
         self.scores = e.workspace(self.rows_padded * self.block)
         self.weights = e.workspace(self.rows_padded * self.block // self.pack, operand)
         self.turned = e.workspace(self.block // self.pack * self.columns, operand)
@@ -66,41 +82,65 @@ class LatentTile(Tile):
         """As of Tile."""
         keys = e.let(T.min(e.i64(self.block), end_key - first_key))
         page = e.let(table + first_key // self.cfg.page_size)
-        self._lay_out_keys(page, keys)
-        self._each_tile(
-            self.block // self.lanes,
-            self.k_steps,
-            self.query,
-            self.k_steps,
-            self._laid_out_key,
-            self.scores,
-            self.block,
-            clear=True,
-        )
+        self._scores(page, keys)
         for v in range(self.columns // self.lanes):
             e.store(self.factor, v * self.lanes, e.splat(1.0, self.lanes), self.lanes)
         self._softmax(first_key, first_position, keys)
         steps = self.block // self.pack
         with e.loop(self.used) as r, e.loop(steps) as j:
             e.store(self.turned, j * self.columns + r, self.weights[r * steps + j], 1)
-        self._weigh(page, keys)
+        self._weigh(page, keys, e.let(table + (end_key - 1) // self.cfg.page_size))
+
+    def _scores(self, page: Any, keys: Any) -> None:
+        """Scores of all rows, so many steps at a time that what is laid out stays in the nearest cache for all of them."""
+        cfg, lanes, ps = self.cfg, self.lanes, self.cfg.page_size
+        with e.loop(self.rows_padded * self.block // lanes) as i:
+            e.store(self.scores, i * lanes, e.splat(0.0, lanes), lanes)
+        with e.loop_or_once(self.k_steps // self.chunk) as number:
+            first = e.let(number * self.chunk)
+            if self.chunk == self.k_steps:
+                self._lay_out_keys(page, keys)
+            else:
+                with e.loop(e.ceildiv(keys, ps)) as p:
+                    base = e.let(self._page_base(page + p, cfg.key_dim * ps) + first * (self.pack * ps))
+                    with e.loop(self.chunk) as j:
+                        for v in range(ps // lanes):
+                            to = j * self.block + p * ps + v * lanes
+                            e.store(self.keys, to, self._key(base, j, v), lanes)
+            with e.loop(e.ceildiv(self.used, self.row_tile)) as group:
+                row = e.let(group * self.row_tile)
+
+                def part(start: Any, count: int, row: Any = row) -> None:
+                    self._tile(
+                        count,
+                        self.chunk,
+                        lambda r, j, n=1: e.some(self.query, (row + r) * self.k_steps + first + j, n),
+                        lambda j, v: self._laid_out_key(j, start + v),
+                        self.scores,
+                        lambda r, v: (row + r) * self.block + (start + v) * lanes,
+                        clear=False,
+                    )
+
+                in_groups(self.block // lanes, self.vectors, part)
 
     def _shrink(self, r: Any, factor: Any) -> None:
         e.store(self.factor, r, e.lane(factor, 0), 1)
 
-    def _weigh(self, page: Any, keys: Any) -> None:
-        """Add up the block's values."""
+    def _weigh(self, page: Any, keys: Any, last_page: Any) -> None:
+        """Add up the block's values; meanwhile the next block is asked for."""
         in_groups(
             self.columns // self.lanes,
             self.side,
             lambda first, side: in_groups(
                 self.cfg.value_dim,
                 self.dims,
-                lambda dim, dims: self._sums(page, keys, first, side, dim, dims),
+                lambda dim, dims: self._sums(page, keys, last_page, first, side, dim, dims),
             ),
         )
 
-    def _sums(self, page: Any, keys: Any, first: Any, side: int, dim: Any, dims: int) -> None:
+    def _sums(
+        self, page: Any, keys: Any, last_page: Any, first: Any, side: int, dim: Any, dims: int
+    ) -> None:
         """out[dim : dim + dims] of `side` vectors of rows."""
         cfg, lanes, ps = self.cfg, self.lanes, self.cfg.page_size
         at = lambda d, v: (dim + d) * self.columns + (first + v) * lanes  # noqa: E731
@@ -125,7 +165,12 @@ class LatentTile(Tile):
             tokens = e.let(T.min(e.i64(ps), keys - p * ps))
             own = e.let((base + dim * ps) // self.pack)
             row = e.let(p * (ps // self.pack) * self.columns + first * lanes)
+            following = T.min(page + p + self.pages, last_page)
+            share = dims * self.pack * cfg.key_dim // cfg.value_dim  # elements of a page per step
+            ahead = e.let(self._page_base(following, cfg.key_dim * ps) + dim * ps * cfg.key_dim // cfg.value_dim)
             with e.loop(tokens // self.pack) as j:
+                for i in range(-(-share // _LINE)):
+                    e.prefetch(self.args.k, ahead + j * share + i * _LINE, level=2)
                 step(lambda d: self._element(own + d * (ps // self.pack) + j), row + j * self.columns)
             if self.dot:
                 # an odd number of tokens: what lies behind the last may be NaN, so it is replaced by zero
