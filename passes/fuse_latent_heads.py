@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tvm import relax
-
 from llmc import ir
 from llmc.ops import ATTENTION, HEAD_LINEAR, HEADS, AttentionAttrs, HeadLinearAttrs, HeadsAttrs, Run
 from llmc.passes.fuse_rope import heads_of, normalised, view_of
@@ -81,7 +79,7 @@ def _query(graph: Graph, elements: Elements, var: Any) -> Any:
     view = view_of(graph, x, attrs.heads)
     if view is None or attrs.rest is not None or attrs.offset or not attrs.head_major:
         return None
-    base, *place = view
+    base, offset, token, head, head_major = view
     dtype, width, tensors = str(x.ty.dtype), int(ir.dims(first)[3]), ()
     if rest:
         found = heads_of(graph, elements, rest[0])
@@ -91,7 +89,6 @@ def _query(graph: Graph, elements: Elements, var: Any) -> Any:
         width += found.attrs.dim
     if base in graph.func.params or str(base.ty.dtype) != dtype:
         return None
-    offset, token, head, head_major = place
     attrs = replace(attrs, offset=offset, token_stride=token, head_stride=head, head_major=head_major)
     out = ir.tensor_type([1, ir.dims(x)[2], attrs.heads, width], dtype)
     return ir.opaque_call(HEAD_LINEAR, [base, weight, *tensors], attrs.to_json(), out)

@@ -257,7 +257,9 @@ class MakeStepFunction:
         }
         config = RopeConfig(
             attention,
-            *(sources.get(name) for name in "qkv"),
+            sources.get("q"),
+            sources.get("k"),
+            sources.get("v"),
             tuple(_shape(t) for t in tensors),
             str(tensors[0].ty.dtype) if tensors else "float32",
         )

@@ -12,7 +12,6 @@ from llmc.ops import ATTENTION, AttentionAttrs
 from llmc.passes.rewrite import Graph
 from llmc.passes.step_module import LoweredGraph
 
-
 # kind, window, cached heads, key dim, value dim, dtype, latent
 _Key = tuple[KVKind, int, int, int, int, str, bool]
 
@@ -98,9 +97,7 @@ def attention_layers(graph: Graph) -> Iterator[tuple[AttentionAttrs, Any, Any]]:
             yield AttentionAttrs.from_json(text), operands[1], operands[2]
 
 
-def _wider(
-    key: _Key, kind: KVKind, window: int
-) -> _Key:
+def _wider(key: _Key, kind: KVKind, window: int) -> _Key:
     """The key of a group that keeps enough for its owner and for a reader of the given lifetime."""
     if (key[0], key[1]) == (kind, window):
         return key

@@ -37,9 +37,13 @@ class LatentTile(Tile):
         self._tile_rows()
         self.columns = -(-self.rows // self.lanes) * self.lanes  # rows in whole vectors
         whole = cfg.key_dim % self.pack == 0
-        self.chunk = next((n for n in range(_NEAR_STEPS, 1, -1) if self.k_steps % n == 0 and whole), self.k_steps)
+        self.chunk = next(
+            (n for n in range(_NEAR_STEPS, 1, -1) if self.k_steps % n == 0 and whole), self.k_steps
+        )
         wide = caps.vector_registers >= 32
-        self.side = min(4 if wide else 2, self.columns // self.lanes)  # vectors of rows whose sums are in registers
+        self.side = min(
+            4 if wide else 2, self.columns // self.lanes
+        )  # vectors of rows whose sums are in registers
         self.dims = (16 if wide else 8) // self.side  # dims likewise
 
     def _tile_rows(self) -> None:
@@ -138,9 +142,7 @@ class LatentTile(Tile):
             ),
         )
 
-    def _sums(
-        self, page: Any, keys: Any, last_page: Any, first: Any, side: int, dim: Any, dims: int
-    ) -> None:
+    def _sums(self, page: Any, keys: Any, last_page: Any, first: Any, side: int, dim: Any, dims: int) -> None:
         """out[dim : dim + dims] of `side` vectors of rows."""
         cfg, lanes, ps = self.cfg, self.lanes, self.cfg.page_size
         at = lambda d, v: (dim + d) * self.columns + (first + v) * lanes  # noqa: E731
@@ -167,7 +169,9 @@ class LatentTile(Tile):
             row = e.let(p * (ps // self.pack) * self.columns + first * lanes)
             following = T.min(page + p + self.pages, last_page)
             share = dims * self.pack * cfg.key_dim // cfg.value_dim  # elements of a page per step
-            ahead = e.let(self._page_base(following, cfg.key_dim * ps) + dim * ps * cfg.key_dim // cfg.value_dim)
+            ahead = e.let(
+                self._page_base(following, cfg.key_dim * ps) + dim * ps * cfg.key_dim // cfg.value_dim
+            )
             with e.loop(tokens // self.pack) as j:
                 for i in range(-(-share // _LINE)):
                     e.prefetch(self.args.k, ahead + j * share + i * _LINE, level=2)

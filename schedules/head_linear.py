@@ -102,7 +102,9 @@ def head_linear(cfg: HeadLinearConfig, caps: Capabilities) -> Any:
     return built[0]
 
 
-def _rest(cfg: HeadLinearConfig, caps: Capabilities, ops: HeadOperands, out: Any, token: Any, head: Any) -> None:
+def _rest(
+    cfg: HeadLinearConfig, caps: Capabilities, ops: HeadOperands, out: Any, token: Any, head: Any
+) -> None:
     base = e.let((token * cfg.attrs.heads + head) * cfg.width + cfg.n)
 
     def store(first: Any, value: Any, lanes: int) -> None:

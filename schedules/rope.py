@@ -88,9 +88,7 @@ class HeadsConfig(Protocol):
 class HeadOperands:
     """Arguments of a kernel that reads heads, in order: each source's tensor and the vectors of its norm, coefficients."""
 
-    def __init__(
-        self, cfg: HeadsConfig, caps: Capabilities, t: Any, names: Sequence[str] = ("x",)
-    ) -> None:
+    def __init__(self, cfg: HeadsConfig, caps: Capabilities, t: Any, names: Sequence[str] = ("x",)) -> None:
         self.heads, self.caps, self.t = cfg, caps, t
         self._sources, self._vectors = [], []
         for name, s in zip(names, cfg.sources, strict=True):
@@ -211,9 +209,7 @@ class RopeOperands(HeadOperands):
         super().__init__(cfg, caps, t, [name for name, s in cfg.named if s is not None])
         self.cfg = cfg
 
-    def rotate_head(
-        self, name: str, token: Any, head: Any, store: Callable[[Any, Any, int], None]
-    ) -> None:
+    def rotate_head(self, name: str, token: Any, head: Any, store: Callable[[Any, Any, int], None]) -> None:
         """rotate() of q, k or v."""
         self.rotate(self.cfg.place(name), token, head, store)
 

@@ -132,7 +132,13 @@ def _on_units(cfg: HeadLinearConfig, caps: Capabilities) -> bool:
 
 
 def _rest(
-    cfg: HeadLinearConfig, caps: Capabilities, ops: HeadOperands, out: Any, token: Any, thread: Any, threads: int
+    cfg: HeadLinearConfig,
+    caps: Capabilities,
+    ops: HeadOperands,
+    out: Any,
+    token: Any,
+    thread: Any,
+    threads: int,
 ) -> None:
     """What follows the product in all heads of a token."""
     heads = cfg.attrs.heads

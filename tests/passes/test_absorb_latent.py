@@ -108,9 +108,7 @@ class Latent:
             y, c, z, tabs = self.inputs(emit)
             inner = emit(relax.op.reshape(c, relax.ShapeExpr([1, 1, t, self.rank])))
             if self.apart:
-                k, v = (
-                    heads(m, emit, linear(emit, inner, w), n) for w, n in ((self.wk, NOPE), (self.wv, V))
-                )
+                k, v = (heads(m, emit, linear(emit, inner, w), n) for w, n in ((self.wk, NOPE), (self.wv, V)))
             else:
                 kv = heads(m, emit, self._edit(emit, "kv", linear(emit, inner, self.wb)), NOPE + V)
                 k, v = cut(emit, kv, 0, NOPE), cut(emit, kv, NOPE, NOPE + V)
@@ -192,9 +190,7 @@ def test_without_a_rotated_part():
 
 def scaled(what):
     """An edit that puts arithmetic where a copy is expected."""
-    return lambda emit, name, var: (
-        emit(relax.op.multiply(var, relax.const(2.0))) if name == what else var
-    )
+    return lambda emit, name, var: emit(relax.op.multiply(var, relax.const(2.0))) if name == what else var
 
 
 NEAR_MISSES = {
@@ -234,10 +230,15 @@ def test_a_rule_for_an_absorbed_weight_is_refused():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_heads_are_read_where_they_lie(dtype):
     after = FuseLatentHeads()(AbsorbLatent()(Latent(dtype=dtype).before()))
-    (first, text), (second, _) = matches(after, HEAD_LINEAR)
+    (first, text), _ = matches(after, HEAD_LINEAR)
     half, whole = ROPE // 2, NOPE + ROPE
     attrs = HeadLinearAttrs.from_json(text)
-    assert (attrs.offset, attrs.token_stride, attrs.head_stride, attrs.head_major) == (0, H * whole, whole, False)
+    assert (attrs.offset, attrs.token_stride, attrs.head_stride, attrs.head_major) == (
+        0,
+        H * whole,
+        whole,
+        False,
+    )
     assert [int(ir.dims(first[0])[-1]), len(first)] == [H * whole, 4]  # q's projection, weight, cos, sin
     assert attrs.rest is not None and attrs.rest.dim == ROPE
     ((operands, text),) = matches(after, HEADS)

@@ -104,7 +104,10 @@ def test_latents_against_numpy(cfg: LatentConfig, context: int) -> None:
 @pytest.mark.parametrize(
     ("cfg", "preset"),
     [
-        (replace(SMALL, dtype="float32", kv_dtype="float32", sinks_dtype="", key_dim=40, value_dim=24), "sm_90"),
+        (
+            replace(SMALL, dtype="float32", kv_dtype="float32", sinks_dtype="", key_dim=40, value_dim=24),
+            "sm_90",
+        ),
         (replace(SMALL, window=30, has_sinks=False), "sm_75"),
     ],
     ids=["float32", "sm_75"],
