@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -9,7 +10,10 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
+from llmc.schedules.attention_pools import Pools
 from llmc.schedules.attention_tile import Operands, Tile, first_visible
+from llmc.schedules.kv_codes import HeadWriter
+from llmc.schedules.norm import along
 from llmc.schedules.rope import RopeConfig, RopeOperands, append_all
 from llmc.schedules.tile_attention import UnitTile, attention_unit
 from llmc.schedules.vmath import exp_nonpositive
@@ -26,43 +30,40 @@ def kv_append(cfg: AttentionConfig, caps: Capabilities) -> Any:
 
     Token t goes to page slot[t] // page_size at offset slot[t] % page_size.
     """
-    hk, dk, dv, ps, layers = cfg.kv_heads, cfg.key_dim, cfg.value_dim, cfg.page_size, cfg.layers
+    hk, dk, dv = cfg.kv_heads, cfg.key_dim, cfg.value_dim
     built: list[Any] = []
     with e.kernel(built):
         t, pages = e.dim("T"), e.dim("P")
         k = e.tensor("k", [1, hk, t, dk], cfg.dtype)
         v = e.tensor("v", [1, hk, t, dv], cfg.dtype)
         slot = e.tensor("slot", [t], "int32")
-        k_pool = e.tensor("k_pool", [pages, layers, hk, dk, ps], cfg.kv_dtype)
-        v_pool = e.tensor("v_pool", [pages, layers, hk, ps, dv], cfg.kv_dtype)
+        k_pool = e.tensor("k_pool", [pages, cfg.layers, hk, *cfg.k_page], cfg.pool_dtype)
+        v_pool = e.tensor("v_pool", [pages, cfg.layers, hk, *cfg.v_page], cfg.pool_dtype)
         layer = e.scalar_arg("layer")
         with e.root():
             kf, vf = e.flat(k, hk * t * dk), e.flat(v, hk * t * dv)
             slots = e.flat(slot, t)
-            kp, vp = (
-                e.flat(k_pool, pages * layers * hk * dk * ps),
-                e.flat(v_pool, pages * layers * hk * ps * dv),
-            )
-            lanes = caps.lanes_f32
+            pools = Pools(cfg, pages, k_pool, v_pool)
 
             def convert(value: Any, n: int) -> Any:
                 if cfg.dtype == cfg.kv_dtype:
                     return value
                 return e.narrow(e.let(e.widen(value, cfg.dtype, n)), cfg.kv_dtype, n, caps)
 
+            def keep(line: Any, source: Any, base: Any, at: Any, n: int) -> None:
+                e.store(line, at, e.widen(e.some(source, base + at, n), cfg.dtype, n), n)
+
             def head_of_token(head: Any, token: Any) -> None:
-                where = e.let(e.i64(slots[token]))
-                part = e.let((where // ps * layers + layer) * hk + head)
+                to = HeadWriter(cfg, caps, pools, e.let(e.i64(slots[token])), layer, head)
                 row = e.let(head * t + token)
-                with e.loop(dk) as d:
-                    e.store(kp, (part * dk + d) * ps + where % ps, convert(kf[row * dk + d], 1), 1)
-                to = e.let((part * ps + where % ps) * dv)
-                with e.loop(dv // lanes) as i:
-                    value = convert(e.load(vf, row * dv + i * lanes, lanes), lanes)
-                    e.store(vp, to + i * lanes, value, lanes)
-                if dv % lanes:
-                    with e.loop(dv // lanes * lanes, dv) as d:
-                        e.store(vp, to + d, convert(vf[row * dv + d], 1), 1)
+                if cfg.coded:
+                    for source, dim, write in ((kf, dk, to.coded_key), (vf, dv, to.coded_value)):
+                        line = e.workspace(dim)
+                        along(dim, caps, partial(keep, line, source, row * dim))
+                        write(line)
+                    return
+                to.key(lambda d: convert(kf[row * dk + d], 1))
+                along(dv, caps, lambda at, n: to.value(at, convert(e.some(vf, row * dv + at, n), n), n))
 
             with T.If(t <= _SERIAL_TOKENS):
                 # the annotation of a parallel loop brings in the conversion functions; a serial loop needs it too
@@ -176,7 +177,7 @@ def attention_decode(cfg: AttentionConfig, caps: Capabilities, rope: RopeConfig 
             width = _partial_width(cfg)
             part = e.flat(partial, b * cfg.kv_heads * cfg.splits * group * width)
             if ops is not None and args.slots is not None:
-                append_all(ops, args.slots, args.k, args.v, args.layer)
+                append_all(ops, args.slots, args.pools, args.layer)
             cfg.decode.emit(b, lambda schedule, _: _decode(cfg, caps, args, schedule, part, width))
     return built[0]
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import ml_dtypes
 import numpy as np
 
+from llmc import kv_plan
 from llmc.caps import Capabilities
 from llmc.schedules.choice import ByRows
 
@@ -352,7 +353,7 @@ NUMPY_TYPES: dict[str, Any] = {
     "float16": np.float16,
     "bfloat16": ml_dtypes.bfloat16,
 }
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+ITEM_BYTES = dict(kv_plan.ITEM_BYTES)  # of weights, activations and cache pages
 _PERIOD = 1_000_003  # random numbers repeat after a prime, so that no two rows of a weight are alike
 
 
