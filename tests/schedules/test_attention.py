@@ -34,6 +34,17 @@ CASES = {
     "alibi-sinks-bf16-pages": {"has_alibi": True, "has_sinks": True, "kv_dtype": "bfloat16", "value_dim": 8},
     "bf16-one-kv-head": {**BF16, "heads": 8, "kv_heads": 1, "key_dim": 80, "value_dim": 80, "page_size": 32},
     "bf16-softcap-mha": {**BF16, "heads": 3, "kv_heads": 3, "key_dim": 7, "value_dim": 32, "softcap": 3.0},
+    # decode takes several cached heads per task where there are more heads than threads
+    "window-many-heads": {"heads": 8, "kv_heads": 8, "window": 100},
+    "many-heads-with-tails": {"heads": 8, "kv_heads": 8, "value_dim": 8},
+    "bf16-sinks-many-heads": {
+        **BF16,
+        "heads": 24,
+        "kv_heads": 8,
+        "value_dim": 48,
+        "page_size": 32,
+        "has_sinks": True,
+    },
     "wide": {"heads": 3, "kv_heads": 3, "key_dim": 192, "value_dim": 128, "page_size": 48, "scale": 0.1},
 }
 # (new tokens, context) per sequence
