@@ -45,7 +45,7 @@ def expert_linear(kernel: ExpertKernel | ExpertConfig, caps: Capabilities) -> An
     layout = cfg.layout or layout_of(cfg.weight_dtype)
     if layout != layout_of(cfg.weight_dtype) or cfg.in_dtype != cfg.weight_dtype:
         raise ValueError(f"this kernel reads {layout_of(cfg.weight_dtype)} of x's type; found {cfg}")
-    return _build(_Dense(cfg), cfg, caps, schedules_in(schedule, GpuExpertSchedule))
+    return _build(Dense(cfg), cfg, caps, schedules_in(schedule, GpuExpertSchedule))
 
 
 def quant_expert_linear(cfg: QuantExpertConfig, caps: Capabilities) -> Any:
@@ -196,7 +196,7 @@ class DenseOperands:
         self.residual = self._residual = None
 
 
-class _Dense(_Experts):
+class Dense(_Experts):
     """Weights in their own type."""
 
     def __init__(self, cfg: ExpertConfig) -> None:

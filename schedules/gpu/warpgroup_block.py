@@ -45,7 +45,8 @@ class WarpgroupTile:
         columns: of the weight's rows, per block; 64 rows of x for each warpgroup that multiplies.
         stages: of 128 bytes of each row.
         warpgroups: that multiply.
-        fetch_registers, multiply_registers: of a thread, by its part; multiples of 8.
+        fetch_registers, multiply_registers: of a thread, by its part; multiples of 8. With a single warpgroup that multiplies
+            every thread has as many as it can address.
     """
 
     columns: int
@@ -267,10 +268,12 @@ class Block:
         g.barrier()
         with T.If(self.thread < wg.WARPGROUP):
             with T.Then():
-                bulk.set_registers(tile.fetch_registers, more=False)
+                if tile.warpgroups > 1:
+                    bulk.set_registers(tile.fetch_registers, more=False)
                 self._fetch()
             with T.Else():
-                bulk.set_registers(tile.multiply_registers, more=True)
+                if tile.warpgroups > 1:
+                    bulk.set_registers(tile.multiply_registers, more=True)
                 self._multiply()
 
     def filled(self, stage: Any) -> Any:
