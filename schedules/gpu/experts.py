@@ -11,13 +11,15 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from llmc.caps import Capabilities
+from llmc.caps import Capabilities, Fp8Mma
+from llmc.quant.schemes import Code
 from llmc.schedules import emit as e
 from llmc.schedules.experts import ExpertConfig
 from llmc.schedules.gpu import emit as g
-from llmc.schedules.gpu import qgemm, qgemv, qint
+from llmc.schedules.gpu import qfloat, qgemm, qgemv, qint
 from llmc.schedules.gpu.qcodes import ThreadCodes, Weights
 from llmc.schedules.gpu.qoperands import Operands
+from llmc.schedules.gpu.rounded_inputs import round_inputs
 from llmc.schedules.gpu.rows import Rows
 from llmc.schedules.gpu.wide import WideWeight, layout_of
 from llmc.schedules.qexperts import QuantExpertConfig
@@ -65,7 +67,8 @@ def quant_expert_linear(cfg: QuantExpertConfig, caps: Capabilities) -> Any:
     bytes_ = math.prod(layout.packed_shape)
 
     def weights(packed: Any, expert: Any, block: Any) -> tuple[Weights, Any]:
-        codes = ThreadCodes(caps, layout, packed, cfg.experts * bytes_)
+        as_stored = layout.of.activations is Code.E4M3 and caps.fp8_mma is not Fp8Mma.NONE
+        codes = ThreadCodes(caps, layout, packed, cfg.experts * bytes_, as_stored)
         return codes, e.let(expert * bytes_ + block * layout.block_bytes)
 
     shape = [cfg.experts, *layout.packed_shape]
@@ -106,10 +109,8 @@ def _kernel(
                 ops.listed, ops.list_at = e.flat(w, ops.size // 4, "int32"), layout.list_at // 4
             of_experts = e.flat(bias, experts * n) if bias is not None else None
             order, begin = sort_rows(e.flat(ids, count), count, experts)
-            integers = bool(layout.of.activation_bits)
-            if integers:
-                qint.quantize_rows(ops)
-            on_units = caps.has_mma_bytes if integers else qgemm.takes(ops, caps)
+            round_inputs(ops, caps)
+            on_units = _block_of(ops, caps)
             size = 16 * _TILES if on_units else _SHARED_ROWS
             with g.launch((e.ceildiv(count, size) + experts) * blocks, _WARPS * g.WARP) as (number, thread):
                 block, tile = e.let(number % blocks), e.let(number // blocks)
@@ -122,13 +123,20 @@ def _kernel(
                         ops.base = e.let(expert * math.prod(layout.packed_shape))
                         ops.list_at = e.let(ops.base // 4 + layout.list_at // 4)
                     codes, base = weights(w, expert, block)
-                    if on_units and integers:
-                        qint.Block(ops, caps, codes, _TILES, _WARPS, thread).run(block, base, rows)
-                    elif on_units:
-                        qgemm.Block(ops, caps, codes, _TILES, _WARPS, thread).run(block, base, rows)
+                    if on_units:
+                        on_units(ops, caps, codes, _TILES, _WARPS, thread).run(block, base, rows)
                     else:
                         qgemv.run(ops, caps, codes, block, base, rows, size, _WARPS, thread)
     return built[0]
+
+
+def _block_of(ops: Operands, caps: Capabilities) -> type[qgemm.Tiles] | None:
+    """What multiplies tiles of rows on the matrix units; None if they cannot."""
+    if qgemm.takes(ops, caps):
+        return qgemm.Block
+    if ops.rounded_to == "int8" and caps.has_mma_bytes:
+        return qint.Block
+    return qfloat.Block if ops.rounded_to == "e4m3" else None
 
 
 def sort_rows(ids: Any, count: Any, experts: int) -> tuple[Any, Any]:

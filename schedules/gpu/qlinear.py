@@ -8,12 +8,14 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from llmc.caps import Capabilities
+from llmc.caps import Capabilities, Fp8Mma
+from llmc.quant.schemes import Code
 from llmc.schedules import emit as e
 from llmc.schedules.choice import ByRows
-from llmc.schedules.gpu import qgemm, qgemv, qint, warpgroup_qgemm
+from llmc.schedules.gpu import qfloat, qgemm, qgemv, qint, warpgroup_qgemm
 from llmc.schedules.gpu.configs import GpuQuantSchedule, Way, emit_by_rows, schedules_in
 from llmc.schedules.gpu.qoperands import Operands, QuantOperands
+from llmc.schedules.gpu.rounded_inputs import round_inputs
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.tune_qlinear import QuantKernel
 
@@ -33,8 +35,7 @@ def quant_linear(kernel: QuantKernel | QuantLinearConfig, caps: Capabilities) ->
         ops = QuantOperands(cfg, t)
         with e.root():
             ops.view()
-            if cfg.layout.of.activation_bits:
-                qint.quantize_rows(ops)
+            round_inputs(ops, caps)
             emit_by_rows(schedules, t, lambda schedule, most: _run(ops, caps, schedule, most))
     return built[0]
 
@@ -80,7 +81,10 @@ def units_of(cfg: QuantLinearConfig, caps: Capabilities) -> Callable[..., None] 
     """The matmul on the matrix units that takes this weight and these activations, or None."""
     if qgemm.takes(_described(cfg), caps):
         return qgemm.gemm
-    return qint.gemm if cfg.layout.of.activation_bits and caps.has_mma_bytes else None
+    kind = cfg.layout.of.activations
+    if kind is Code.E4M3 and caps.fp8_mma is not Fp8Mma.NONE:
+        return qfloat.gemm
+    return qint.gemm if kind is Code.INT and caps.has_mma_bytes else None
 
 
 def _described(cfg: QuantLinearConfig) -> Operands:

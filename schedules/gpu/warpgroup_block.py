@@ -299,10 +299,12 @@ class Block:
         tiles = self._tiles()
         with g.loop(tiles.count) as turn:
             row, column = tiles.at(turn)
+            # of the warp's 16 rows of x
+            self.first_row = e.let(e.i64(row + group * wg.ROWS + inside % wg.WARPGROUP // g.WARP * 16))
             sums = self.multiply_tile(e.let(turn * self.steps), column)
             gated = self.ops.cfg.gated
             FragmentStore(self.ops, self.caps, sums, self.lane, self._block_rows, self.finish_row).store(
-                e.i64(row + group * wg.ROWS + inside % wg.WARPGROUP // g.WARP * 16),
+                self.first_row,
                 e.let(e.i64(column) // 2 if gated else e.i64(column)),
                 self.tile.columns // (16 if gated else 8),
             )
