@@ -93,7 +93,9 @@ class Tiles:
 
     def group_scales(self, column: Any) -> list[list[Any]]:
         """Of the thread's two rows of each tile, the scale of x at a column; None if there is one for the whole row."""
-        return [[self.ops.group_scale(row, column) for row in pair] for pair in self.numbers]
+        if self.ops.groups == 1:
+            return [[None, None]] * self.tiles
+        return [[self.ops.group_scale(row, column) for row in pair] for pair in self._numbers]
 
     def run(self, block: Any, base: Any, rows: Rows) -> None:
         """Compute `rows` of the outputs of a block of the weight, which begins at `base`."""
@@ -103,8 +105,10 @@ class Tiles:
         if self.codes.has_table:
             g.barrier()
         total = [[zeros("float32") for _ in range(TILES)] for _ in range(self.tiles)]
-        self.numbers = [[rows.at(16 * i + 8 * h + self.row) for h in range(2)] for i in range(self.tiles)]
-        tokens = [[e.let(number * self._stride) for number in pair] for pair in self.numbers]
+        numbers = [[rows.at(16 * i + 8 * h + self.row) for h in range(2)] for i in range(self.tiles)]
+        tokens = [[e.let(number * self._stride) for number in pair] for pair in numbers]
+        if self.ops.groups > 1:
+            self._numbers = [[g.held(g.i32(number)) for number in pair] for pair in numbers]
         chunks = self.codes.padded_k // self.codes.chunk
         g.strided(self.warp, chunks, self.warps, lambda number: self.chunk(total, tokens, base, number))
         for i in range(self.tiles):

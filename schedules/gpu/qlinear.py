@@ -51,7 +51,7 @@ def _run(ops: QuantOperands, caps: Capabilities, schedule: GpuQuantSchedule, mos
         qgemv.gemv(ops, caps, schedule.rows, schedule.warps)
     elif on_units is not None:
         few = partial(on_units, ops, caps, 1, warps)
-        many = partial(on_units, ops, caps, _MOST_TILES, min(4, warps))
+        many = partial(on_units, ops, caps, _most_tiles(ops.cfg, caps), min(4, warps))
         _by_rows(ops, few, partial(warpgroup_qgemm.many_rows, ops, caps, many, most), 16, most)
     else:
         few = partial(qgemv.gemv, ops, caps, 1, warps)
@@ -70,6 +70,12 @@ def _by_rows(
             few()
         with T.Else():
             many()
+
+
+def _most_tiles(cfg: QuantLinearConfig, caps: Capabilities) -> int:
+    """Tiles of 16 rows of x per block; fewer where registers also hold the operands that fp8 products are made of."""
+    expanded = cfg.layout.of.activations is Code.E4M3 and caps.fp8_mma is Fp8Mma.EXPANDED
+    return _MOST_TILES // 2 if expanded else _MOST_TILES
 
 
 def takes_warpgroups(cfg: QuantLinearConfig, caps: Capabilities) -> bool:
