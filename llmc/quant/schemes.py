@@ -237,6 +237,14 @@ def by_name(name: str) -> Scheme:
     return scheme
 
 
+def rounding_activations(scheme: Scheme) -> Scheme:
+    """The scheme of the same weights with activations rounded to 8 bits; the scheme itself if none of SCHEMES is that."""
+    for other in SCHEMES.values():
+        if other.activation_bits == 8 and other == replace(scheme, name=other.name, activation_bits=8):
+            return other
+    return scheme
+
+
 @dataclass(frozen=True)
 class QuantRules:
     """Which weight gets which scheme.
