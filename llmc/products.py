@@ -69,15 +69,15 @@ class InputRounding:
 
     Attributes:
         bits: of what they are rounded to.
+        kept: int64 [M], the inputs that stay as they are and count for nothing else (outlier columns); None = none.
         code: INT, or E4M3 (then of 8 bits).
         group: neighbouring inputs that share a scale; 0 = all of a row.
-        kept: int64 [M], the inputs that stay as they are and count for nothing else (outlier columns); None = none.
     """
 
     bits: int = 8
+    kept: torch.Tensor | None = None
     code: Code = Code.INT
     group: int = 0
-    kept: torch.Tensor | None = None
 
     @staticmethod
     def of(scheme: Scheme, kept: torch.Tensor | None = None) -> InputRounding:
@@ -85,7 +85,7 @@ class InputRounding:
         code = scheme.activations
         assert code is not None
         group = scheme.group_size if code is Code.E4M3 else 0
-        return InputRounding(scheme.activation_bits, code, group, kept)
+        return InputRounding(scheme.activation_bits, kept, code, group)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] rounded with one scale per row (or group): its largest magnitude / the largest number, as the kernels do."""

@@ -1,4 +1,4 @@
-"""Numbers of float8_e4m3fn in plain arithmetic: 1 sign, 4 exponent and 3 mantissa bits, no infinities (OCP FP8, arXiv 2209.05433)."""
+"""Numbers of float8_e4m3fn in plain arithmetic: 4 exponent and 3 mantissa bits, no infinities (OCP FP8, arXiv 2209.05433)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from llmc.schedules import emit as e
 
 LARGEST = 448.0
 _LOWEST = 121 << 23  # exponent bits of 2**-6: below, neighbours are as far apart as there
-_MAGIC = (20 << 23) + (1 << 22)  # 1.5 * 2**20 times a power of two: its neighbours are those of e4m3 near that power
+_MAGIC = (20 << 23) + (
+    1 << 22
+)  # 1.5 * 2**20 times a power of two: its neighbours are those of e4m3 near that power
 
 
 def _sum(a: Any, b: Any, lanes: int) -> Any:

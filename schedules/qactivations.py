@@ -38,7 +38,7 @@ class Activations:
 
     def scale(self, row: Any, p: Any, pieces: int) -> Any:
         """Of piece p of a row, which has `pieces` of them."""
-        return self.scales[row * self.groups + p // (pieces // self.groups)]  # type: ignore[index]
+        return self.scales[row * self.groups + p // (pieces // self.groups)]
 
 
 def prepare(

@@ -244,7 +244,9 @@ def test_inputs_of_named_weights_are_rounded_to_int8(tmp_path: Path) -> None:
         changed = reference_logits(source, IDS, "float32", budget=budget).logits
         assert 1e-5 < np.abs(changed - plain).max() / np.abs(plain).max() < 0.05
     # the mlp's inputs have 64 columns: with all of them kept nothing is rounded
-    source.weights.rounded_inputs = {"model.layers.0.mlp.up_proj.weight": InputRounding(kept=torch.arange(64))}
+    source.weights.rounded_inputs = {
+        "model.layers.0.mlp.up_proj.weight": InputRounding(kept=torch.arange(64))
+    }
     np.testing.assert_array_equal(reference_logits(source, IDS, "float32").logits, plain)
     source.weights.rounded_inputs = {"model.layers.0.mlp.up_proj.weight": InputRounding()}
     jittered = reference_logits(source, IDS, "float32", jitter=0.01).logits

@@ -30,7 +30,9 @@ def _products(caps: Capabilities) -> str:
     if caps.fp8_mma is Fp8Mma.EXPANDED:
         return "multiplied as float16, which holds the products exactly; its fp8 matrix units are not used (sm_90a: they are)"
     if caps.has_mma_bf16:
-        return "no fp8 matrix units; rounded e4m3 numbers are multiplied as bfloat16, which holds them exactly"
+        return (
+            "no fp8 matrix units; rounded e4m3 numbers are multiplied as bfloat16, which holds them exactly"
+        )
     return "no fp8 matrix units; rounded e4m3 numbers are multiplied in float32, slowly"
 
 

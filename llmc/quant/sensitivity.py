@@ -197,9 +197,7 @@ class _Dequantized:
         self._weights = weights
         self._chosen = chosen
         self.rounded_inputs = {
-            name: InputRounding.of(scheme)
-            for name, (_, scheme) in chosen.items()
-            if scheme.activation_bits
+            name: InputRounding.of(scheme) for name, (_, scheme) in chosen.items() if scheme.activation_bits
         }
         self._quantizer = quantizer
         self._kept: dict[str, torch.Tensor] = {}

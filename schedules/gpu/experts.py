@@ -7,6 +7,7 @@ finds its tile by counting through the experts' rows: the host does not read dev
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -130,7 +131,7 @@ def _kernel(
     return built[0]
 
 
-def _block_of(ops: Operands, caps: Capabilities) -> type[qgemm.Tiles] | None:
+def _block_of(ops: Operands, caps: Capabilities) -> Callable[..., qgemm.Tiles] | None:
     """What multiplies tiles of rows on the matrix units; None if they cannot."""
     if qgemm.takes(ops, caps):
         return qgemm.Block

@@ -1,8 +1,9 @@
 """Matrix times e4m3 weight with e4m3 activations: a launch that rounds the rows of x, then products on fp8 matrix units.
 
-Units add products of e4m3 with fewer bits than float32 has: about 14 on Hopper (DeepSeek-V3, arXiv 2412.19437, section 3.3.2), 13 of
-mantissa on Ada and Hopper by another measurement (SageAttention2, arXiv 2411.10958). So sums of 128 columns are added up
-in float32 registers, as DeepSeek's kernels do. Where the assembler makes float16 products of the instruction they are exact.
+Units add products of e4m3 with fewer bits than float32 has: about 14 on Hopper (DeepSeek-V3, arXiv 2412.19437, section
+3.3.2), 13 of mantissa on Ada and Hopper by another measurement (SageAttention2, arXiv 2411.10958). So sums of 128 columns
+are added up in float32 registers, as DeepSeek's kernels do. Where the assembler makes float16 products of the instruction,
+they are exact.
 
 Machines without the instruction get e4m3 numbers as bfloat16, which holds them exactly, and the matmuls of qgemm and qgemv.
 """

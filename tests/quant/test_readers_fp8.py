@@ -11,14 +11,28 @@ import pytest
 import torch
 
 from llmc.passes.quantize_weights import QuantizeWeights
-from llmc.pipeline.notes import unrounded_note
 from llmc.passes.step_module import PackedParam
+from llmc.pipeline.notes import unrounded_note
 from llmc.quant.schemes import SCHEMES, QuantRules, by_name
 from llmc.quant.stored import stored_schemes
 from llmc.quant.weight import QuantizedWeight
-from tests.quant.prequantized import Expected, check, demo_tensors, linear_names, opened, refused, rounded, write
+from tests.quant.prequantized import (
+    Expected,
+    check,
+    demo_tensors,
+    linear_names,
+    opened,
+    refused,
+    rounded,
+    write,
+)
 
-BLOCK = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+BLOCK = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -34,10 +48,13 @@ def checkpoint(suffix: str, rows: int, columns: int) -> tuple[dict[str, torch.Te
         expected[name] = QuantizedWeight(scheme, weight.codes, np.repeat(blocks, r, axis=0)[:n])
         spread = np.repeat(np.repeat(blocks, r, axis=0)[:n], c, axis=1)[:, :k]
         np.testing.assert_array_equal(
-            expected[name].dequantize(), torch.from_numpy(weight.codes).view(torch.float8_e4m3fn).float().numpy() * spread
+            expected[name].dequantize(),
+            torch.from_numpy(weight.codes).view(torch.float8_e4m3fn).float().numpy() * spread,
         )
         tensors[name] = torch.from_numpy(weight.codes).view(torch.float8_e4m3fn)
-        tensors[name.removesuffix("weight") + suffix] = torch.from_numpy(blocks if rows or columns else blocks.reshape(()))
+        tensors[name.removesuffix("weight") + suffix] = torch.from_numpy(
+            blocks if rows or columns else blocks.reshape(())
+        )
     return tensors, expected
 
 
@@ -58,17 +75,29 @@ def test_fp8(suffix: str, rows: int, columns: int, config: dict[str, Any], tmp_p
 
 def test_blocks_of_compressed_tensors(tmp_path: Path) -> None:
     tensors, expected = checkpoint("weight_scale", 128, 128)
-    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "block", "block_structure": [128, 128]}
+    weights = {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "block",
+        "block_structure": [128, 128],
+    }
     inputs = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128, "dynamic": True}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
-    config = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": group},
+    }
     check(write(tmp_path, tensors, config), expected)
 
 
 def test_what_is_not_read_is_named(tmp_path: Path) -> None:
     tensors, _ = checkpoint("weight_scale_inv", 128, 128)
     refused(write(tmp_path / "a", tensors, {**BLOCK, "expert_dtype": "fp4"}), "expert_dtype", "'fp4'")
-    refused(write(tmp_path / "b", tensors, {**BLOCK, "weight_block_size": [128]}), "weight_block_size", "[128]")
+    refused(
+        write(tmp_path / "b", tensors, {**BLOCK, "weight_block_size": [128]}), "weight_block_size", "[128]"
+    )
     refused(write(tmp_path / "c", tensors, {**BLOCK, "weight_block_size": [64, 64]}), "weight_scale_inv")
     lost = {k: t for k, t in tensors.items() if not k.startswith("model.layers.0.mlp.up_proj.weight_scale")}
     refused(write(tmp_path / "d", lost, BLOCK), UP)
@@ -79,7 +108,12 @@ def test_activations_are_rounded_only_if_asked_for(tmp_path: Path) -> None:
     source = opened(write(tmp_path, checkpoint("weight_scale_inv", 128, 128)[0], BLOCK))
     stored = stored_schemes(source)
     assert stored[UP] == "fp8g128f" and source.scheme_of(UP) == SCHEMES["fp8a8g128"]
-    for quant, scheme in (("none", "fp8g128f"), ("q4g32", "fp8g128f"), ("fp8a8g128", "fp8a8g128"), ("fp8a8", "fp8a8g128")):
+    for quant, scheme in (
+        ("none", "fp8g128f"),
+        ("q4g32", "fp8g128f"),
+        ("fp8a8g128", "fp8a8g128"),
+        ("fp8a8", "fp8a8g128"),
+    ):
         kept = QuantizeWeights(QuantRules(quant), stored=stored)._kept(stored[UP])
         assert kept == scheme
         told = unrounded_note(source, [PackedParam(UP, UP, "uint8", (1,), scheme=kept)])

@@ -33,7 +33,9 @@ def test_nearest_numbers(caps, tools):
     table = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     ties = (table[1:] + table[:-1]) / 2
     short = np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
-    values = np.concatenate([short[np.abs(short) <= 448], table, *(np.nextafter(ties, f) for f in (0, 500)), ties, -ties])
+    values = np.concatenate(
+        [short[np.abs(short) <= 448], table, *(np.nextafter(ties, f) for f in (0, 500)), ties, -ties]
+    )
     values = np.resize(values, -(-len(values) // 64) * 64).astype(np.float32)
     built = []
     lanes, count = caps.lanes_f32, len(values)
@@ -47,7 +49,9 @@ def test_nearest_numbers(caps, tools):
     np.testing.assert_array_equal(out.numpy(), values.astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
 
 
-@pytest.mark.parametrize("cases", [CASES, pytest.param(MORE_CASES, marks=pytest.mark.slow)], ids=["usual", "more"])
+@pytest.mark.parametrize(
+    "cases", [CASES, pytest.param(MORE_CASES, marks=pytest.mark.slow)], ids=["usual", "more"]
+)
 def test_linear(caps, tools, cases):
     layouts = [quant_layout(SCHEMES[s], n, k, caps) for s, n, k, _, _ in cases]
     funcs = {
@@ -83,7 +87,9 @@ def test_gate_and_residual(best, tools):
     n, k = 50, 64
     weight = random_weight("fp8a8", 2 * n, k)
     layout = quant_layout(SCHEMES["fp8a8"], n, k, best, gated=True)
-    cfg = QuantLinearConfig(n, layout, "bfloat16", "float32", activation="relu", gated=True, has_residual=True)
+    cfg = QuantLinearConfig(
+        n, layout, "bfloat16", "float32", activation="relu", gated=True, has_residual=True
+    )
     kernel, rng = tools.build(best, k=quant_linear(cfg, best))["k"], np.random.default_rng(2)
     packed = tools.tensor(layout.pack(in_turns(weight, layout.n_block)))
     for rows in (1, 9):
@@ -125,5 +131,9 @@ def test_layout_is_that_of_the_weight_alone(best):
     weight = random_weight("fp8a8", 40, 70)
     layout = quant_layout(SCHEMES["fp8a8"], 40, 70, best)
     plain = quant_layout(SCHEMES["fp8"], 40, 70, best)
-    np.testing.assert_array_equal(layout.pack(weight), plain.pack(type(weight)(SCHEMES["fp8"], weight.codes, weight.scales)))
-    assert quant_tiles_from(QuantLinearConfig(40, layout, "bfloat16", "bfloat16"), best, QuantLinearConfig) == 0
+    np.testing.assert_array_equal(
+        layout.pack(weight), plain.pack(type(weight)(SCHEMES["fp8"], weight.codes, weight.scales))
+    )
+    assert (
+        quant_tiles_from(QuantLinearConfig(40, layout, "bfloat16", "bfloat16"), best, QuantLinearConfig) == 0
+    )

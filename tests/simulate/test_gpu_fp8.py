@@ -59,10 +59,16 @@ slow = pytest.mark.slow
 
 
 # fp8 units, the instruction without them, e4m3 numbers as bfloat16, plain arithmetic
-@pytest.mark.parametrize("preset", ["sm_89", "sm_80", pytest.param("sm_90", marks=slow), pytest.param("sm_75", marks=slow)])
+@pytest.mark.parametrize(
+    "preset", ["sm_89", "sm_80", pytest.param("sm_90", marks=slow), pytest.param("sm_75", marks=slow)]
+)
 @pytest.mark.parametrize(
     ("scheme", "k", "dtype"),
-    [("fp8a8", 320, "bfloat16"), ("fp8a8g128", 300, "bfloat16"), pytest.param("fp8a8", 67, "float32", marks=slow)],
+    [
+        ("fp8a8", 320, "bfloat16"),
+        ("fp8a8g128", 300, "bfloat16"),
+        pytest.param("fp8a8", 67, "float32", marks=slow),
+    ],
 )
 def test_linear(scheme: str, k: int, dtype: str, preset: str) -> None:
     caps = gpu(preset)
@@ -88,20 +94,31 @@ def test_plain_arithmetic_on_codes(scheme: str) -> None:
 
 @pytest.mark.parametrize(
     ("scheme", "preset"),
-    [("fp8a8g128", "sm_89"), *(pytest.param(s, p, marks=slow) for s, p in (("fp8a8", "sm_89"), ("fp8a8", "sm_80"), ("fp8a8", "sm_75")))],
+    [
+        ("fp8a8g128", "sm_89"),
+        *(
+            pytest.param(s, p, marks=slow)
+            for s, p in (("fp8a8", "sm_89"), ("fp8a8", "sm_80"), ("fp8a8", "sm_75"))
+        ),
+    ],
 )
 def test_experts(scheme: str, preset: str) -> None:
     experts, n, k, caps, rng = 5, 40, 200, gpu(preset), np.random.default_rng(4)
     layout = quant_layout(by_name(scheme), n, k, caps)
     cfg = QuantExpertConfig(experts, layout, "bfloat16", "float32", "int64", True)
-    weight, kernel = random_weight(scheme, experts, n, k), TOOLS.build(caps, k=quant_expert_linear(cfg, caps))["k"]
+    weight, kernel = (
+        random_weight(scheme, experts, n, k),
+        TOOLS.build(caps, k=quant_expert_linear(cfg, caps))["k"],
+    )
     b = TOOLS.random(rng, (experts, n), "bfloat16")
     for rows in (1, 50):
         x = TOOLS.random(rng, (rows, k), "bfloat16")
         ids = rng.integers(0, experts - 1, rows)  # the last one stays without rows
         y = TOOLS.tensor(np.full((rows, n), np.nan, np.float32))
         kernel(*map(TOOLS.tensor, (x, ids, layout.pack(weight), b)), y)
-        expected = np.einsum("rk,rnk->rn", e4m3_rows(x, by_name(scheme)), weight.dequantize().astype(np.float64)[ids])
+        expected = np.einsum(
+            "rk,rnk->rn", e4m3_rows(x, by_name(scheme)), weight.dequantize().astype(np.float64)[ids]
+        )
         check(y.numpy(), expected + b.astype(np.float64)[ids])
 
 
@@ -155,7 +172,11 @@ def relative_error(rows: int, caps: Capabilities, func: Any, cfg: QuantLinearCon
 
 def test_sums_leave_the_matrix_units_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """With units of 14 bits the error is that of four sums of 32 products, and does not grow with the columns."""
-    monkeypatch.setitem(intrinsics.FUNCTIONS, "llmc_mma_e4m3", lambda m, *a: intrinsics.mma(m, ml_dtypes.float8_e4m3fn, *a, add=few_bits))
+    monkeypatch.setitem(
+        intrinsics.FUNCTIONS,
+        "llmc_mma_e4m3",
+        lambda m, *a: intrinsics.mma(m, ml_dtypes.float8_e4m3fn, *a, add=few_bits),
+    )
     caps = gpu("sm_89")
     errors = {}
     for k in (128, 1024):
@@ -179,7 +200,9 @@ def test_sums_of_warpgroups_leave_the_matrix_units_in_time(monkeypatch: pytest.M
 
 
 def test_which_machines_have_which_products() -> None:
-    found = {p: gpu(p).fp8_mma for p in ("sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120", "sm_80,sm_120")}
+    found = {
+        p: gpu(p).fp8_mma for p in ("sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120", "sm_80,sm_120")
+    }
     assert found == {
         "sm_86": Fp8Mma.NONE,
         "sm_89": Fp8Mma.UNITS,

@@ -40,7 +40,7 @@ def read_compressed_tensors(config: Config, files: TensorFiles) -> QuantizedFile
     weight_zero_point int8 [N, G], packed along N if the weight is packed.
 
     Raises:
-        LlmcError: an unsupported field: sparsity, cache quantization, static activations of integers, blocks of integers, groups of
+        LlmcError: an unsupported field: sparsity, cache quantization, integers with static activations or in blocks, groups of
             unequal sizes.
     """
     config.must_be_empty("sparsity_config")

@@ -62,16 +62,16 @@ def _block(config: Config) -> tuple[int, int] | None:
     return found[0], found[1]
 
 
-def _entry(
-    config: Config, weight: StoredTensor, scale: StoredTensor, block: tuple[int, int] | None
-) -> Entry:
+def _entry(config: Config, weight: StoredTensor, scale: StoredTensor, block: tuple[int, int] | None) -> Entry:
     *lead, n, k = weight.shape
     single = math.prod(scale.shape) == 1 and not lead
     shape = (1, 1) if single else scale.shape[len(lead) :]
     columns = 0 if block is None or len(shape) != 2 or shape[1] == 1 else block[1]
     fits = len(shape) == 2 and scale.shape[: len(lead)] in ((), tuple(lead))
     if not fits or shape[1] != (-(-k // columns) if columns else 1) or not 1 <= shape[0] <= n:
-        raise config.refuse(scale.key, "×".join(map(str, scale.shape)), f"scales of {weight.key} {weight.shape}")
+        raise config.refuse(
+            scale.key, "×".join(map(str, scale.shape)), f"scales of {weight.key} {weight.shape}"
+        )
     rows = -(-n // shape[0])
     if block is not None and shape[0] == -(-n // block[0]):
         rows = block[0]
