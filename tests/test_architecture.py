@@ -76,7 +76,7 @@ ALLOWED: dict[str, set[str]] = {
         "frontend.tensor_files",
         "frontend.weights",
     },
-    "products": set(),
+    "products": {"quant.schemes"},
     "quant": {*BASE, "evaluate", "frontend", "products", "reference"},
     "schedules": {*BASE, "quant.schemes", "quant.weight"},
     "passes": {*BASE, "schedules", "frontend.graph", "quant.schemes"},

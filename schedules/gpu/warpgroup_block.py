@@ -356,6 +356,8 @@ class Block:
         tiles = self._tiles()
         with g.loop(tiles.count) as turn:
             place = tiles.at(turn)
+            # of the warp's 16 rows of x
+            self.first_row = e.i64(group * wg.ROWS + inside % wg.WARPGROUP // g.WARP * 16)
             sums = self.multiply_tile(e.let(turn * self.steps), place)
             gated, column = self.ops.cfg.gated, e.i64(place.column)
             store = FragmentStore(self.ops, self.caps, sums, self.lane, self._block_rows, self.finish_row)
@@ -363,7 +365,7 @@ class Block:
                 store.bias = tile_rows.Shifted(self.ops.bias, place.expert * self.ops.cfg.n)
             store.store(
                 place.rows,
-                e.i64(group * wg.ROWS + inside % wg.WARPGROUP // g.WARP * 16),
+                self.first_row,
                 e.let(column // 2 if gated else column),
                 self.tile.columns // (16 if gated else 8),
             )
