@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -80,8 +80,8 @@ class TunableExperts(Tunable):
 
     name = "experts"
     config_type = ExpertConfig
-    schedule_type = ExpertSchedule
-    shared = ("vectors",)
+    schedule_type: ClassVar[type] = ExpertSchedule
+    shared: ClassVar[tuple[str, ...]] = ("vectors",)
 
     def task(self, config: ExpertConfig) -> ExpertConfig:
         plain = ExpertSchedule()

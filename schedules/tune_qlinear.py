@@ -104,7 +104,7 @@ class TunableQuantLinear(Tunable):
     prefetches: ClassVar[tuple[int, ...]] = (0, 256, 512, 1024, 1536, 2304, 3072, 4096, 6144, 8192)
 
     def takes(self, config: Any) -> bool:
-        if not super().takes(config) or config.layout.of.activation_bits:
+        if not super().takes(config) or config.layout.of.activations is Code.INT:
             return False
         # what only checkpoints hold keeps its default: no random weights are made of it
         scheme = config.layout.of
@@ -188,9 +188,12 @@ class TunableQuantLinear(Tunable):
     def inputs(self, task: QuantLinearConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
         k = task.layout.k
         made = {"x": random_array(rng, (rows, k), task.in_dtype)}
-        if (
-            task.layout.quads
-        ):  # rows that are rounded to int8 without a loss: the reference need not round them
+        # rows that are rounded without a loss: the reference need not round them
+        if task.layout.of.activations is Code.E4M3:
+            x = random_e4m3(rng, (rows, k))
+            x[:, :: task.layout.of.group_size or k] = 448
+            made["x"] = (x / 2 ** (8 + math.ceil(math.log2(k) / 2))).astype(made["x"].dtype)
+        elif task.layout.quads:
             x = rng.integers(-127, 128, (rows, k)).astype(np.float32)
             x[:, 0] = 127
             made["x"] = (x / 2 ** (7 + math.ceil(math.log2(k) / 2))).astype(made["x"].dtype)
@@ -238,7 +241,7 @@ class TunableQuantLinear(Tunable):
         moved = task.layout.size + rows * task.layout.k * ITEM_BYTES[task.in_dtype]
         moved += rows * task.n * (ITEM_BYTES[task.out_dtype] + ITEM_BYTES[task.in_dtype] * task.has_residual)
         held = 2 * task.n if task.gated else task.n
-        multiplied = "int8" if task.layout.of.activation_bits else task.in_dtype
+        multiplied = "int8" if task.layout.of.activations is Code.INT else task.in_dtype
         return Work(float(moved), 2.0 * rows * held * task.layout.k, multiplied)
 
     def terms(
@@ -265,4 +268,10 @@ class TunableIntLinear(TunableQuantLinear):
     prefetches = (0, 512, 1024, 2304, 4096, 18432)
 
     def takes(self, config: Any) -> bool:
-        return type(config) is self.config_type and bool(config.layout.of.activation_bits)
+        return type(config) is self.config_type and config.layout.of.activations is Code.INT
+
+
+def random_e4m3(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """float32 numbers that e4m3 holds, of all magnitudes."""
+    codes = rng.integers(0, 256, shape, np.uint8)
+    return np.nan_to_num(TABLES[Code.E4M3][codes], nan=1.0)
