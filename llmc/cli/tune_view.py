@@ -17,7 +17,7 @@ from llmc.cli.progress import ConsoleReporter
 from llmc.schedules.records import Record, Status
 from llmc.targets.runner import Limits
 from llmc.tune.job import Job, Outcome, schedule_text, task_name
-from llmc.tune.tuner import TuneProgress, TuneResult
+from llmc.tune.result import TuneProgress, TuneResult
 
 _SHOWN = 16  # jobs in the live table
 
@@ -55,6 +55,12 @@ class TuneView(TuneProgress):
                 f"{len(jobs)} tasks; this machine reads {limits.read / 1e9:.1f} GB/s and computes "
                 + ", ".join(f"{v / 1e9:.0f} G {k} operations/s" for k, v in sorted(limits.peak.items()))
             )
+
+    def note(self, text: str) -> None:
+        if self._reporter is not None:  # whose progress bar has the terminal still
+            self._reporter.note(text)
+        else:
+            self._print(text)
 
     def phase(self, text: str) -> None:
         self._phase = text

@@ -16,7 +16,8 @@ from llmc.errors import LlmcError
 from llmc.schedules.records import RecordFile, Status, read_records
 from llmc.spec import CompileSpec, parse_budget
 from llmc.tune.job import Outcome
-from llmc.tune.tuner import Tuner, TuneResult
+from llmc.tune.result import TuneResult
+from llmc.tune.tuner import Tuner
 from tests.tune.synthetic import CAPS, ToyLab, ToySchedule, toy_jobs
 from tests.tune.test_records import record
 
@@ -123,13 +124,15 @@ def test_what_a_run_came_to(tmp_path: Path) -> None:
 def test_the_view_of_a_run(tmp_path: Path, live: bool) -> None:
     pytest.importorskip("xgboost", reason="the cost model needs xgboost")
     out = io.StringIO()
-    view = TuneView(Console(file=out, force_terminal=live, width=120), live=live, quiet=False)
+    console = Console(file=out, force_terminal=live, width=120, highlight=False)
+    view = TuneView(console, live=live, quiet=False)
+    view.note("3 of TVM 0.1 only seed the search")
     lab = ToyLab(lambda s: Outcome(Status.HUNG, note="no answer") if s.tile == 2 else None)
     jobs = toy_jobs(64, 4096)
     Tuner(jobs, lab, RecordFile(tmp_path / "r"), CAPS, "1", "here", progress=view, clock=lab.clock).run(60)
     text = out.getvalue()
     assert view.result is not None and view.result.trials > 20
-    assert "toy 4096" in text
+    assert "toy 4096" in text and text.startswith("3 of TVM 0.1 only seed the search\n")
     if live:
         assert "hung" in text and "roofline" in text and "left," in text
     else:
