@@ -18,7 +18,7 @@ from llmc.tune.job import Job, Outcome
 from llmc.tune.lab import Lab
 from llmc.tune.model import CostModel
 from llmc.tune.result import TuneProgress, TuneResult, choose_for, step_gain
-from llmc.tune.scheduler import next_job, settled
+from llmc.tune.scheduler import LEAST_SHARE, next_job, settled
 from llmc.tune.search import propose
 
 _BATCH = 8
@@ -28,7 +28,6 @@ _DEFAULTS = 0.5  # share of the budget that measuring default schedules may take
 _CONFIRMATIONS = 3
 _CALLS_PER_TRIAL = 15  # of the default's length, at least
 _WORTH_CONFIRMING = 0.98  # ratios above are no gain to speak of
-_LEAST_SHARE = 0.002  # of the step time
 _SEEDS = 3  # from similar tasks
 
 
@@ -160,9 +159,11 @@ class Tuner:
         # what is left waits for the next run: without a search the defaults are of no use
         end = self.clock() + _DEFAULTS * (self._end - self.clock())
         while waiting and self.clock() < end:
-            job = waiting.pop(waiting.index(max(waiting, key=lambda j: j.share)))
-            if job.share < _LEAST_SHARE:
+            waiting.sort(key=lambda j: -j.share)
+            if waiting[0].share < LEAST_SHARE:
                 break
+            self.lab.expect([job for job in waiting if job.share >= LEAST_SHARE])
+            job = waiting.pop(0)
             outcome = self.lab.default(job)
             if outcome.status is not Status.OK:
                 job.failure = f"the default schedule {outcome.status.value}: {outcome.note}"
@@ -292,7 +293,7 @@ class Tuner:
             job = next(j for j in group if j.bucket == record.bucket)
             schedule = job.tunable.schedule_type(**record.schedule)
             worth = record.ratio < _WORTH_CONFIRMING and schedule != job.space.default
-            if worth and job.share > _LEAST_SHARE:
+            if worth and job.share > LEAST_SHARE:
                 found.append((job, schedule))
         return found
 
