@@ -50,6 +50,25 @@ class ExpertConfig:
         return ExpertConfig(**{**values, "layout": BlockedLayout(**layout) if layout else None})
 
 
+@dataclass(frozen=True)
+class SortConfig:
+    """A sort of rows by `ids` [N], int32 or int64 in [0, experts), where expert kernels share it.
+
+    Its result, the *plan*, is one int32 tensor: where the rows of each expert begin [experts + 1], then the rows in order [N].
+    """
+
+    experts: int
+    ids_dtype: str = "int64"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan_size(count: Any, experts: int) -> Any:
+    """Elements of the plan of `count` rows."""
+    return count + (experts + 1)
+
+
 def expert_linear(cfg: ExpertConfig, caps: Capabilities) -> Any:
     """The PrimFunc (x[N,k], ids[N], w packed, [bias[E,n]], y[N,n]) with symbolic N; ids must lie in [0, experts).
 

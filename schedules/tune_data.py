@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from llmc import kv_plan
 from llmc.quant.schemes import Code, Scheme
 from llmc.quant.weight import FIELDS, TABLES, QuantizedWeight
 from llmc.schedules.qlayout import QuantLayout
@@ -20,7 +21,7 @@ NUMPY_TYPES: dict[str, Any] = {
     "float16": np.float16,
     "bfloat16": ml_dtypes.bfloat16,
 }
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+ITEM_BYTES = dict(kv_plan.ITEM_BYTES)  # of weights, activations and cache pages
 _PERIOD = 1_000_003  # random numbers repeat after a prime, so that no two rows of a weight are alike
 _SHARED = ("order", "outlier_columns")  # arrays of a quantized weight without a row per output
 

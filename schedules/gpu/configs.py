@@ -73,6 +73,28 @@ class GpuQuantSchedule:
 
 
 @dataclass(frozen=True)
+class GpuExpertSchedule:
+    """How an expert kernel runs for some numbers of rows.
+
+    Attributes:
+        way: a Way.
+        rows: of THREADS: rows of an expert per block.
+        tiles: of UNITS: tiles of 16 rows of an expert per block.
+        warps: of both, which share the columns out.
+        tile_columns, stages: of WARPGROUPS: warpgroup_gemm.WarpgroupTile.
+        vectors: as in ExpertSchedule; on these machines the layout is the same for all schedules.
+    """
+
+    way: int = Way.UNTUNED
+    rows: int = 0
+    tiles: int = 0
+    warps: int = 0
+    tile_columns: int = 0
+    stages: int = 0
+    vectors: ClassVar[int] = 0
+
+
+@dataclass(frozen=True)
 class GpuPrefillSchedule:
     """How prefill attention is cut on the matrix units: flash.FlashShape; warps = 0: by the heads' size."""
 

@@ -8,6 +8,7 @@ group are integers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ from llmc.schedules.gpu.warpgroup_block import (
     Tiles,
     WarpgroupTile,
 )
+from llmc.schedules.gpu.warpgroup_block import Place as PlaceOfTile
 from llmc.schedules.qcodes import Place
 from llmc.schedules.qlayout import UNIT, WARP_ROWS, QuantLayout
 
@@ -65,11 +67,16 @@ def takes(ops: Operands, caps: Capabilities) -> bool:
     )
 
 
-def gemm(ops: Operands, caps: Capabilities) -> None:
-    """One launch over all of y; of weights with int8 activations after qint.quantize_rows."""
+def gemm(ops: Operands, caps: Capabilities, experts: tuple[Any, int] | None = None) -> None:
+    """One launch over all of y; of weights with int8 activations after qint.quantize_rows.
+
+    Args:
+        experts: as of warpgroup_block.launch.
+    """
     outputs = ops.cfg.layout.blocks * WARP_ROWS
     made = _Bytes if ops.cfg.layout.of.activation_bits else _Pairs
-    warpgroup_block.launch(ops.t, outputs, caps, TILE, lambda thread, tiles: made(ops, caps, thread, tiles))
+    make = lambda thread, tiles: made(ops, caps, thread, tiles)  # noqa: E731
+    warpgroup_block.launch(ops.t, outputs, caps, TILE, make, experts)
 
 
 def many_rows(ops: Operands, caps: Capabilities, otherwise: Callable[[], None], most: int = 0) -> None:
@@ -137,14 +144,21 @@ class _QuantBlock(Block):
 
     # -- fetching ----------------------------------------------------------------------------------------------------
 
-    def begin_tile(self, first: Any) -> None:
+    def _first_byte(self, place: PlaceOfTile, block: Any) -> Any:
+        """Of a block of the weight of a tile."""
+        first = e.i64(block) * self.layout.block_bytes
+        if place.expert is not None:
+            first = first + place.expert * math.prod(self.layout.packed_shape)
+        return first
+
+    def begin_tile(self, place: PlaceOfTile) -> None:
         """The codes of the first stage."""
         layout = self.layout
         warp = self.thread // g.WARP
         self._row = e.let(self.thread % g.WARP)
         # rows past the last block are those of the last one, and dropped at the end
-        block = e.let(T.min(first // WARP_ROWS + warp, layout.blocks - 1))
-        self._base = e.let(e.i64(block) * layout.block_bytes)
+        block = e.let(T.min(place.column // WARP_ROWS + warp, layout.blocks - 1))
+        self._base = e.let(self._first_byte(place, block))
         count = self.units * (UNIT // _COLUMNS) * self._words
         self._held = g.local(count, "uint32")
         self._zeros = None if layout.of.symmetric else g.local(self.units)
@@ -164,7 +178,7 @@ class _QuantBlock(Block):
                 for j, word in enumerate(flat):
                     e.store(self._held, (u * (UNIT // _COLUMNS) + i) * self._words + j, word, 1)
 
-    def fetch_weight(self, stage: Any, step: Any, first: Any) -> None:
+    def fetch_weight(self, stage: Any, step: Any, place: PlaceOfTile) -> None:
         per_unit = UNIT // _COLUMNS
         for chunk in range(CHUNKS):
             out: list[Any] = []
@@ -201,9 +215,8 @@ class _QuantBlock(Block):
         self._part = g.local(count, wg.KINDS[self.x.dtype].sums)
         self._total = g.local(count)
 
-    def multiply_tile(self, number: Any, first: Any) -> Any:
+    def multiply_tile(self, number: Any, place: PlaceOfTile) -> Any:
         groups, layout = self.groups, self.layout
-        block = g.held(first // WARP_ROWS)
         for i in range(wg.registers_of(TILE.columns)):
             e.store(self._total, i, e.f32(0.0), 1)
         per_step = wg.KINDS[self.x.dtype].columns
@@ -211,18 +224,18 @@ class _QuantBlock(Block):
             tail = groups.columns % self.depth // per_step
             with e.loop_or_once(self.steps // groups.stages) as group:
                 self.sum_stages(self._part, e.let(number + g.i32(group) * groups.stages), groups.stages, tail)
-                self._add(block, group)
+                self._add(place, group)
             return self._total
         several = self.depth // groups.columns
         left = layout.padded_k % self.depth // groups.columns
         with g.loop(self.steps - (left > 0)) as step:
-            self._stage(block, e.let(number + step), e.let(step * several), several)
+            self._stage(place, e.let(number + step), e.let(step * several), several)
         if left:
             last = self.steps - 1
-            self._stage(block, e.let(number + last), g.i32(last * several), left)
+            self._stage(place, e.let(number + last), g.i32(last * several), left)
         return self._total
 
-    def _stage(self, block: Any, number: Any, group: Any, count: int) -> None:
+    def _stage(self, place: PlaceOfTile, number: Any, group: Any, count: int) -> None:
         """A stage of `count` groups, from `group` on."""
         stage = self.wait_filled(number)
         each = self.groups.columns // wg.KINDS[self.x.dtype].columns
@@ -231,15 +244,16 @@ class _QuantBlock(Block):
             wg.wait_for(self._part, TILE.columns, self.x.dtype)
             if i == count - 1:
                 self.release(number)
-            self._add(block, e.let(group + i))
+            self._add(place, e.let(group + i))
 
-    def _add(self, block: Any, group: Any) -> None:
+    def _add(self, tile: PlaceOfTile, group: Any) -> None:
         """The sums of a group, scaled, onto the totals."""
         layout, codes = self.layout, self.codes
+        block = e.let(tile.column // WARP_ROWS)
         chunk = e.let(e.i64(group) * (self.groups.columns // codes.chunk))
         for b in range(TILE.columns // WARP_ROWS):
             there = e.let(T.min(block + b, layout.blocks - 1))
-            place = codes.chunk_at(e.let(e.i64(there) * layout.block_bytes), chunk)
+            place = codes.chunk_at(e.let(self._first_byte(tile, there)), chunk)
             for piece in range(WARP_ROWS // 8):
                 for c in range(2):
                     row = e.let(8 * piece + 2 * (self.lane % 4) + c)
