@@ -16,18 +16,15 @@ from llmc.schedules.choice import ByRows
 from llmc.schedules.kv_arrays import coded_part, decoded
 from llmc.schedules.tunable import (
     BUCKETS,
-    ITEM_BYTES,
     Arguments,
-    Array,
     Bucket,
     Knob,
     Space,
     Tunable,
     Work,
     balance,
-    empty_result,
-    random_array,
 )
+from llmc.schedules.tune_data import ITEM_BYTES, Array, empty_result, random_array
 
 _CONTEXT = 1024  # keys per sequence that decode is tuned on
 _REGISTER_TILES = (2, 3, 4, 6, 8)

@@ -17,7 +17,8 @@ from llmc.schedules.gpu.experts import Dense, expert_linear, tile_of
 from llmc.schedules.gpu.spaces import OneOf, fits_registers
 from llmc.schedules.gpu.tune_linear import block_terms
 from llmc.schedules.qlayout import UNIT, WARP_ROWS
-from llmc.schedules.tunable import Arguments, Array, Bucket, Knob, Space, Tunable
+from llmc.schedules.tunable import Arguments, Bucket, Knob, Space, Tunable
+from llmc.schedules.tune_data import Array
 from llmc.schedules.tune_experts import ExpertKernel, TunableExperts
 
 _SUMS_PER_TILE = 16 * WARP_ROWS // WARP  # float32 of a thread per tile of 16 rows
@@ -69,9 +70,9 @@ class TunableGpuExperts(TunableExperts):
         packed: Array | None = None,
     ) -> Arguments:
         made = super().arguments(task, schedule, case, caps, packed)
-        begin = np.cumsum(np.bincount(case["ids"], minlength=task.experts))
-        plan = np.concatenate([[0], begin, np.argsort(case["ids"], kind="stable")]).astype(np.int32)
-        return replace(made, values=(made.values[0], plan, *made.values[2:]))
+        plans = [_plan(ids, task.experts) for ids in (case["ids"], *made.others.get(1, ()))]
+        others = {1: tuple(plans[1:])} if made.others else {}
+        return replace(made, values=(made.values[0], plans[0], *made.values[2:]), others=others)
 
     def terms(self, task: ExpertConfig, schedule: Any, rows: int, caps: Capabilities) -> dict[str, float]:
         active = task.experts * (1 - (1 - 1 / task.experts) ** rows)
@@ -95,6 +96,12 @@ class TunableGpuExperts(TunableExperts):
             "wasted_rows": passes * per_tile / rows,
             "columns_per_warp": task.k / (threads / WARP),
         }
+
+
+def _plan(ids: Array, experts: int) -> Array:
+    """What sort_experts makes of ids: where each expert's rows begin, and the rows in that order."""
+    begin = np.cumsum(np.bincount(ids, minlength=experts))
+    return np.concatenate([[0], begin, np.argsort(ids, kind="stable")]).astype(np.int32)
 
 
 def wide_rows() -> int:

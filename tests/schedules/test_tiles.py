@@ -23,6 +23,7 @@ from llmc.schedules.qlayout import in_turns, quant_layout
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.tile_linear import linear_by_rows, tile_linear
 from llmc.schedules.tiles import TileDot, Tiles
+from llmc.schedules.tune_data import quantized_of
 from llmc.schedules.tune_experts import ExpertKernel, ExpertSchedule, expert_linear_by_rows
 from llmc.schedules.tune_linear import TunableLinear, finish
 from llmc.schedules.tune_qlinear import TunableQuantLinear, quant_linear_by_rows
@@ -274,7 +275,7 @@ def test_weights_that_become_bf16(scheme, emulated, tools):
         values = [tools.tensor(v) for v in arguments.values]
         kernel(*values)
         # weights with their scales, rounded to bf16
-        weight = tunable._weight(task, case).dequantize().astype(tools.dtypes[BF16]).astype(np.float64)
+        weight = quantized_of(task.layout, case).dequantize().astype(tools.dtypes[BF16]).astype(np.float64)
         expected = case["x"].astype(np.float64) @ weight.T + case["bias"].astype(np.float64)
         error = np.abs(values[arguments.out].numpy() - expected).max() / np.abs(expected).max()
         # float32 arithmetic may round a product to the other neighbour, so single weights may differ by a step
