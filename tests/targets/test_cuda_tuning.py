@@ -62,6 +62,11 @@ TASKS: dict[str, tuple[Tunable, Any, tuple[int, ...]]] = {
         QuantLinearConfig(48, quant_layout(by_name("w4a8"), 48, 64, CAPS), "bfloat16", "bfloat16"),
         (1, 20),
     ),
+    "e4m3": (
+        TunableGpuQuantLinear(),
+        QuantLinearConfig(48, quant_layout(by_name("fp8a8"), 48, 64, CAPS), "bfloat16", "bfloat16"),
+        (1, 20, 70),
+    ),
     "prefill": (TunableGpuPrefill(), ATTENTION, (40,)),
     "decode": (TunableGpuDecode(), ATTENTION, (3,)),
 }
