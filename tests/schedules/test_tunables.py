@@ -75,6 +75,11 @@ TASKS = {
         ),
         50,
     ),
+    "quant-e4m3": (
+        TunableQuantLinear(),
+        QuantLinearConfig(40, quant_layout(by_name("fp8a8"), 40, 200, CAPS), "bfloat16", "bfloat16", has_bias=True),
+        3,
+    ),
     "experts": (TunableExperts(), ExpertConfig(3, 70, 40, "bfloat16", "bfloat16", "float32", has_bias=True), 9),
     "quant-experts": (
         TunableQuantExperts(),

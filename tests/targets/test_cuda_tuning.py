@@ -82,6 +82,11 @@ TASKS: dict[str, tuple[Tunable, Any, tuple[int, ...]]] = {
         NormConfig((-1, 2, 65), "float32", "float32", NormAttrs(1e-5, center=True)),
         (3,),
     ),
+    "e4m3": (
+        TunableGpuQuantLinear(),
+        QuantLinearConfig(48, quant_layout(by_name("fp8a8"), 48, 64, CAPS), "bfloat16", "bfloat16"),
+        (1, 20, 70),
+    ),
     "prefill": (TunableGpuPrefill(), ATTENTION, (40,)),
     "decode": (TunableGpuDecode(), ATTENTION, (3,)),
 }
