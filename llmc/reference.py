@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
+from llmc.cache_rounding import round_cache
 from llmc.errors import LlmcError
 from llmc.frontend.graph import SourceModel, WeightSource
 from llmc.frontend.meta import TORCH_DTYPES, from_config, skeleton
@@ -54,14 +55,14 @@ def reference_logits(
     """Run the unmodified source model on one sequence with eager attention and eager experts.
 
     Weights are read when a module needs them and dropped afterwards; `source.module` itself is not touched. What is
-    multiplied with the weights that ``source.weights.int8_inputs`` names, if it has that, is rounded as it says.
+    multiplied with the weights that ``source.weights.rounded_inputs`` names, if it has that, is rounded as it says.
 
     Args:
         source: an opened model with weights.
         token_ids: n tokens.
         dtype: float32, float16 or bfloat16: of weights and activations.
-        kv_dtype: round keys and values to this dtype, as a cache would; None = do not. Has no effect on models that do
-            not route attention through transformers' AttentionInterface.
+        kv_dtype: round keys and values to this dtype (of KV_DTYPES), as a cache would; None = do not. Has no effect on
+            models that do not route attention through transformers' AttentionInterface.
         taps: modules whose outputs to keep.
         budget: bytes of weights to hold at once; a single module with more is held alone.
         jitter: change inputs that are rounded to int8 by up to this share of themselves before.
@@ -109,14 +110,12 @@ def _runnable(source: SourceModel, dtype: str, kv_dtype: str | None) -> torch.nn
 def _eager_with_cache(kv_dtype: str) -> str:
     """Name of an attention implementation that rounds keys and values, then does what the model does eagerly."""
     name = f"llmc_eager_{kv_dtype}"
-    rounded = TORCH_DTYPES[kv_dtype]
 
     def attention(
         module: torch.nn.Module, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
     ) -> Any:
         eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
-        key, value = key.to(rounded).to(key.dtype), value.to(rounded).to(value.dtype)
-        return eager(module, query, key, value, *args, **kwargs)
+        return eager(module, query, round_cache(key, kv_dtype), round_cache(value, kv_dtype), *args, **kwargs)
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, eager_mask)
@@ -148,7 +147,7 @@ def _run(
             unit = _Unit(loader, tensors, buffers)
             stack.callback(module.register_forward_pre_hook(unit.fill).remove)
             stack.callback(module.register_forward_hook(unit.drop, always_call=True).remove)
-        if loader.int8_inputs:
+        if loader.rounded_inputs:
             stack.enter_context(RoundedInputs(loader.input_rounding, jitter))
         for path in taps:
             stack.callback(model.get_submodule(path).register_forward_hook(_tap(tapped, path)).remove)
@@ -232,7 +231,7 @@ class _Loader:
 
     def __init__(self, weights: WeightSource, module: torch.nn.Module) -> None:
         self._weights = weights
-        self.int8_inputs: Mapping[str, InputRounding] = getattr(weights, "int8_inputs", {})
+        self.rounded_inputs: Mapping[str, InputRounding] = getattr(weights, "rounded_inputs", {})
         self._held: dict[int, InputRounding] = {}  # by storage, of those of them that are in use
         first: dict[int, str] = {}
         self._canonical = {
@@ -253,7 +252,7 @@ class _Loader:
 
     def hold(self, name: str, tensor: torch.Tensor, held: bool) -> None:
         """Note that a weight is in use from now on, or no more."""
-        rounding = self.int8_inputs.get(self.canonical(name))
+        rounding = self.rounded_inputs.get(self.canonical(name))
         if rounding is None:
             return
         storage = tensor.untyped_storage().data_ptr()

@@ -123,7 +123,7 @@ class _Segment:
 
 @dataclass(frozen=True)
 class _HeadPart:
-    """A part of each head that is a product of c: of every `width` rows of `weight` [h * width, rank], `count` from `begin` on."""
+    """A part of each head that is a product of c: of each `width` rows of `weight` [h * width, rank], `count` from `begin`."""
 
     c: Any
     weight: Any

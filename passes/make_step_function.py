@@ -130,7 +130,7 @@ class MakeStepFunction:
             shapes = group.pool_shapes(1, self.plan.page_size)
             out.append(
                 [
-                    relax.Var(f"{name}_pool_{g}", ir.tensor_type([pages, *shape[1:]], group.dtype))
+                    relax.Var(f"{name}_pool_{g}", ir.tensor_type([pages, *shape[1:]], group.storage_dtype))
                     for name, shape in zip("kv", shapes, strict=False)
                 ]
             )

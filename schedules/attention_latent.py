@@ -69,7 +69,7 @@ class LatentTile(Tile):
         self.total = e.workspace(self.rows_padded * self.lanes)
         self.factor = e.workspace(self.columns)  # by which the sums of a row shrink
 
-    def _clear(self, r: Any) -> None:
+    def _clear(self, row: Any) -> None:
         pass  # all rows at once, in start
 
     def start(self, first_token: Any, kv_head: Any, rows: Any) -> None:
@@ -106,11 +106,10 @@ class LatentTile(Tile):
                 self._lay_out_keys(page, keys)
             else:
                 with e.loop(e.ceildiv(keys, ps)) as p:
-                    base = e.let(self._page_base(page + p, cfg.key_dim * ps) + first * (self.pack * ps))
+                    base = e.let(self._page_base(page + p, cfg.k_part) + first * (self.pack * ps))
                     with e.loop(self.chunk) as j:
-                        for v in range(ps // lanes):
-                            to = j * self.block + p * ps + v * lanes
-                            e.store(self.keys, to, self._key(base, j, v), lanes)
+                        for v, vector in enumerate(self._keys(base, j, 0, ps // lanes)):
+                            e.store(self.keys, j * self.block + p * ps + v * lanes, vector, lanes)
             with e.loop(e.ceildiv(self.used, self.row_tile)) as group:
                 row = e.let(group * self.row_tile)
 
@@ -119,7 +118,7 @@ class LatentTile(Tile):
                         count,
                         self.chunk,
                         lambda r, j, n=1: e.some(self.query, (row + r) * self.k_steps + first + j, n),
-                        lambda j, v: self._laid_out_key(j, start + v),
+                        lambda j, v, n: self._laid_out_keys(j, start + v, n),
                         self.scores,
                         lambda r, v: (row + r) * self.block + (start + v) * lanes,
                         clear=False,
@@ -127,8 +126,8 @@ class LatentTile(Tile):
 
                 in_groups(self.block // lanes, self.vectors, part)
 
-    def _shrink(self, r: Any, factor: Any) -> None:
-        e.store(self.factor, r, e.lane(factor, 0), 1)
+    def _shrink(self, row: Any, factor: Any) -> None:
+        e.store(self.factor, row, e.lane(factor, 0), 1)
 
     def _weigh(self, page: Any, keys: Any, last_page: Any) -> None:
         """Add up the block's values; meanwhile the next block is asked for."""
@@ -163,15 +162,13 @@ class LatentTile(Tile):
                     e.store(acc[d][v], 0, total, lanes)
 
         with e.loop(e.ceildiv(keys, ps)) as p:
-            base = self._page_base(page + p, cfg.key_dim * ps)
+            base = self._page_base(page + p, cfg.k_part)
             tokens = e.let(T.min(e.i64(ps), keys - p * ps))
             own = e.let((base + dim * ps) // self.pack)
             row = e.let(p * (ps // self.pack) * self.columns + first * lanes)
             following = T.min(page + p + self.pages, last_page)
             share = dims * self.pack * cfg.key_dim // cfg.value_dim  # elements of a page per step
-            ahead = e.let(
-                self._page_base(following, cfg.key_dim * ps) + dim * ps * cfg.key_dim // cfg.value_dim
-            )
+            ahead = e.let(self._page_base(following, cfg.k_part) + dim * ps * cfg.key_dim // cfg.value_dim)
             with e.loop(tokens // self.pack) as j:
                 for i in range(-(-share // _LINE)):
                     e.prefetch(self.args.k, ahead + j * share + i * _LINE, level=2)
@@ -194,7 +191,7 @@ class LatentTile(Tile):
             return self.args.k_pairs[at]
         return e.widen(self.args.k[at], self.cfg.kv_dtype, 1)
 
-    def row_sums(self, r: Any) -> tuple[Any, Any]:
+    def row_sums(self, row: Any) -> tuple[Any, Any]:
         with e.loop(self.cfg.value_dim) as d:
-            e.store(self.line, d, self.out[d * self.columns + r], 1)
+            e.store(self.line, d, self.out[d * self.columns + row], 1)
         return self.line, e.i64(0)

@@ -11,13 +11,12 @@ from llmc.schedules import (
     attention,
     gather,
     head_linear,
-    iexperts,
     norm,
-    qexperts,
     qgather,
     rope,
     tile_linear,
     tune_experts,
+    tune_qexperts,
     tune_qlinear,
 )
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule
@@ -30,7 +29,7 @@ from llmc.schedules.gpu import linear as gpu_linear
 from llmc.schedules.gpu import norm as gpu_norm
 from llmc.schedules.gpu import qlinear as gpu_qlinear
 from llmc.schedules.gpu import rope as gpu_rope
-from llmc.schedules.gpu import topk
+from llmc.schedules.gpu import sort_experts, topk
 
 # (configuration, capabilities) -> PrimFunc
 Builder = Callable[[Any, Capabilities], Any]
@@ -46,6 +45,7 @@ class Builders:
     quant_expert_linear: Builder
     int_expert_linear: Builder
     head_linear: Builder
+    sort_experts: Builder | None  # None: expert kernels take ids, and sort rows by themselves
     norm: Builder
     embedding: Builder
     quant_embedding: Builder
@@ -57,18 +57,14 @@ class Builders:
     attention_decode: Callable[[Any, Capabilities, Any], Any]
 
 
-def _default(build: Builder) -> Builder:
-    """A builder of what tuning would choose schedules for, where there are none to choose from."""
-    return lambda kernel, caps: build(kernel.config, caps)
-
-
 _LOOPS = Builders(
     linear=tile_linear.linear_by_rows,
     quant_linear=tune_qlinear.quant_linear_by_rows,
     expert_linear=tune_experts.expert_linear_by_rows,
-    quant_expert_linear=qexperts.quant_expert_linear,
-    int_expert_linear=iexperts.int_expert_linear,
+    quant_expert_linear=tune_qexperts.quant_expert_linear_by_rows,
+    int_expert_linear=tune_qexperts.quant_expert_linear_by_rows,
     head_linear=head_linear.head_linear,
+    sort_experts=None,
     norm=norm.norm,
     embedding=gather.embedding,
     quant_embedding=qgather.quant_embedding,
@@ -82,10 +78,11 @@ _LOOPS = Builders(
 _THREADS = Builders(
     linear=gpu_linear.linear,
     quant_linear=gpu_qlinear.quant_linear,
-    expert_linear=_default(gpu_experts.expert_linear),
+    expert_linear=gpu_experts.expert_linear,
     quant_expert_linear=gpu_experts.quant_expert_linear,
     int_expert_linear=gpu_experts.quant_expert_linear,
     head_linear=gpu_head_linear.head_linear,
+    sort_experts=sort_experts.sort_experts,
     norm=gpu_norm.norm,
     embedding=gpu_gather.embedding,
     quant_embedding=gpu_gather.quant_embedding,
