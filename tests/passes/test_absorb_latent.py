@@ -10,7 +10,6 @@ from tvm import relax
 
 from llmc import ir
 from llmc.errors import LlmcError
-from llmc.kv_plan import KVGroup, KVKind
 from llmc.ops import (
     ATTENTION,
     HEAD_LINEAR,
@@ -270,10 +269,6 @@ def test_other_attention_is_left_alone():
     assert FuseLatentHeads()(lowered) is lowered
 
 
-def test_a_plan_of_before_has_no_latents():
-    from llmc.artifact import from_plain, to_plain
-
-    group = KVGroup("g0", KVKind.FULL, (0,), 2, 16, 16, 0, 0, "float32")
-    plain = to_plain(group)
-    del plain["latent"]
-    assert from_plain(KVGroup, plain) == group
+def test_coded_pages_are_refused():
+    with pytest.raises(LlmcError, match="cache of latents must be f32, f16 or bf16"):
+        PlanKVCache(page_size=16, kv_dtype="int8", max_seq_len=64)(AbsorbLatent()(Latent().before()))
