@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
+from llmc.cache_rounding import round_cache
 from llmc.errors import LlmcError
 from llmc.frontend.graph import SourceModel, WeightSource
 from llmc.frontend.meta import TORCH_DTYPES, from_config, skeleton
@@ -60,8 +61,8 @@ def reference_logits(
         source: an opened model with weights.
         token_ids: n tokens.
         dtype: float32, float16 or bfloat16: of weights and activations.
-        kv_dtype: round keys and values to this dtype, as a cache would; None = do not. Has no effect on models that do
-            not route attention through transformers' AttentionInterface.
+        kv_dtype: round keys and values to this dtype (of KV_DTYPES), as a cache would; None = do not. Has no effect on
+            models that do not route attention through transformers' AttentionInterface.
         taps: modules whose outputs to keep.
         budget: bytes of weights to hold at once; a single module with more is held alone.
         jitter: change inputs that are rounded to int8 by up to this share of themselves before.
@@ -109,14 +110,12 @@ def _runnable(source: SourceModel, dtype: str, kv_dtype: str | None) -> torch.nn
 def _eager_with_cache(kv_dtype: str) -> str:
     """Name of an attention implementation that rounds keys and values, then does what the model does eagerly."""
     name = f"llmc_eager_{kv_dtype}"
-    rounded = TORCH_DTYPES[kv_dtype]
 
     def attention(
         module: torch.nn.Module, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
     ) -> Any:
         eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
-        key, value = key.to(rounded).to(key.dtype), value.to(rounded).to(value.dtype)
-        return eager(module, query, key, value, *args, **kwargs)
+        return eager(module, query, round_cache(key, kv_dtype), round_cache(value, kv_dtype), *args, **kwargs)
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, eager_mask)

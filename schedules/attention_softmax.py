@@ -29,12 +29,15 @@ class RunningSoftmax:
     group: int
     value_width: int
     kv_head: Any
+    row: Any  # the head's first one in `largest`, `total` and `out`; scores and weights are of one head at a time
     used: Any  # rows
     scores: Any
     weights: Any
     out: Any
     largest: Any
     total: Any
+    key_scales: Any  # of coded pages: what a block's scores, and its weights, are multiplied with
+    value_scales: Any
 
     @property
     def _raw(self) -> bool:
@@ -60,26 +63,42 @@ class RunningSoftmax:
                     whole = tirx.And(whole, low <= 0)
                 with T.If(whole):
                     with T.Then(), e.loop(2 * pairs) as v:
-                        s = e.load(self.scores, r * self.block + v * lanes, lanes)
+                        s = self._score_at(r * self.block + v * lanes, v)
+                        if self.cfg.coded:
+                            e.store(self.scores, r * self.block + v * lanes, s, lanes)
                         e.store(top, 0, T.max(e.load(top, 0, lanes), s), lanes)
                     with T.Else():
                         self._visible(r, 2 * pairs, low, own, high, top)
             else:
                 self._visible(r, 2 * pairs, low, own, high, top)
-            before = e.let(self.largest[r])
+            row = e.let(self.row + r)
+            before = e.let(self.largest[row])
             highest = e.fold(e.load(top, 0, lanes), lanes, T.max)
             if self._raw:
                 highest = highest * e.f32(self.cfg.scale)
             after = e.let(T.max(before, highest))
             with T.If(after > before), T.Then():
                 shrink = e.let(exp_nonpositive(e.splat(before - after, lanes), lanes))
-                e.store(self.largest, r, after, 1)
-                total = e.load(self.total, r * lanes, lanes) * shrink
-                e.store(self.total, r * lanes, total, lanes)
+                e.store(self.largest, row, after, 1)
+                total = e.load(self.total, row * lanes, lanes) * shrink
+                e.store(self.total, row * lanes, total, lanes)
                 for v in range(self.value_width // lanes):
-                    at = r * self.value_width + v * lanes
+                    at = row * self.value_width + v * lanes
                     e.store(self.out, at, e.load(self.out, at, lanes) * shrink, lanes)
             self._exponentials(r, after, pairs)
+
+    def _score_at(self, at: Any, v: Any) -> Any:
+        """Vector v of a row's products of queries and keys, which lies at element `at`."""
+        s = e.load(self.scores, at, self.lanes)
+        if not self.cfg.coded:
+            return s
+        return self._held(s * e.load(self.key_scales, v * self.lanes, self.lanes))
+
+    def _held(self, vector: Any) -> Any:
+        """A vector in a register, where TVM's analyzer does not see it: it fails on some products of vectors."""
+        held = e.scratch(self.lanes)
+        e.store(held, 0, vector, self.lanes)
+        return e.load(held, 0, self.lanes)
 
     def _visible(self, r: Any, vectors: Any, low: Any, own: Any, high: Any, top: Any) -> None:
         """The scores of a row with those outside of [low, high) replaced; `top` gets their maximum."""
@@ -90,12 +109,13 @@ class RunningSoftmax:
         with e.loop(vectors) as v:
             at = e.let(r * self.block + v * lanes)
             column = e.let(T.ramp(tirx.Cast("int32", v * lanes), tirx.IntImm("int32", 1), lanes))
-            s = e.load(self.scores, at, lanes)
+            s = self._score_at(at, v)
             if not self._raw:
                 s = s * e.splat(float(cfg.scale), lanes)
             if cfg.softcap > 0:
                 s = tanh(e.let(s * e.splat(1.0 / cfg.softcap, lanes)), lanes)
                 s = s * e.splat(float(cfg.softcap), lanes)
+                s = s if slope is None else self._held(s)
             if slope is not None:
                 distance = tirx.Cast(e.vec("float32", lanes), column - e.splat(own, lanes))
                 s = s + e.splat(slope, lanes) * distance
@@ -111,7 +131,8 @@ class RunningSoftmax:
         """Weights e^(score - largest) of a row, and their sum."""
         lanes = self.lanes
         total = e.scratch(lanes)
-        e.store(total, 0, e.load(self.total, r * lanes, lanes), lanes)
+        row = e.let(self.row + r)
+        e.store(total, 0, e.load(self.total, row * lanes, lanes), lanes)
         to_exponent = math.log2(math.e)
         zero = e.let(T.max(largest, e.f32(_LOWEST_MAXIMUM)) * e.f32(to_exponent))
         if self._raw:
@@ -122,7 +143,11 @@ class RunningSoftmax:
             exponent = e.let(s * e.splat(to_exponent, lanes) - e.splat(zero, lanes))
             p = e.let(exp2_nonpositive(exponent, lanes, coarse=self.dot))
             e.store(total, 0, e.load(total, 0, lanes) + p, lanes)
-            return p
+            if not self.cfg.coded:
+                return p
+            # a weight of 0 may be of no token, and what lies in the place of its scale no number
+            scaled = p * e.load(self.value_scales, v * lanes, lanes)
+            return e.let(tirx.Select(p == e.splat(0.0, lanes), e.splat(0.0, lanes), scaled))
 
         if self.dot:
             with e.loop(pairs) as v:
@@ -131,7 +156,7 @@ class RunningSoftmax:
         else:
             with e.loop(2 * pairs) as v:
                 e.store(self.weights, r * self.block + v * lanes, weight(v), lanes)
-        e.store(self.total, r * lanes, e.load(total, 0, lanes), lanes)
+        e.store(self.total, row * lanes, e.load(total, 0, lanes), lanes)
 
 
 def first_visible(cfg: AttentionConfig, position: Any) -> Any:

@@ -17,19 +17,15 @@ from llmc.schedules.qlayout import turns
 from llmc.schedules.tile_linear import linear_by_rows, tiles_from
 from llmc.schedules.tunable import (
     BUCKETS,
-    ITEM_BYTES,
     Arguments,
-    Array,
     Bucket,
     Knob,
     Space,
     Tunable,
     Work,
     balance,
-    empty_result,
-    multiply,
-    random_array,
 )
+from llmc.schedules.tune_data import ITEM_BYTES, Array, empty_result, multiply, random_array
 from llmc.schedules.tune_tiles import with_tiles
 
 _WHOLE = 1 << 20  # a k_block that no weight reaches

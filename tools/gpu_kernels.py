@@ -274,7 +274,8 @@ def experts(s: Session) -> Iterator[Row]:
     for rows in d.sizes.expert_rows:
         x, y = d.random(rows, k), d.empty(rows, n)
         ids = torch.randint(0, count, (rows,), device=d.where)
-        ours = kernels("experts", x, ids, packed, y)
+        plan = d.empty(count + 1 + rows, dtype=torch.int32)
+        sort, multiply = kernels("sort", ids, plan), kernels("experts", x, plan, packed, y)
 
         def theirs(_: int, x: torch.Tensor = x, ids: torch.Tensor = ids, rows: int = rows) -> torch.Tensor:
             out = torch.empty(rows, n, device=d.where, dtype=x.dtype)
@@ -282,12 +283,18 @@ def experts(s: Session) -> Iterator[Row]:
                 out[ids == e] = x[ids == e] @ weight[e].T
             return out
 
-        ours()
+        sort()
+        if not torch.equal(plan[count + 1 :].long(), torch.argsort(ids, stable=True)):
+            raise WrongResult(f"experts, {rows} rows: they are not in the order of their experts")
+        multiply()
         error = _checked("experts", f"{rows} rows", y, theirs(0))
-        took, other = d.times(lambda _, ours=ours: ours(), theirs, turns=8)
+        took, sorting, other = d.times(
+            lambda _, call=multiply: call(), lambda _, call=sort: call(), theirs, turns=8
+        )
         used = int(torch.unique(ids).numel())
         share = 2 * used * n * k / took / s.bandwidth
         note = f"{2 * rows * n * k / took / s.peak:.0%} of the matmul peak, {other / took:.2f} x a loop over experts"
+        note += f"; sorted in {1e6 * sorting:.1f} us"
         yield Row(
             "experts",
             f"{rows} rows of {count}",

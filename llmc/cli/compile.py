@@ -148,7 +148,8 @@ def summary_table(output: Path, finished: list[Timing]) -> Table:
     table.add_row("target", manifest.target.preset)
     for level in manifest.lower_levels:
         table.add_row("and", f"{level.target.preset}: {quality_text(level.quality)}")
-    code = sum(size for name, size in sizes.items() if is_library(name))
+    images = {image.file for image in manifest.device.images} if manifest.device else set()
+    code = sum(size for name, size in sizes.items() if is_library(name) or name in images)
     table.add_row(
         "size",
         f"{human_bytes(sum(sizes.values()))} (weights {human_bytes(weights)}, code {human_bytes(code)})",

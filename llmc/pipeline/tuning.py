@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmc.passes.weight_layouts import WeightLayouts
     from llmc.schedules.records import Record
     from llmc.schedules.tuned_choice import Tuned
-    from llmc.tune.tuner import TuneProgress
+    from llmc.tune.result import TuneProgress
 
 
 def known_records(

@@ -54,8 +54,9 @@ class SimulatedModel:
         self._pools: list[Any] = []
         for group, count in zip(plan.groups, pages, strict=True):
             for shape in (group.k_shape(count, plan.page_size), group.v_shape(count, plan.page_size)):
-                # an entry that is read before it is written must show
-                self._pools.append(np.full(shape, np.nan, _dtype(group.dtype)))
+                # an entry that is read before it is written must show; as a scale, these bytes are NaN, too
+                unwritten = 0xFF if group.storage_dtype == "uint8" else np.nan
+                self._pools.append(np.full(shape, unwritten, _dtype(group.storage_dtype)))
         self._allocator = PageAllocator(plan, pages, limits.max_seq_len)
         self._stepper = Stepper(self, self._allocator, limits, int(step.output.shape[-1]))
 

@@ -23,6 +23,7 @@ from llmc.schedules.gpu.qoperands import Operands
 from llmc.schedules.gpu.rows import Rows
 from llmc.schedules.qcodes import Place
 from llmc.schedules.qlayout import UNIT, WARP_ROWS
+from llmc.schedules.qlinear import QuantLinearConfig
 
 TILES = WARP_ROWS // 8  # of 8 columns of y
 _PAD = 1  # of a row of sums in shared memory
@@ -33,13 +34,18 @@ def takes(ops: Operands, caps: Capabilities) -> bool:
 
     x that is rounded to e4m3 comes as bfloat16 where there is no better way; rounded rows are padded.
     """
+    return fits(ops.cfg, caps)
+
+
+def fits(cfg: QuantLinearConfig, caps: Capabilities) -> bool:
+    """As takes, of what is computed."""
     has = {"bfloat16": caps.has_mma_bf16, "float16": caps.has_mma_f16}
-    of = ops.cfg.layout.of
+    of = cfg.layout.of
     if of.order or of.activations is Code.INT or of.code is Code.NF4:
         return False
     if of.activations is Code.E4M3:
         return caps.fp8_mma is Fp8Mma.NONE and caps.has_mma_bf16
-    return has.get(ops.cfg.in_dtype, False) and ops.cfg.layout.k % 8 == 0
+    return has.get(cfg.in_dtype, False) and cfg.layout.k % 8 == 0
 
 
 def gemm(ops: Operands, caps: Capabilities, tiles: int, warps: int) -> None:

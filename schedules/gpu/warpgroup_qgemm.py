@@ -9,6 +9,7 @@ each stage of 128 columns, because these add with fewer bits than float32 has (q
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ from llmc.schedules.gpu.warpgroup_block import (
     Tiles,
     WarpgroupTile,
 )
+from llmc.schedules.gpu.warpgroup_block import Place as PlaceOfTile
 from llmc.schedules.qcodes import Place
 from llmc.schedules.qlayout import UNIT, WARP_ROWS, QuantLayout
 
@@ -66,11 +68,16 @@ def takes(ops: Operands, caps: Capabilities) -> bool:
     )
 
 
-def gemm(ops: Operands, caps: Capabilities) -> None:
-    """One launch over all of y; after round_inputs where activations are rounded."""
+def gemm(ops: Operands, caps: Capabilities, experts: tuple[Any, int] | None = None) -> None:
+    """One launch over all of y; after round_inputs where activations are rounded.
+
+    Args:
+        experts: as of warpgroup_block.launch.
+    """
     outputs = ops.cfg.layout.blocks * WARP_ROWS
     made = _MADE[ops.cfg.layout.of.activations]
-    warpgroup_block.launch(ops.t, outputs, caps, TILE, lambda thread, tiles: made(ops, caps, thread, tiles))
+    make = lambda thread, tiles: made(ops, caps, thread, tiles)  # noqa: E731
+    warpgroup_block.launch(ops.t, outputs, caps, TILE, make, experts)
 
 
 def many_rows(ops: Operands, caps: Capabilities, otherwise: Callable[[], None], most: int = 0) -> None:
@@ -138,14 +145,21 @@ class _QuantBlock(Block):
 
     # -- fetching ----------------------------------------------------------------------------------------------------
 
-    def begin_tile(self, first: Any) -> None:
+    def _first_byte(self, place: PlaceOfTile, block: Any) -> Any:
+        """Of a block of the weight of a tile."""
+        first = e.i64(block) * self.layout.block_bytes
+        if place.expert is not None:
+            first = first + place.expert * math.prod(self.layout.packed_shape)
+        return first
+
+    def begin_tile(self, place: PlaceOfTile) -> None:
         """The codes of the first stage."""
         layout = self.layout
         warp = self.thread // g.WARP
         self._row = e.let(self.thread % g.WARP)
         # rows past the last block are those of the last one, and dropped at the end
-        block = e.let(T.min(first // WARP_ROWS + warp, layout.blocks - 1))
-        self._base = e.let(e.i64(block) * layout.block_bytes)
+        block = e.let(T.min(place.column // WARP_ROWS + warp, layout.blocks - 1))
+        self._base = e.let(self._first_byte(place, block))
         count = self.units * (UNIT // _COLUMNS) * self._words
         self._held = g.local(count, "uint32")
         self._zeros = None if layout.of.symmetric else g.local(self.units)
@@ -165,7 +179,7 @@ class _QuantBlock(Block):
                 for j, word in enumerate(flat):
                     e.store(self._held, (u * (UNIT // _COLUMNS) + i) * self._words + j, word, 1)
 
-    def fetch_weight(self, stage: Any, step: Any, first: Any) -> None:
+    def fetch_weight(self, stage: Any, step: Any, place: PlaceOfTile) -> None:
         per_unit = UNIT // _COLUMNS
         for chunk in range(CHUNKS):
             out: list[Any] = []
@@ -202,9 +216,8 @@ class _QuantBlock(Block):
         self._part = g.local(count, wg.KINDS[self.x.dtype].sums)
         self._total = g.local(count)
 
-    def multiply_tile(self, number: Any, first: Any) -> Any:
+    def multiply_tile(self, number: Any, place: PlaceOfTile) -> Any:
         groups, layout = self.groups, self.layout
-        block = g.held(first // WARP_ROWS)
         for i in range(wg.registers_of(TILE.columns)):
             e.store(self._total, i, e.f32(0.0), 1)
         per_step = wg.KINDS[self.x.dtype].columns
@@ -212,18 +225,18 @@ class _QuantBlock(Block):
             tail = groups.columns % self.depth // per_step
             with e.loop_or_once(self.steps // groups.stages) as group:
                 self.sum_stages(self._part, e.let(number + g.i32(group) * groups.stages), groups.stages, tail)
-                self._add(block, group)
+                self._add(place, group)
             return self._total
         several = self.depth // groups.columns
         left = layout.padded_k % self.depth // groups.columns
         with g.loop(self.steps - (left > 0)) as step:
-            self._stage(block, e.let(number + step), e.let(step * several), several)
+            self._stage(place, e.let(number + step), e.let(step * several), several)
         if left:
             last = self.steps - 1
-            self._stage(block, e.let(number + last), g.i32(last * several), left)
+            self._stage(place, e.let(number + last), g.i32(last * several), left)
         return self._total
 
-    def _stage(self, block: Any, number: Any, group: Any, count: int) -> None:
+    def _stage(self, place: PlaceOfTile, number: Any, group: Any, count: int) -> None:
         """A stage of `count` groups, from `group` on."""
         stage = self.wait_filled(number)
         each = self.groups.columns // wg.KINDS[self.x.dtype].columns
@@ -232,9 +245,9 @@ class _QuantBlock(Block):
             wg.wait_for(self._part, TILE.columns, self.x.dtype)
             if i == count - 1:
                 self.release(number)
-            self._add(block, e.let(group + i))
+            self._add(place, e.let(group + i))
 
-    def _add(self, block: Any, group: Any) -> None:
+    def _add(self, tile: PlaceOfTile, group: Any) -> None:
         """The sums of a group, scaled, onto the totals."""
 
         def added(at: int, scale: Any) -> Any:
@@ -243,15 +256,16 @@ class _QuantBlock(Block):
                 part = tirx.Cast("float32", part)
             return self._total[at] + part * scale
 
-        self._weigh(block, group, added)
+        self._weigh(tile, group, added)
 
-    def _weigh(self, block: Any, group: Any, new: Callable[[int, Any], Any]) -> None:
+    def _weigh(self, tile: PlaceOfTile, group: Any, new: Callable[[int, Any], Any]) -> None:
         """Set each total to new(number of the register, scale of a group of the output)."""
         layout, codes = self.layout, self.codes
+        block = e.let(tile.column // WARP_ROWS)
         chunk = e.let(e.i64(group) * (self.groups.columns // codes.chunk))
         for b in range(TILE.columns // WARP_ROWS):
             there = e.let(T.min(block + b, layout.blocks - 1))
-            place = codes.chunk_at(e.let(e.i64(there) * layout.block_bytes), chunk)
+            place = codes.chunk_at(e.let(self._first_byte(tile, there)), chunk)
             for piece in range(WARP_ROWS // 8):
                 for c in range(2):
                     row = e.let(8 * piece + 2 * (self.lane % 4) + c)
@@ -303,23 +317,22 @@ class _Floats(_QuantBlock):
     def finish_row(self, row: Any) -> Any:
         return e.let(self.ops.row_scales[row]) if self.ops.groups == 1 else None
 
-    def multiply_tile(self, number: Any, first: Any) -> Any:
+    def multiply_tile(self, number: Any, place: PlaceOfTile) -> Any:
         """As of Block; a stage at a time."""
         count = wg.registers_of(TILE.columns)
         for i in range(count):
             e.store(self._total, i, e.f32(0.0), 1)
-        block = g.held(first // WARP_ROWS)
         tail = self.layout.padded_k % self.depth // wg.KINDS[self.x.dtype].columns
         with g.loop(self.steps - (tail > 0)) as step:
-            self._promote(block, e.let(number + step), step, self.instructions)
+            self._promote(place, e.let(number + step), step, self.instructions)
         if tail:
             last = self.steps - 1
-            self._promote(block, e.let(number + last), g.i32(last), tail)
+            self._promote(place, e.let(number + last), g.i32(last), tail)
         if self.ops.groups == 1:  # one scale for all columns
-            self._weigh(block, g.i32(0), lambda at, scale: self._total[at] * scale)
+            self._weigh(place, g.i32(0), lambda at, scale: self._total[at] * scale)
         return self._total
 
-    def _promote(self, block: Any, number: Any, step: Any, count: int) -> None:
+    def _promote(self, place: PlaceOfTile, number: Any, step: Any, count: int) -> None:
         """The sums of a stage of `count` instructions onto the totals."""
         self.products(self._part, self.wait_filled(number), 0, count, g.i32(0))
         wg.wait_for(self._part, TILE.columns, self.x.dtype)
@@ -328,10 +341,10 @@ class _Floats(_QuantBlock):
             for i in range(wg.registers_of(TILE.columns)):
                 e.store(self._total, i, self._total[i] + self._part[i], 1)
             return
-        rows = [T.min(e.i64(self.first_row + self.lane // 4 + 8 * h), self.ops.t - 1) for h in range(2)]
+        rows = [place.rows.at(self.first_row + self.lane // 4 + 8 * h) for h in range(2)]
         factors = [self.ops.group_scale(row, step * self.depth) for row in rows]
         self._weigh(
-            block,
+            place,
             step,
             lambda at, scale: self._total[at] + self._part[at] * scale * factors[at % 4 // 2],
         )

@@ -26,6 +26,7 @@ from tests.quant.random_weight import random_weight
 from tests.quant.rounded_rows import e4m3_rows
 from tests.simulate.gpu import SimulatedTools, gpu
 from tests.simulate.test_gpu_quant import check
+from tests.simulate.test_sort_experts import plan_of
 
 TOOLS = SimulatedTools()
 GROUPS = replace(gpu("sm_90a"), multiprocessors=2)  # each block of threads has several tiles
@@ -117,7 +118,7 @@ def test_experts(scheme: str, preset: str) -> None:
         x = TOOLS.random(rng, (rows, k), "bfloat16")
         ids = rng.integers(0, experts - 1, rows)  # the last one stays without rows
         y = TOOLS.tensor(np.full((rows, n), np.nan, np.float32))
-        kernel(*map(TOOLS.tensor, (x, ids, layout.pack(weight), b)), y)
+        kernel(*map(TOOLS.tensor, (x, plan_of(ids, experts), layout.pack(weight), b)), y)
         expected = np.einsum(
             "rk,rnk->rn", e4m3_rows(x, by_name(scheme)), weight.dequantize().astype(np.float64)[ids]
         )

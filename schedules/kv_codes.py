@@ -1,0 +1,136 @@
+"""Elements of cache pages as 8-bit codes: values of codes, and codes and scales of a token's key or value.
+
+Symmetric: the scale of a token's key in one cached head is its largest element's size over the largest code, rounded to
+bfloat16; codes are taken against the rounded scale, so that rounding it costs nothing. What is not finite makes its scale
+not finite, and with it everything that is computed from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from llmc.caps import Capabilities
+from llmc.kv_plan import CODE_RANGE, SCALE_DTYPE, SMALLEST_SCALE
+from llmc.schedules import emit as e
+from llmc.schedules.attention_config import AttentionConfig
+from llmc.schedules.attention_pools import Pools
+from llmc.schedules.norm import along
+from llmc.schedules.vmath import round_even
+
+E4M3 = "float8_e4m3fn"
+# what code_values lacks: an e4m3 number moved into a float16 is so many times too small (exponent biases 7 and 15)
+CODE_FACTOR = {"int8": 1.0, E4M3: 2.0**8}
+_LARGEST = 3.4e38
+_E4M3_SMALLEST_NORMAL = 121 << 23  # 2^-6, as bits of a float32
+_E4M3_BIAS = 120 << 3  # between the exponents of a float32 and of an e4m3
+
+
+def code_values(codes: Any, dtype: str, lanes: int) -> Any:
+    """float32 of signed bytes that hold codes, without CODE_FACTOR; exact."""
+    if dtype == "int8":
+        return tirx.Cast(e.vec("float32", lanes), tirx.Cast(e.vec("int32", lanes), codes))
+    wide = T.shift_left(tirx.Cast(e.vec("int16", lanes), codes), e.const("int16", 7, lanes))
+    # the sign was extended into the bit below the float16's sign as well
+    half = T.bitwise_and(wide, e.const("int16", -0x4001, lanes))
+    return tirx.Cast(e.vec("float32", lanes), T.reinterpret(e.vec("float16", lanes), half))
+
+
+def magnitude_bits(x: Any, lanes: int) -> Any:
+    """Bits of |x| as int32: in the order of the numbers, infinity and NaN above all."""
+    return T.bitwise_and(T.reinterpret(e.vec("int32", lanes), x), e.const("int32", 0x7FFFFFFF, lanes))
+
+
+def scale_of(largest: Any, dtype: str, caps: Capabilities) -> tuple[Any, Any, Any]:
+    """(bits of the scale, divisor, whether there is something to divide) for the largest |x| of a row (NaN: not finite)."""
+    bits = e.let(e.narrow(e.let(largest / e.f32(CODE_RANGE[dtype])), SCALE_DTYPE, 1, caps))
+    scale = e.let(e.widen(bits, SCALE_DTYPE, 1))
+    usable = e.let(T.And(scale >= e.f32(SMALLEST_SCALE), scale <= e.f32(_LARGEST)))
+    stored = tirx.Select(scale < e.f32(SMALLEST_SCALE), tirx.Cast("uint16", e.const("int32", 0, 1)), bits)
+    return e.let(stored), e.let(tirx.Select(usable, scale, e.f32(1.0))), usable
+
+
+def codes_of(quotients: Any, dtype: str, lanes: int) -> Any:
+    """Codes as int32 of row elements over their scale, rounded to nearest even; at most CODE_RANGE within rounding."""
+    i32 = e.vec("int32", lanes)
+    if dtype == "int8":
+        return tirx.Cast(i32, round_even(quotients, lanes))
+    x = e.let(quotients)
+    bits = e.let(T.reinterpret(i32, x))
+    size = e.let(magnitude_bits(x, lanes))
+    odd = T.bitwise_and(T.shift_right(size, e.const("int32", 20, lanes)), e.const("int32", 1, lanes))
+    rounded = T.shift_right(size + e.const("int32", 0x7FFFF, lanes) + odd, e.const("int32", 20, lanes))
+    normal = rounded - e.const("int32", _E4M3_BIAS, lanes)
+    # below, steps are 2^-9
+    steps = round_even(T.reinterpret(e.vec("float32", lanes), size) * e.splat(2.0**9, lanes), lanes)
+    small = size < e.const("int32", _E4M3_SMALLEST_NORMAL, lanes)
+    sign = T.bitwise_and(T.shift_right(bits, e.const("int32", 24, lanes)), e.const("int32", 0x80, lanes))
+    return T.bitwise_or(tirx.Select(small, tirx.Cast(i32, steps), normal), sign)
+
+
+def encode(line: Any, dim: int, dtype: str, caps: Capabilities) -> tuple[Any, Any]:
+    """(codes as int8 workspace, bits of the scale) of a key or value: line[:dim], float32."""
+    lanes = caps.lanes_f32
+    top, rest = e.scratch(lanes, "int32"), e.scratch(1, "int32")
+    e.store(top, 0, e.const("int32", 0, lanes), lanes)
+    e.store(rest, 0, e.const("int32", 0, 1), 1)
+
+    def largest(at: Any, n: int) -> None:
+        into = rest if n == 1 else top
+        e.store(into, 0, T.max(e.some(into, 0, n), magnitude_bits(e.some(line, at, n), n)), n)
+
+    along(dim, caps, largest)
+    bits = T.max(rest[0], e.fold(e.load(top, 0, lanes), lanes, T.max, "int32"))
+    scale, divisor, usable = scale_of(e.let(T.reinterpret("float32", e.let(bits))), dtype, caps)
+    codes = e.workspace(dim, "int8")
+
+    def code(at: Any, n: int) -> None:
+        value = tirx.Select(e.splat(usable, n), e.some(line, at, n), e.splat(0.0, n))
+        found = codes_of(e.let(value / e.splat(divisor, n)), dtype, n)
+        e.store(codes, at, tirx.Cast(e.vec("int8", n), found), n)
+
+    along(dim, caps, code)
+    return codes, scale
+
+
+class HeadWriter:
+    """Writes one cached head's key and value of a token to its slot.
+
+    Args:
+        slot: page * page_size + offset, int64.
+    """
+
+    def __init__(
+        self, cfg: AttentionConfig, caps: Capabilities, pools: Pools, slot: Any, layer: Any, head: Any
+    ) -> None:
+        self.cfg, self.caps, self.pools = cfg, caps, pools
+        self._part = e.let((slot // cfg.page_size * cfg.layers + layer) * cfg.kv_heads + head)
+        self._offset = e.let(slot % cfg.page_size)
+        self._k_base = e.let(self._part * cfg.k_part + self._offset)
+        self._v_base = e.let(self._part * cfg.v_part + self._offset * cfg.value_dim)
+
+    def key(self, element: Callable[[Any], Any]) -> None:
+        """element(d) is element d of the key, in the pool's type; they lie a page apart each: scattered."""
+        with e.loop(self.cfg.key_dim) as d:
+            e.store(self.pools.k, self._k_base + d * self.cfg.page_size, element(d), 1)
+
+    def value(self, first: Any, values: Any, lanes: int) -> None:
+        """Neighbouring elements of the value, in the pool's type."""
+        e.store(self.pools.v, self._v_base + first, values, lanes)
+
+    def coded_key(self, line: Any) -> None:
+        """The key line[:key_dim], float32, to coded pages."""
+        codes, scale = encode(line, self.cfg.key_dim, self.cfg.kv_dtype, self.caps)
+        self.key(lambda d: codes[d])
+        scales, base = self.pools.key_scales(self._part)
+        e.store(scales, base + self._offset, scale, 1)
+
+    def coded_value(self, line: Any) -> None:
+        """The value line[:value_dim], float32, to coded pages."""
+        codes, scale = encode(line, self.cfg.value_dim, self.cfg.kv_dtype, self.caps)
+        along(self.cfg.value_dim, self.caps, lambda at, n: self.value(at, e.some(codes, at, n), n))
+        scales, base = self.pools.value_scales(self._part)
+        e.store(scales, base + self._offset, scale, 1)
