@@ -132,7 +132,7 @@ def verify(
         if coarse != "float32":
             rounded = run(source, prompt.ids, dtype, kv_dtype=kv_dtype).logits
             rounded = _finite(rounded, source, coarse)
-        elif getattr(source.weights, "int8_inputs", None):
+        elif getattr(source.weights, "rounded_inputs", None):
             rounded = run(source, prompt.ids, dtype, jitter=_JITTER).logits
         runs.append(_Rows(prompt, np.asarray(logits, np.float32), exact, rounded))
     comparison = _compare(runs, source, coarse)
@@ -301,7 +301,7 @@ def compare_layers(
     rounded = None
     if coarse != "float32":
         rounded = reference_logits(source, token_ids, dtype, kv_dtype=kv_dtype, taps=paths).taps
-    elif getattr(source.weights, "int8_inputs", None):
+    elif getattr(source.weights, "rounded_inputs", None):
         rounded = reference_logits(source, token_ids, dtype, jitter=_JITTER, taps=paths).taps
     return layer_errors(paths, taps, exact, rounded, dtype=coarse, routed=is_routed(source))
 

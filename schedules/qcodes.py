@@ -51,9 +51,12 @@ class QuantCodes:
         layout: of the weight.
         w: the packed bytes, as declared.
         size: their number.
+        as_stored: codes are multiplied as they are; else e4m3 numbers are moved into wider floats.
     """
 
-    def __init__(self, caps: Capabilities, layout: QuantLayout, w: Any, size: int) -> None:
+    def __init__(
+        self, caps: Capabilities, layout: QuantLayout, w: Any, size: int, as_stored: bool = False
+    ) -> None:
         self.caps, self.layout, self.lanes = caps, layout, caps.lanes_f32
         if layout.n_block % self.lanes:
             raise ValueError(f"n_block {layout.n_block} is not a multiple of {self.lanes} lanes")
@@ -70,7 +73,7 @@ class QuantCodes:
         self.half = float(1 << (scheme.bits - 1)) if scheme.code is Code.INT else 0.0
         self.lookup = lookup_for(layout)
         # a power of two that the values lack; it is put into the scales
-        self._factor = CODE_FACTOR[E4M3] if scheme.code is Code.E4M3 else 1.0
+        self._factor = CODE_FACTOR[E4M3] if scheme.code is Code.E4M3 and not as_stored else 1.0
         self.each = 1 if self.in_bytes else 16 // max(layout.planes)
         self.steps = PAIRS // self.each
         self.has_shift = layout.shift_bytes > 0

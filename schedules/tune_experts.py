@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -77,8 +77,8 @@ class TunableExperts(TunableWeight):
 
     name = "experts"
     config_type = ExpertConfig
-    schedule_type = ExpertSchedule
-    shared = ("vectors",)
+    schedule_type: ClassVar[type] = ExpertSchedule
+    shared: ClassVar[tuple[str, ...]] = ("vectors",)
 
     def task(self, config: ExpertConfig) -> ExpertConfig:
         plain = {name: value for name, value in vars(ExpertSchedule()).items() if name != "vectors"}

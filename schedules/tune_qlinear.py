@@ -23,8 +23,7 @@ from llmc.schedules.tune_data import (
     quantized_of,
     random_array,
     random_quantized,
-    random_rows,
-    whole_rows,
+    rows_for,
 )
 from llmc.schedules.tune_linear import finish
 from llmc.schedules.tune_quantized import (
@@ -136,8 +135,7 @@ class TunableQuantLinear(TunableQuantized):
         return made
 
     def inputs(self, task: QuantLinearConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
-        make = whole_rows if self.integer else random_rows
-        made = {"x": make(rng, rows, task.layout.k, task.in_dtype)}
+        made = {"x": rows_for(rng, rows, task.layout, task.in_dtype)}
         if task.has_residual:
             made["residual"] = random_array(rng, (rows, task.n), task.in_dtype)
         return made

@@ -6,13 +6,13 @@ from dataclasses import fields
 from typing import Any, ClassVar
 
 from llmc.caps import Capabilities
-from llmc.quant.schemes import Scheme, by_name
+from llmc.quant.schemes import Code, Scheme, by_name
 from llmc.schedules.qlayout import QuantLayout
 from llmc.schedules.tunable import Bucket
 from llmc.schedules.tune_weights import TunableWeight
 
 # each with a way of its own to read codes, scales, zero points or offsets, or the order of the inputs
-FLOAT_SCHEMES = ("q8", "q4g32", "q4g32a", "q3g64", "nf4", "nf4f", "fp8", "mxfp4", "q4k", "q4g32p")
+FLOAT_SCHEMES = ("q8", "q4g32", "q4g32a", "q3g64", "nf4", "nf4f", "fp8", "mxfp4", "q4k", "q4g32p", "fp8a8")
 FLOAT_PREFETCHES = (0, 256, 512, 1024, 1536, 2304, 3072, 4096, 6144, 8192)
 INT_SCHEMES = ("w8a8", "w4a8", "w4a8o")
 INT_PREFETCHES = (0, 512, 1024, 2304, 4096, 18432)
@@ -33,7 +33,7 @@ class TunableQuantized(TunableWeight):
     prefetches: ClassVar[tuple[int, ...]] = FLOAT_PREFETCHES
 
     def takes(self, config: Any) -> bool:
-        return super().takes(config) and bool(config.layout.of.activation_bits) == self.integer
+        return super().takes(config) and (config.layout.of.activations is Code.INT) == self.integer
 
     def sampled_schemes(self) -> list[Scheme]:
         return [by_name(name) for name in self.schemes]

@@ -41,7 +41,7 @@ def with_scheme(model: str, name: str, search: bool) -> tuple[torch.nn.Module, f
             continue
         weight = module.weight.detach()
         if scheme.activation_bits:
-            rounding = InputRounding(scheme.activation_bits)
+            rounding = InputRounding.of(scheme)
             module.register_forward_pre_hook(lambda _, args, rounding=rounding: rounding(args[0]))
         weight.copy_(torch.from_numpy(quantize(weight.numpy(), scheme, search=search).dequantize()))
         bits += scheme.bits_per_weight(weight.shape[1]) * weight.numel()

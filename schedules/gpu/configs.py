@@ -95,13 +95,32 @@ class GpuExpertSchedule:
 
 
 @dataclass(frozen=True)
+class GpuNormSchedule:
+    """How a norm's rows are shared out; threads = 0: by the row's length.
+
+    Attributes:
+        threads: of a row.
+        rows: of a block; more than one only of a warp each.
+    """
+
+    threads: int = 0
+    rows: int = 1
+
+
+@dataclass(frozen=True)
 class GpuPrefillSchedule:
-    """How prefill attention is cut on the matrix units: flash.FlashShape; warps = 0: by the heads' size."""
+    """How prefill attention is cut.
+
+    Attributes:
+        warps, tiles, keys, stages: on the matrix units: flash.FlashShape; warps = 0: by the heads' size.
+        groups: of warpgroups that multiply (flash_group.GroupShape, with keys and stages); 0 = warps by themselves.
+    """
 
     warps: int = 0
     tiles: int = 0
     keys: int = 0
     stages: int = 0
+    groups: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,22 @@ that an expert has on average, which the host knows.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from llmc.caps import Capabilities
+from llmc.caps import Capabilities, Fp8Mma
+from llmc.quant.schemes import Code
 from llmc.schedules import emit as e
 from llmc.schedules.choice import ByRows
 from llmc.schedules.experts import ExpertConfig, plan_size
 from llmc.schedules.gpu import emit as g
-from llmc.schedules.gpu import qgemm, qgemv, qint, warpgroup_gemm, warpgroup_qgemm
+from llmc.schedules.gpu import qfloat, qgemm, qgemv, qint, warpgroup_gemm, warpgroup_qgemm
 from llmc.schedules.gpu.configs import GpuExpertSchedule, Way, emit_by_rows, schedules_in
 from llmc.schedules.gpu.qcodes import ThreadCodes, Weights
 from llmc.schedules.gpu.qoperands import Operands
+from llmc.schedules.gpu.rounded_inputs import round_inputs
 from llmc.schedules.gpu.rows import Shifted
 from llmc.schedules.gpu.sort_experts import ExpertTiles
 from llmc.schedules.gpu.wide import WideWeight, layout_of
@@ -45,7 +48,7 @@ def expert_linear(kernel: ExpertKernel | ExpertConfig, caps: Capabilities) -> An
     layout = cfg.layout or layout_of(cfg.weight_dtype)
     if layout != layout_of(cfg.weight_dtype) or cfg.in_dtype != cfg.weight_dtype:
         raise ValueError(f"this kernel reads {layout_of(cfg.weight_dtype)} of x's type; found {cfg}")
-    return _build(_Dense(cfg), cfg, caps, schedules_in(schedule, GpuExpertSchedule))
+    return _build(Dense(cfg), cfg, caps, schedules_in(schedule, GpuExpertSchedule))
 
 
 def quant_expert_linear(cfg: QuantExpertConfig, caps: Capabilities) -> Any:
@@ -113,19 +116,13 @@ class _Experts:
 
     # -- launches ----------------------------------------------------------------------------------------------------
 
-    @property
-    def _integers(self) -> bool:
-        return bool(self.plain.layout.of.activation_bits)
-
     def run(self, caps: Capabilities, schedule: GpuExpertSchedule, most: int) -> None:
         """The launches of a schedule for up to `most` rows (0 = any)."""
-        if self._integers:
-            qint.quantize_rows(self.ops)
+        round_inputs(self.ops, caps)
         if schedule.way != Way.UNTUNED:
             self._as(caps, schedule)
             return
-        on_units = caps.has_mma_bytes if self._integers else qgemm.takes(self.ops, caps)
-        if not on_units:
+        if _block_of(self.ops, caps) is None:
             self._as(caps, GpuExpertSchedule(Way.THREADS, rows=_SHARED_ROWS, warps=_WARPS))
             return
         few = GpuExpertSchedule(Way.UNITS, tiles=1, warps=_WARPS)
@@ -167,8 +164,17 @@ class _Experts:
                 if schedule.way == Way.THREADS:
                     qgemv.run(ops, caps, codes, block, base, rows, size, warps, thread)
                     return
-                made: Any = qint.Block if self._integers else qgemm.Block
+                made: Any = _block_of(ops, caps)
                 made(ops, caps, codes, schedule.tiles, warps, thread).run(block, base, rows)
+
+
+def _block_of(ops: Operands, caps: Capabilities) -> Callable[..., qgemm.Tiles] | None:
+    """What multiplies tiles of rows on the matrix units; None if they cannot."""
+    if qgemm.takes(ops, caps):
+        return qgemm.Block
+    if ops.rounded_to == "int8" and caps.has_mma_bytes:
+        return qint.Block
+    return qfloat.Block if ops.rounded_to == "e4m3" else None
 
 
 def tile_of(schedule: GpuExpertSchedule) -> warpgroup_gemm.WarpgroupTile:
@@ -196,7 +202,7 @@ class DenseOperands:
         self.residual = self._residual = None
 
 
-class _Dense(_Experts):
+class Dense(_Experts):
     """Weights in their own type."""
 
     def __init__(self, cfg: ExpertConfig) -> None:
@@ -231,7 +237,8 @@ class _Quantized(_Experts):
         self.plain = QuantLinearConfig(layout.n, layout, cfg.in_dtype, cfg.out_dtype)
 
     def weights(self, caps: Capabilities, expert: Any, block: Any) -> tuple[Weights, Any]:
-        codes = ThreadCodes(caps, self.layout, self.packed, math.prod(self.shape))
+        as_stored = self.layout.of.activations is Code.E4M3 and caps.fp8_mma is not Fp8Mma.NONE
+        codes = ThreadCodes(caps, self.layout, self.packed, math.prod(self.shape), as_stored)
         size = math.prod(self.layout.packed_shape)
         return codes, e.let(expert * size + block * self.layout.block_bytes)
 

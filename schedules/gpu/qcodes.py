@@ -109,13 +109,17 @@ class ThreadCodes(Weights):
         layout: of the weight; 8-bit codes lie in quads.
         w: the packed bytes, as declared.
         size: their number.
+        as_stored: scales are for codes as they are (of `words`), not for what `floats` and `pairs` make of them.
     """
 
-    def __init__(self, caps: Capabilities, layout: QuantLayout, w: Any, size: int) -> None:
+    def __init__(
+        self, caps: Capabilities, layout: QuantLayout, w: Any, size: int, as_stored: bool = False
+    ) -> None:
         scheme = layout.of
         if layout.planes == (8,) and not layout.quads:
             raise ValueError(f"threads read 8-bit codes in words; {layout.as_text()} has them in bytes")
-        self.codes, self.layout, self.code = QuantCodes(caps, layout, w, size), layout, scheme.code
+        self.codes, self.layout = QuantCodes(caps, layout, w, size, as_stored), layout
+        self.code = scheme.code
         self._words = e.flat(w, size // 4, "uint32")
         self._table: Any = None
         self.padded_k, self.chunk = layout.padded_k, max(layout.piece, UNIT)
@@ -235,9 +239,7 @@ class ThreadCodes(Weights):
             number = T.reinterpret("float32", T.bitwise_or(code, _u32(bits)))
             return e.let(number - (zero + e.f32(base)))
         if self.code is Code.E4M3:
-            sign = T.shift_left(T.bitwise_and(code, _u32(0x80)), _u32(24))
-            rest = T.shift_left(T.bitwise_and(code, _u32(0x7F)), _u32(20))
-            return e.let(T.reinterpret("float32", T.bitwise_or(sign, rest)) * e.f32(_E4M3_IN_F32))
+            return e4m3_float(code, _E4M3_IN_F32)
         return e.let(self._table[tirx.Cast("int32", code)])
 
     def pairs(self, words: list[list[Any]], count: int, zero: Any, dtype: str) -> list[Any]:
@@ -266,6 +268,13 @@ class ThreadCodes(Weights):
                 e.let(g.device_call(f"llmc_fma2_{name}", source, number, one, subtract, result="uint32"))
             )
         return out
+
+
+def e4m3_float(code: Any, factor: float = 2.0**120) -> Any:
+    """float32 of an e4m3 number, uint32, times `factor` / 2**120."""
+    sign = T.shift_left(T.bitwise_and(code, _u32(0x80)), _u32(24))
+    rest = T.shift_left(T.bitwise_and(code, _u32(0x7F)), _u32(20))
+    return e.let(T.reinterpret("float32", T.bitwise_or(sign, rest)) * e.f32(factor))
 
 
 def pack(low: Any, high: Any, dtype: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tvm import tirx
 
-from llmc.caps import Capabilities
+from llmc.caps import Capabilities, Fp8Mma
 from llmc.quant.schemes import Code
 from llmc.schedules import emit as e
 from llmc.schedules.gpu import emit as g
@@ -23,18 +23,29 @@ from llmc.schedules.gpu.qoperands import Operands
 from llmc.schedules.gpu.rows import Rows
 from llmc.schedules.qcodes import Place
 from llmc.schedules.qlayout import UNIT, WARP_ROWS
+from llmc.schedules.qlinear import QuantLinearConfig
 
 TILES = WARP_ROWS // 8  # of 8 columns of y
 _PAD = 1  # of a row of sums in shared memory
 
 
 def takes(ops: Operands, caps: Capabilities) -> bool:
-    """Whether the matrix units can do it: 16-bit x in the stored order, rows on multiples of 16 bytes, exact values."""
+    """Whether the matrix units can do it: 16-bit x in the stored order, rows on multiples of 16 bytes, exact values.
+
+    x that is rounded to e4m3 comes as bfloat16 where there is no better way; rounded rows are padded.
+    """
+    return fits(ops.cfg, caps)
+
+
+def fits(cfg: QuantLinearConfig, caps: Capabilities) -> bool:
+    """As takes, of what is computed."""
     has = {"bfloat16": caps.has_mma_bf16, "float16": caps.has_mma_f16}
-    of = ops.cfg.layout.of
-    if of.order or of.activation_bits or of.code is Code.NF4:
+    of = cfg.layout.of
+    if of.order or of.activations is Code.INT or of.code is Code.NF4:
         return False
-    return has.get(ops.cfg.in_dtype, False) and ops.cfg.layout.k % 8 == 0
+    if of.activations is Code.E4M3:
+        return caps.fp8_mma is Fp8Mma.NONE and caps.has_mma_bf16
+    return has.get(cfg.in_dtype, False) and cfg.layout.k % 8 == 0
 
 
 def gemm(ops: Operands, caps: Capabilities, tiles: int, warps: int) -> None:
@@ -86,6 +97,12 @@ class Tiles:
         """
         raise NotImplementedError
 
+    def group_scales(self, column: Any) -> list[list[Any]]:
+        """Of the thread's two rows of each tile, the scale of x at a column; None if there is one for the whole row."""
+        if self.ops.groups == 1:
+            return [[None, None]] * self.tiles
+        return [[self.ops.group_scale(row, column) for row in pair] for pair in self._numbers]
+
     def run(self, block: Any, base: Any, rows: Rows) -> None:
         """Compute `rows` of the outputs of a block of the weight, which begins at `base`."""
         shape = (self.warps, 16 * self.tiles, WARP_ROWS + _PAD)
@@ -94,10 +111,10 @@ class Tiles:
         if self.codes.has_table:
             g.barrier()
         total = [[zeros("float32") for _ in range(TILES)] for _ in range(self.tiles)]
-        tokens = [
-            [e.let(rows.at(16 * i + 8 * h + self.row) * self._stride) for h in range(2)]
-            for i in range(self.tiles)
-        ]
+        numbers = [[rows.at(16 * i + 8 * h + self.row) for h in range(2)] for i in range(self.tiles)]
+        tokens = [[e.let(number * self._stride) for number in pair] for pair in numbers]
+        if self.ops.groups > 1:
+            self._numbers = [[g.held(g.i32(number)) for number in pair] for pair in numbers]
         chunks = self.codes.padded_k // self.codes.chunk
         g.strided(self.warp, chunks, self.warps, lambda number: self.chunk(total, tokens, base, number))
         for i in range(self.tiles):
@@ -116,8 +133,8 @@ class Block(Tiles):
     def __init__(
         self, ops: Operands, caps: Capabilities, codes: Weights, tiles: int, warps: int, thread: Any
     ) -> None:
-        super().__init__(ops, caps, codes, tiles, warps, thread, ops.cfg.layout.k)
-        self.k, self.padded_k, self.dtype = ops.cfg.layout.k, codes.padded_k, ops.cfg.in_dtype
+        super().__init__(ops, caps, codes, tiles, warps, thread, ops.columns)
+        self.k, self.padded_k, self.dtype = ops.columns, codes.padded_k, ops.pairs_dtype
         # columns of a thread in a step, and what a step covers
         self.columns = 4 if codes.subgroups > 1 else 8
         self.depth = 4 * self.columns
@@ -150,13 +167,16 @@ class Block(Tiles):
                 self._multiply(ones, left[i], [unit.ones(self.dtype)] * (self.columns // 2))
         if not codes.scaled:
             return
+        factors = self.group_scales(column)
         for j in range(TILES):
             for c in range(2):
                 row = e.let(8 * j + 2 * self.part + c)
                 scale, offset = codes.scale_of(place, row)
                 for i in range(self.tiles):
                     for r in (c, c + 2):
-                        value = total[i][j][r] + part[i][j][r] * scale
+                        factor = factors[i][r // 2]
+                        product = part[i][j][r] * scale
+                        value = total[i][j][r] + (product if factor is None else product * factor)
                         if offset is not None:
                             value = value + row_sums[i][r] * offset
                         e.store(total[i][j], r, value, 1)

@@ -67,7 +67,7 @@ def quantize_rows(ops: Operands) -> None:
             e.store(rounded, row * padded + j, tirx.Select(there, byte, tirx.IntImm("int8", 0)), 1)
 
         g.strided(thread, padded, _THREADS, write)
-    ops.rounded, ops.row_scales = rounded, scales
+    ops.rounded, ops.row_scales, ops.rounded_to = rounded, scales, "int8"
 
 
 def _outliers(ops: Operands, thread: Any) -> Any | None:

@@ -45,7 +45,8 @@ class WarpgroupTile:
         columns: of the weight's rows, per block; 64 rows of x for each warpgroup that multiplies.
         stages: of 128 bytes of each row.
         warpgroups: that multiply.
-        fetch_registers, multiply_registers: of a thread, by its part; multiples of 8.
+        fetch_registers, multiply_registers: of a thread, by its part; multiples of 8. With a single warpgroup that multiplies
+            every thread has as many as it can address.
     """
 
     columns: int
@@ -267,10 +268,12 @@ class Block:
         g.barrier()
         with T.If(self.thread < wg.WARPGROUP):
             with T.Then():
-                bulk.set_registers(tile.fetch_registers, more=False)
+                if tile.warpgroups > 1:
+                    bulk.set_registers(tile.fetch_registers, more=False)
                 self._fetch()
             with T.Else():
-                bulk.set_registers(tile.multiply_registers, more=True)
+                if tile.warpgroups > 1:
+                    bulk.set_registers(tile.multiply_registers, more=True)
                 self._multiply()
 
     def filled(self, stage: Any) -> Any:
@@ -353,6 +356,8 @@ class Block:
         tiles = self._tiles()
         with g.loop(tiles.count) as turn:
             place = tiles.at(turn)
+            # of the warp's 16 rows of x
+            self.first_row = e.i64(group * wg.ROWS + inside % wg.WARPGROUP // g.WARP * 16)
             sums = self.multiply_tile(e.let(turn * self.steps), place)
             gated, column = self.ops.cfg.gated, e.i64(place.column)
             store = FragmentStore(self.ops, self.caps, sums, self.lane, self._block_rows, self.finish_row)
@@ -360,7 +365,7 @@ class Block:
                 store.bias = tile_rows.Shifted(self.ops.bias, place.expert * self.ops.cfg.n)
             store.store(
                 place.rows,
-                e.i64(group * wg.ROWS + inside % wg.WARPGROUP // g.WARP * 16),
+                self.first_row,
                 e.let(column // 2 if gated else column),
                 self.tile.columns // (16 if gated else 8),
             )

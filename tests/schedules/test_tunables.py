@@ -63,6 +63,11 @@ TASKS = {
         QuantLinearConfig(40, quant_layout(by_name("w8a8o"), 40, 130, CAPS), "bfloat16", "float32", has_bias=True),
         9,
     ),
+    "quant-e4m3": (
+        TunableQuantLinear(),
+        QuantLinearConfig(40, quant_layout(by_name("fp8a8g128"), 40, 300, CAPS), "bfloat16", "bfloat16"),
+        4,
+    ),
     "quant-supers": (
         TunableQuantLinear(),
         QuantLinearConfig(40, quant_layout(by_name("q4k"), 40, 300, CAPS), "bfloat16", "bfloat16"),
