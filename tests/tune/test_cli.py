@@ -70,6 +70,21 @@ def test_refused_in_a_sentence(
     assert {p.name for p in tmp_path.iterdir()} <= {"tuning"}
 
 
+@pytest.mark.parametrize("command", [["tune", "--budget=1m"], ["compile", "--tune=1m"], ["compile"]])
+def test_a_corrupt_database_is_refused_before_the_work(command: list[str], tmp_path: Path) -> None:
+    """Nothing of the model is read, nothing is written, and the file stays as it is."""
+    pytest.importorskip("xgboost", reason="the tuner needs xgboost")
+    database = tmp_path / "r.jsonl"
+    RecordFile(database).append([record()])
+    text = database.read_text() + '{"rule": "toy"}\n'
+    database.write_text(text)
+    output = ["-o", tmp_path / "out"] if command[0] == "compile" else []
+    result = llmc(command[0], tmp_path / "no-model", *command[1:], *output, "--records", database)
+    assert result.exit_code == 2 and "Line 3 of" in result.stderr, result.output
+    assert "[records-corrupt]" in result.stderr and database.read_text() == text
+    assert not (tmp_path / "out").exists()
+
+
 def test_list_and_merge(tmp_path: Path) -> None:
     a, b, into = (tmp_path / name for name in ("a", "b", "into"))
     RecordFile(a).append([record(0.5), record(0.25, tile=4)])
