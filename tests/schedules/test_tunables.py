@@ -63,6 +63,11 @@ TASKS = {
         QuantLinearConfig(40, quant_layout(by_name("w8a8o"), 40, 130, CAPS), "bfloat16", "float32", has_bias=True),
         9,
     ),
+    "quant-e4m3": (
+        TunableQuantLinear(),
+        QuantLinearConfig(40, quant_layout(by_name("fp8a8g128"), 40, 300, CAPS), "bfloat16", "bfloat16"),
+        4,
+    ),
     "quant-supers": (
         TunableQuantLinear(),
         QuantLinearConfig(40, quant_layout(by_name("q4k"), 40, 300, CAPS), "bfloat16", "bfloat16"),
@@ -74,11 +79,6 @@ TASKS = {
             24, quant_layout(by_name("q4g32ap"), 24, 96, CAPS, gated=True), "float32", "float32", gated=True
         ),
         50,
-    ),
-    "quant-e4m3": (
-        TunableQuantLinear(),
-        QuantLinearConfig(40, quant_layout(by_name("fp8a8"), 40, 200, CAPS), "bfloat16", "bfloat16", has_bias=True),
-        3,
     ),
     "experts": (TunableExperts(), ExpertConfig(3, 70, 40, "bfloat16", "bfloat16", "float32", has_bias=True), 9),
     "quant-experts": (
