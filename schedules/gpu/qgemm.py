@@ -13,6 +13,7 @@ out the columns and add up at the end.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
@@ -65,7 +66,12 @@ def rows_of(tiles: int) -> int:
 
 
 def launch(
-    ops: Operands, caps: Capabilities, kind: type[Tiles], tiles: int, warps: int, as_stored: bool = False
+    ops: Operands,
+    caps: Capabilities,
+    kind: Callable[..., Tiles],
+    tiles: int,
+    warps: int,
+    as_stored: bool = False,
 ) -> None:
     """One launch over all of y.
 
