@@ -90,7 +90,7 @@ def test_bf16_is_as_exact_as_on_the_cpu(architecture: str, preset: str, tmp_path
 
 @pytest.mark.e2e
 @pytest.mark.slow
-@pytest.mark.parametrize("quant", ["none", "q4g32", "w8a8"])
+@pytest.mark.parametrize("quant", ["none", "q4g32", "w8a8", "fp8a8"])
 def test_a_long_prompt_on_warpgroups(quant: str) -> None:
     """More rows than the kernels for warps take: as near to float32 as without warpgroups."""
     model, limits = tiny_model("llama"), Limits(96, 1, 96)
