@@ -156,7 +156,13 @@ def test_task_as_json(name):
         tunable.from_values({**values, "colour": 3})
 
 
-@pytest.mark.parametrize("name", TASKS)
+def _some_slow(names):
+    """What differs from another by its weights only takes its seconds in slow runs."""
+    slow = {"quant-order", "quant-e4m3", "quant-experts-order"}
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
+@pytest.mark.parametrize("name", _some_slow(TASKS))
 def test_kernels_compute_the_reference(name, best, tools):
     tunable, config, rows = TASKS[name]
     task = tunable.task(config)
