@@ -83,6 +83,11 @@ for _name, _kind in (("bf16", ml_dtypes.bfloat16), ("f16", np.float16)):
     FUNCTIONS[f"llmc_pack2_{_name}"] = _pack2
 
 
+@model("llmc_and_or")
+def _and_or(m: Machine, a: Any, b: Any, c: Any) -> Any:
+    return (m.spread(a) & m.spread(b)) | m.spread(c)
+
+
 @model("llmc_round_byte")
 def _round_byte(m: Machine, value: Any, factor: Any) -> Any:
     """The lowest byte of the nearest integer; a product of float32 is exact in float64."""

@@ -49,9 +49,10 @@ def _run(ops: QuantOperands, caps: Capabilities, schedule: GpuQuantSchedule, mos
     elif schedule.way == Way.THREADS:
         qgemv.gemv(ops, caps, schedule.rows, schedule.warps)
     elif on_units is not None:
-        few = partial(on_units, ops, caps, 1, warps)
+        fewest, few = (partial(on_units, ops, caps, tiles, warps) for tiles in (0, 1))
         many = partial(on_units, ops, caps, qfloat.most_tiles(ops.cfg.layout, caps), min(4, warps))
-        _by_rows(ops, few, partial(warpgroup_qgemm.many_rows, ops, caps, many, most), 16, most)
+        rest = partial(warpgroup_qgemm.many_rows, ops, caps, many, most)
+        _by_rows(ops, fewest, partial(_by_rows, ops, few, rest, 16, most), qgemm.ROWS, most)
     else:
         few = partial(qgemv.gemv, ops, caps, 1, warps)
         _by_rows(ops, few, partial(qgemv.gemv, ops, caps, _SHARED_ROWS, warps), 1, most)
