@@ -9,13 +9,12 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from llmc.kv_plan import ITEM_BYTES, SCALE_DTYPE
+from llmc.kv_plan import ITEM_BYTES
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig
-from llmc.schedules.kv_codes import CODE_FACTOR, code_values
 
 _LINE = 64  # bytes
-_PAGES_AHEAD = 2  # of this head: what arrives while a block's scores become weights
+PAGES_AHEAD = 2  # of this head: what arrives while a block's scores become weights
 
 
 class PageReader:
@@ -44,7 +43,7 @@ class PageReader:
     def _lay_out_keys(self, page: Any, keys: Any) -> None:
         cfg, lanes, ps = self.cfg, self.lanes, self.cfg.page_size
         with e.loop(e.ceildiv(keys, ps)) as p:
-            base = self._page_base(page + p, cfg.k_part)
+            base = self._page_base(page + p, cfg.key_dim * ps)
             with e.loop(cfg.key_dim // self.pack) as j:
                 for v in range(ps // lanes):
                     to = j * self.block + p * ps + v * lanes
@@ -52,51 +51,22 @@ class PageReader:
             if cfg.key_dim % self.pack:
                 j = self.k_steps - 1
                 for v in range(ps // lanes):
-                    vector = self._pairs(self.args.k, base + 2 * j * ps + v * lanes, None)
+                    low = e.load(self.args.k, base + 2 * j * ps + v * lanes, lanes)
+                    vector = e.zip_bf16(low, e.const("uint16", 0, lanes))
                     e.store(self.keys, j * self.block + p * ps + v * lanes, vector, lanes)
 
     def _key(self, base: Any, j: Any, v: Any) -> Any:
         """Vector v of tokens of a key page for step j."""
         k, lanes, ps = self.args.k, self.lanes, self.cfg.page_size
         if not self.dot:
-            return self._values(k, base + j * ps + v * lanes, lanes)
-        return self._pairs(k, base + 2 * j * ps + v * lanes, ps)
-
-    def _values(self, buffer: Any, at: Any, lanes: int) -> Any:
-        """float32 of neighbouring elements of a page; of coded ones without the scale and CODE_FACTOR."""
-        found, dtype = e.some(buffer, at, lanes), self.cfg.kv_dtype
-        return code_values(found, dtype, lanes) if self.cfg.coded else e.widen(found, dtype, lanes)
-
-    def _pairs(self, buffer: Any, at: Any, ahead: int | None) -> Any:
-        """bf16 pairs of a vector of elements and of the one that lies `ahead` elements further; None: of zeros."""
-        lanes = self.lanes
-        if self.cfg.coded:
-            second = e.splat(0.0, lanes) if ahead is None else self._values(buffer, at + ahead, lanes)
-            return e.exact_pairs(self._values(buffer, at, lanes), second, lanes)
-        second = e.const("uint16", 0, lanes) if ahead is None else e.load(buffer, at + ahead, lanes)
-        return e.zip_bf16(e.load(buffer, at, lanes), second)
-
-    def _lay_out_scales(self, page: Any, keys: Any) -> None:
-        """Scales of a block's keys and values as float32, for the softmax."""
-        cfg, lanes, ps = self.cfg, self.lanes, self.cfg.page_size
-        if not cfg.coded:
-            return
-        factor = e.splat(CODE_FACTOR[cfg.kv_dtype], lanes)
-        with e.loop(e.ceildiv(keys, ps)) as p:
-            part = e.let(self._page_base(page + p, 1))
-            for to, (scales, base) in (
-                (self.key_scales, self.args.pools.key_scales(part)),
-                (self.value_scales, self.args.pools.value_scales(part)),
-            ):
-                for v in range(ps // lanes):
-                    bits = e.load(scales, base + v * lanes, lanes)
-                    value = e.widen(bits, SCALE_DTYPE, lanes) * factor
-                    e.store(to, p * ps + v * lanes, value, lanes)
+            return e.widen(e.load(k, base + j * ps + v * lanes, lanes), self.cfg.kv_dtype, lanes)
+        at = base + 2 * j * ps + v * lanes
+        return e.zip_bf16(e.load(k, at, lanes), e.load(k, at + ps, lanes))
 
     def _lay_out_values(self, page: Any, keys: Any) -> None:
         lanes, ps, dv = self.lanes, self.cfg.page_size, self.cfg.value_dim
         with e.loop(e.ceildiv(keys, ps)) as p:
-            base = self._page_base(page + p, self.cfg.v_part)
+            base = self._page_base(page + p, ps * dv)
             tokens = e.let(T.min(e.i64(ps), keys - p * ps))
             with e.loop(tokens // self.pack) as j:
                 row = e.let((p * (ps // self.pack) + j) * self.value_width)
@@ -116,21 +86,18 @@ class PageReader:
         """Vector v of dims of a value page for step j."""
         buffer, lanes, dv = self.args.v, self.lanes, self.cfg.value_dim
         if not self.dot:
-            return self._values(buffer, base + j * dv + v * lanes, lanes)
-        return self._pairs(buffer, base + 2 * j * dv + v * lanes, dv)
+            return e.widen(e.load(buffer, base + j * dv + v * lanes, lanes), self.cfg.kv_dtype, lanes)
+        at = base + 2 * j * dv + v * lanes
+        return e.zip_bf16(e.load(buffer, at, lanes), e.load(buffer, at + dv, lanes))
 
     def _value_element(self, base: Any, j: Any, d: Any, both: bool) -> Any:
         buffer, dv = self.args.v, self.cfg.value_dim
         if not self.dot:
-            return self._values(buffer, base + j * dv + d, 1)
-        at = base + 2 * j * dv + d
-        if self.cfg.coded:
-            high = self._values(buffer, at + dv, 1) if both else e.f32(0.0)
-            return e.exact_pairs(self._values(buffer, at, 1), high, 1)
-        low = tirx.Cast("int32", buffer[at])
+            return e.widen(buffer[base + j * dv + d], self.cfg.kv_dtype, 1)
+        low = tirx.Cast("int32", buffer[base + 2 * j * dv + d])
         if not both:
             return low
-        high = tirx.Cast("int32", buffer[at + dv])
+        high = tirx.Cast("int32", buffer[base + (2 * j + 1) * dv + d])
         return T.bitwise_or(low, T.shift_left(high, tirx.IntImm("int32", 16)))
 
     # -- pages read in place (decode) --------------------------------------------------------------------------------
@@ -140,17 +107,16 @@ class PageReader:
         k_size, v_size = cfg.key_dim * ps, ps * cfg.value_dim
         count = e.let(e.ceildiv(keys, ps))
         with e.loop(count) as p:
-            base = self._page_base(page + p, cfg.k_part)
-            far = e.let(p + _PAGES_AHEAD)
+            base = self._page_base(page + p, k_size)
+            far = e.let(p + PAGES_AHEAD)
             # behind the last keys come the values of the same pages
             behind = T.min(T.max(e.i64(0), far - count), count - 1)
-            ahead = _Ahead(
-                (self.args.k, self._page_base(page + T.min(far, count - 1), cfg.k_part), k_size),
-                (self.args.v, self._page_base(page + behind, cfg.v_part), v_size),
+            ahead = Ahead(
+                (self.args.k, self._page_base(page + T.min(far, count - 1), k_size), k_size),
+                (self.args.v, self._page_base(page + behind, v_size), v_size),
                 e.let(far >= count),
                 self.k_steps,
                 _LINE // ITEM_BYTES[cfg.kv_dtype],
-                cfg.coded,
             )
             for group in range(self.rows_padded // self.row_tile):
                 row = group * self.row_tile
@@ -161,7 +127,7 @@ class PageReader:
                     row: int = row,
                     base: Any = base,
                     p: Any = p,
-                    ahead: _Ahead | None = ahead if group == 0 else None,
+                    ahead: Ahead | None = ahead if group == 0 else None,
                 ) -> None:
                     def right(j: Any, v: int) -> Any:
                         if ahead is not None and v == 0:
@@ -185,17 +151,16 @@ class PageReader:
         k_size, v_size = cfg.key_dim * ps, ps * dv
         count = e.let(e.ceildiv(keys, ps))
         with e.loop(count) as p:
-            base = self._page_base(page + p, cfg.v_part)
+            base = self._page_base(page + p, v_size)
             tokens = e.let(T.min(e.i64(ps), keys - p * ps))
-            far = e.let(p + _PAGES_AHEAD)
+            far = e.let(p + PAGES_AHEAD)
             # behind the last values come the keys of the next block
-            ahead = _Ahead(
-                (self.args.v, self._page_base(page + T.min(far, count - 1), cfg.v_part), v_size),
-                (self.args.k, self._page_base(T.min(page + far, last_page), cfg.k_part), k_size),
+            ahead = Ahead(
+                (self.args.v, self._page_base(page + T.min(far, count - 1), v_size), v_size),
+                (self.args.k, self._page_base(T.min(page + far, last_page), k_size), k_size),
                 e.let(far >= count),
                 ps // self.pack,
                 _LINE // ITEM_BYTES[cfg.kv_dtype],
-                cfg.coded,
             )
             for group in range(self.rows_padded // self.row_tile):
                 row = group * self.row_tile
@@ -207,7 +172,7 @@ class PageReader:
                     base: Any = base,
                     p: Any = p,
                     tokens: Any = tokens,
-                    ahead: _Ahead | None = ahead if group == 0 else None,
+                    ahead: Ahead | None = ahead if group == 0 else None,
                 ) -> None:
                     steps = e.let(tokens // self.pack)
                     stride = self.block // self.pack
@@ -221,7 +186,8 @@ class PageReader:
                         return self._value(base, j, first + v)
 
                     def unpaired(v: int) -> Any:
-                        return self._pairs(self.args.v, base + 2 * steps * dv + (first + v) * lanes, None)
+                        low = e.load(self.args.v, base + 2 * steps * dv + (first + v) * lanes, lanes)
+                        return e.zip_bf16(low, e.const("uint16", 0, lanes))
 
                     self._tile(vectors, steps, left, right, self.out, at, False)
                     if self.dot:
@@ -241,7 +207,7 @@ class PageReader:
 
 
 @dataclass(frozen=True)
-class _Ahead:
+class Ahead:
     """Page parts that are read soon: while one is gone through step by step, another is asked for.
 
     A head's part of a page is a few KB, the next one lies elsewhere: too short for the streams that processors find by
@@ -249,12 +215,11 @@ class _Ahead:
     values.
 
     Attributes:
-        own, other: (buffer, element at which the part begins, its elements without scales); of the pages that are gone
-            through, and of those that come behind them.
+        own, other: (buffer, element at which the part begins, its elements); of the pages that are gone through, and
+            of those that come behind them.
         behind: whether the part to ask for is `other`.
         steps: in which all of it is to be asked for.
         line: elements of a cache line.
-        scales: whether there are some behind the elements.
     """
 
     own: tuple[Any, Any, int]
@@ -262,7 +227,6 @@ class _Ahead:
     behind: Any
     steps: int
     line: int
-    scales: bool
 
     def fetch(self, step: Any, first: Any) -> None:
         """Ask for a step's share, once for all groups of vectors; `first` = the first vector of the group."""
@@ -285,9 +249,6 @@ class _Ahead:
         share = -(-size // self.steps)
         for i in range(-(-share // self.line)):
             e.prefetch(buffer, base + step * share + i * self.line, level=2)
-        if self.scales:
-            with T.If(step == 0), T.Then():
-                e.prefetch(buffer, base + size, level=2)
 
 
 def in_groups(count: int, size: int, body: Callable[[Any, int], None]) -> None:

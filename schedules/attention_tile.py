@@ -20,6 +20,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
+from llmc.kv_plan import padded
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
 from llmc.schedules.attention_pages import PageReader, in_groups
@@ -110,8 +111,15 @@ class Tile(PageReader, RunningSoftmax):
         self.row_tile = -(-self.rows // groups)
         self.rows_padded = -(-self.rows // self.row_tile) * self.row_tile
         self.pack = 2 if self.dot else 1
-        self.k_steps = -(-cfg.key_dim // self.pack)
+        self.k_steps = (
+            padded(cfg.key_dim) if cfg.coded else -(-cfg.key_dim // self.pack) * self.pack
+        ) // self.pack
         self.value_width = -(-cfg.value_dim // self.lanes) * self.lanes
+
+    @staticmethod
+    def import_text(caps: Capabilities) -> dict[str, Any]:
+        """Annotations for the loop over tasks."""
+        return e.import_text(caps)
 
     def _allocate(self) -> None:
         """Take scratch memory from the task's thread."""
@@ -120,8 +128,6 @@ class Tile(PageReader, RunningSoftmax):
         self.scores = e.workspace(self.rows_padded * self.block)
         self.weights = e.workspace(self.rows_padded * self.block // self.pack, operand)
         self.out = e.workspace(self.rows_padded * self.value_width)
-        if self.cfg.coded:
-            self.key_scales, self.value_scales = e.workspace(self.block), e.workspace(self.block)
         self.largest = e.workspace(self.rows_padded)
         self.total = e.workspace(self.rows_padded * self.lanes)
         if not self.direct:
@@ -227,7 +233,6 @@ class Tile(PageReader, RunningSoftmax):
         """
         keys = e.let(T.min(e.i64(self.block), end_key - first_key))
         page = e.let(table + first_key // self.cfg.page_size)
-        self._lay_out_scales(page, keys)
         if self.direct:
             self._score_pages(page, keys)
             self._softmax(first_key, first_position, keys)
