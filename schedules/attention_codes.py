@@ -64,8 +64,8 @@ class CodedTile(Tile):
         kind = self.cfg.kv_dtype
         if not self.dot:
             return word_values(words, step, kind, lanes)
-        both = [word_values(words, 2 * step + i, kind, lanes) for i in range(2)]
-        return e.exact_pairs(*both, lanes)
+        even, odd = (word_values(words, 2 * step + i, kind, lanes) for i in range(2))
+        return e.exact_pairs(even, odd, lanes)
 
     # -- laid out in scratch -----------------------------------------------------------------------------------------
 

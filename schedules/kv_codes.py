@@ -43,6 +43,11 @@ def word_values(words: Any, byte: int, dtype: str, lanes: int) -> Any:
     return T.reinterpret(e.vec("float32", lanes), bits) * e.splat(2.0**120, lanes)
 
 
+def code_of_zero(dtype: str) -> int:
+    """As it is stored."""
+    return BIAS if dtype == "int8" else 0
+
+
 def magnitude_bits(x: Any, lanes: int) -> Any:
     """Bits of |x| as int32: in the order of the numbers, infinity and NaN above all."""
     return T.bitwise_and(T.reinterpret(e.vec("int32", lanes), x), e.const("int32", 0x7FFFFFFF, lanes))
@@ -57,11 +62,14 @@ def scale_of(largest: Any, dtype: str, caps: Capabilities) -> tuple[Any, Any, An
     return e.let(stored), e.let(tirx.Select(usable, scale, e.f32(1.0))), usable
 
 
-def codes_of(quotients: Any, dtype: str, lanes: int) -> Any:
-    """Codes as int32 of row elements over their scale, rounded to nearest even; at most CODE_RANGE within rounding."""
+def codes_of(quotients: Any, dtype: str, lanes: int, to_even: Callable[[Any, int], Any] = round_even) -> Any:
+    """Stored codes as int32 of row elements over their scale, rounded to nearest even by `to_even`.
+
+    A quotient is at most CODE_RANGE within the rounding of the scale, which never makes it the next code.
+    """
     i32 = e.vec("int32", lanes)
     if dtype == "int8":
-        return tirx.Cast(i32, round_even(quotients, lanes))
+        return tirx.Cast(i32, to_even(quotients, lanes)) + e.const("int32", BIAS, lanes)
     x = e.let(quotients)
     bits = e.let(T.reinterpret(i32, x))
     size = e.let(magnitude_bits(x, lanes))
@@ -69,7 +77,7 @@ def codes_of(quotients: Any, dtype: str, lanes: int) -> Any:
     rounded = T.shift_right(size + e.const("int32", 0x7FFFF, lanes) + odd, e.const("int32", 20, lanes))
     normal = rounded - e.const("int32", _E4M3_BIAS, lanes)
     # below, steps are 2^-9
-    steps = round_even(T.reinterpret(e.vec("float32", lanes), size) * e.splat(2.0**9, lanes), lanes)
+    steps = to_even(T.reinterpret(e.vec("float32", lanes), size) * e.splat(2.0**9, lanes), lanes)
     small = size < e.const("int32", _E4M3_SMALLEST_NORMAL, lanes)
     sign = T.bitwise_and(T.shift_right(bits, e.const("int32", 24, lanes)), e.const("int32", 0x80, lanes))
     return T.bitwise_or(tirx.Select(small, tirx.Cast(i32, steps), normal), sign)
@@ -95,16 +103,15 @@ def encode(line: Any, dim: int, dtype: str, caps: Capabilities) -> tuple[Any, An
     """(stored codes as uint8 workspace, padded to words; bits of the scale) of a key or value: line[:dim], float32."""
     scale, divisor, usable = scale_of(largest_magnitude(line, 0, dim, caps), dtype, caps)
     codes = e.workspace(padded(dim), "uint8")
-    bias = BIAS if dtype == "int8" else 0
 
     def code(at: Any, n: int) -> None:
         value = tirx.Select(e.splat(usable, n), e.some(line, at, n), e.splat(0.0, n))
-        found = codes_of(e.let(value / e.splat(divisor, n)), dtype, n) + e.const("int32", bias, n)
+        found = codes_of(e.let(value / e.splat(divisor, n)), dtype, n)
         e.store(codes, at, tirx.Cast(e.vec("uint8", n), found), n)
 
     along(dim, caps, code)
     for at in range(dim, padded(dim)):
-        e.store(codes, at, tirx.Cast("uint8", e.const("int32", bias, 1)), 1)
+        e.store(codes, at, tirx.Cast("uint8", e.const("int32", code_of_zero(dtype), 1)), 1)
     return codes, scale
 
 

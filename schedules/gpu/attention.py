@@ -21,6 +21,7 @@ from llmc.schedules.gpu.attention_tile import (
     heads_per_tile,
     tokens_per_tile,
 )
+from llmc.schedules.gpu.coded_tile import CodedTile
 from llmc.schedules.gpu.configs import GpuPrefillSchedule
 from llmc.schedules.gpu.rope import THREADS as ROPE_THREADS
 from llmc.schedules.gpu.rope import Pages, append
@@ -76,7 +77,8 @@ class _Prefill:
     def make(self, args: Operands, thread: Any, unit: Any) -> Any:
         """The block's tile, which has a method `run`."""
         if self.cut is None:
-            return Tile(self.cfg, self.caps, args, self.tokens, thread, unit)
+            plain = CodedTile if self.cfg.coded else Tile
+            return plain(self.cfg, self.caps, args, self.tokens, thread, unit)
         kind = _PREFILL_TILES[type(self.cut)]
         return kind(self.cfg, self.caps, args, self.cut, thread, unit)
 
@@ -105,7 +107,8 @@ class _Decode:
     def make(self, args: Operands, thread: Any, unit: Any) -> Any:
         """The block's tile, which has methods `decode`, `finish` and `store_partial`."""
         if self.cut is None:
-            return Tile(self.cfg, self.caps, args, 1, thread, unit)
+            plain = CodedTile if self.cfg.coded else Tile
+            return plain(self.cfg, self.caps, args, 1, thread, unit)
         kind = flash_latent.LatentTile if self.cfg.latent else flash_decode.DecodeTile
         return kind(self.cfg, self.caps, args, self.cut, thread, unit)
 
@@ -184,7 +187,7 @@ def attention_decode(cfg: AttentionConfig, caps: Capabilities, rope: RopeConfig 
             if ops is not None and args.slots is not None and not kind.appends:
                 with g.launch(b * cfg.kv_heads, ROPE_THREADS) as (number, thread):
                     token, head = e.let(number // cfg.kv_heads), e.let(number % cfg.kv_heads)
-                    pages = Pages(cfg, args.slots, args.k, args.v, args.layer, caps)
+                    pages = Pages(cfg, args.slots, args.pools, args.layer, caps)
                     append(ops, pages, token, (head, 1), thread)
             most = e.let(_most_pieces(b * units, splits, caps.multiprocessors * kind.resident))
 

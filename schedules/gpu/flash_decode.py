@@ -147,7 +147,7 @@ class DecodeTile(HeadTile):
         if args.rope is None or args.slots is None or not appends(self.cfg):
             return
         with g.when(last):
-            pages = Pages(self.cfg, args.slots, args.k, args.v, args.layer, self.caps)
+            pages = Pages(self.cfg, args.slots, args.pools, args.layer, self.caps)
             append(args.rope, pages, sequence, (self.kv_head, 1), self.thread, self.cut.threads)
             g.device_fence()
             g.barrier()
