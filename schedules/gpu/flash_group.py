@@ -83,7 +83,7 @@ class GroupShape:
 def shape(cfg: AttentionConfig, caps: Capabilities) -> GroupShape | None:
     """The cut for these heads; None = this kernel is not made for them."""
     widest = max(cfg.key_dim, cfg.value_dim)
-    if not caps.has_wgmma or not takes(cfg, caps) or widest > _WIDEST:
+    if not caps.has_wgmma or cfg.coded or not takes(cfg, caps) or widest > _WIDEST:
         return None
     cut = GroupShape(128 if widest <= _NARROW else 64)
     return cut if cut.shared_bytes(cfg) <= caps.shared_bytes else None

@@ -50,6 +50,36 @@ def test_plain_kernels(case: str) -> None:
     check(cfg, [[(5, 5), (1, 33), (20, 40)]], [[(1, 1), (1, 300), (1, 33)]], TOOLS.exact["float32"])
 
 
+UNITS: dict[str, dict[str, Any]] = {
+    "int8-bf16-sinks": {**INT8, "dtype": "bfloat16", "has_sinks": True, "page_size": 32, "heads": 6},
+    "fp8-f16-window-softcap": {
+        **{
+            **FP8,
+            "dtype": "float16",
+            "key_dim": 32,
+            "value_dim": 48,
+            "heads": 8,
+            "window": 20,
+            "softcap": 5.0,
+        }
+    },
+    "int8-f16-alibi": {**INT8, "dtype": "float16", "has_alibi": True},
+    "fp8-bf16-80-chunk": {
+        **{**FP8, "dtype": "bfloat16", "key_dim": 80, "value_dim": 80, "page_size": 64, "chunk": 24}
+    },
+}
+
+
+@pytest.mark.parametrize("case", UNITS)
+def test_matrix_units(case: str) -> None:
+    cfg = config(**UNITS[case])
+    assert (
+        flash.shape(cfg, gpu()) and flash_decode.shape(cfg, gpu()) and flash_group.shape(cfg, gpu()) is None
+    )
+    # weights are rounded to bfloat16 in all types
+    check(cfg, [[(5, 5), (1, 33), (70, 90)]], [[(1, 1), (1, 300), (1, 33)]], TOOLS.exact["bfloat16"])
+
+
 @pytest.mark.parametrize("changes", [INT8, FP8], ids=["int8", "fp8"])
 def test_appended_codes_are_exact(changes: dict[str, Any]) -> None:
     cfg = config(**changes, key_dim=18, value_dim=20)
