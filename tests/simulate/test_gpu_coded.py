@@ -13,7 +13,7 @@ from llmc.schedules.attention_config import AttentionConfig, LatentConfig
 from llmc.schedules.gpu import flash, flash_decode, flash_group
 from llmc.schedules.gpu.attention import attention_decode, attention_prefill
 from llmc.schedules.gpu.rope import kv_append, rope_append
-from tests.kv_rounding import scales_and_codes
+from tests.kv_rounding import check_pages
 from tests.schedules.test_attention import BASE, Cache, run
 from tests.simulate.gpu import DTYPES, SimulatedTools, gpu
 from tests.simulate.test_gpu_kernels import rope_config
@@ -86,34 +86,56 @@ def test_appended_codes_are_exact(changes: dict[str, Any]) -> None:
     kernel = TOOLS.build(gpu(), append=kv_append(cfg, gpu()))["append"]
     cache = Cache(cfg, TOOLS, [(5, 5), (20, 20)], np.random.default_rng(0))
     cache.append(kernel, 1)
-    check_pages(cfg, cache)
+    check_pages(cfg.kv_dtype, cfg.page_size, cache)
 
 
-def check_pages(cfg: AttentionConfig, cache: Cache) -> None:
-    """The bytes of every slot that was written; all others as they were."""
-    pools = (cache.k_pool.numpy(), cache.v_pool.numpy())
-    rows = [np.concatenate(x, 1) for x in (cache.keys, cache.values)]
-    touched = 0
-    for pool, x, key in zip(pools, rows, (True, False), strict=True):
-        scales, codes = scales_and_codes(x, cfg.kv_dtype)
-        stored = codes.view(np.uint8) ^ (0x80 if cfg.kv_dtype == "int8" else 0)
-        dim, ps = x.shape[2], cfg.page_size
-        words = -(-dim // 4)
-        for token, slot in enumerate(cache.slots()):
-            page, offset = divmod(int(slot), ps)
-            part = pool[page, 1]
-            d = np.arange(dim)
-            places = (d // 4 * ps + offset) * 4 + d % 4
-            if not key:
-                places = (offset // 4 * (words * 4) + d) * 4 + offset % 4
-            assert (part[:, places] == stored[:, token]).all()
-            at = ps * words * 4 + 2 * offset
-            found = np.ascontiguousarray(part[:, at : at + 2]).view(np.uint16)[:, 0]
-            assert (found == scales.view(np.uint16)[:, token]).all()
-            part[:, places], part[:, at : at + 2] = 0xFF, 0xFF
-            touched += 1
-        if key:  # what fills the last word of a key up is a code of zero
-            pool[pool == (0x80 if cfg.kv_dtype == "int8" else 0)] = 0xFF
-        elif dim % 4 == 0:
-            assert (pool == 0xFF).all()
-    assert touched == 2 * rows[0].shape[1]
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rotation_appends_what_the_append_would(dtype: str) -> None:
+    """Pages of the rotating kernel, and of decode with the rotation inside, which must attend to them as decode does."""
+    cfg = rope_config(dtype, kv_dtype="int8")
+    a, numbers = cfg.attention, rope_config(dtype)
+    kernels = TOOLS.build(
+        gpu(),
+        numbers=rope_append(numbers, gpu()),
+        append=kv_append(replace(a, token_major=False), gpu()),
+        rope=rope_append(cfg, gpu()),
+        decode=attention_decode(a, gpu()),
+        both=attention_decode(a, gpu(), cfg),
+    )
+    rng, t, tensor = np.random.default_rng(5), 3, TOOLS.tensor
+    x = TOOLS.random(rng, (1, t, 128), dtype)
+    angle = rng.standard_normal((1, t, 8)).astype(np.float32)
+    slot = np.array([16 + 15, 48, 80 + 7], np.int32)
+    tables = [
+        tensor(np.arange(t + 1, dtype=np.int32)),
+        tensor(np.array([16, 1, 24], np.int32)),
+        tensor(np.array([[1, 0], [3, 0], [4, 5]], np.int32)),
+    ]
+    sources = [tensor(s) for s in (x, x, x, np.cos(angle), np.sin(angle), slot)]
+    q = tensor(np.zeros((1, t, 4, 16), DTYPES[dtype]))
+    plain = [tensor(np.zeros((8, 2, 2, 16, 16), DTYPES[dtype])) for _ in range(2)]
+    kernels["numbers"](*sources, *plain, 1, q)
+    places = (slot // 16, slot % 16)
+    k = plain[0].numpy()[places[0], 1, :, :, places[1]].swapaxes(0, 1)[None]
+    v = plain[1].numpy()[places[0], 1, :, places[1]].swapaxes(0, 1)[None]
+    old = [rng.integers(1, 255, (8, 2, 2, 16 * 18)).astype(np.uint8) for _ in range(2)]
+    for pool in old:  # scales that are numbers
+        pool[..., 256:].view(np.uint16)[...] = 0x3C00 + rng.integers(0, 99, pool[..., 256::2].shape)
+    pools = [[tensor(p.copy()) for p in old] for _ in range(3)]
+    kernels["append"](tensor(k), tensor(v), tensor(slot), *pools[0], 1)
+    kernels["rope"](*sources, *pools[1], 1, q)
+    outs = [tensor(np.full((1, t, 4, 16), np.nan, DTYPES[dtype])) for _ in range(2)]
+    part = tensor(np.zeros((t, *partial_shape(a)), np.float32))
+    kernels["decode"](q, *pools[1], *tables, 1, outs[0], part)
+    kernels["both"](*sources, *pools[2], *tables, 1, outs[1], part)
+    for side in range(2):
+        assert (pools[0][side].numpy() != old[side]).any()
+        for other in pools[1:]:
+            np.testing.assert_array_equal(pools[0][side].numpy(), other[side].numpy())
+    np.testing.assert_array_equal(outs[0].numpy(), outs[1].numpy())
+    assert np.isfinite(outs[0].numpy().astype(np.float32)).all()
+
+
+def test_latents_have_no_codes() -> None:
+    with pytest.raises(ValueError, match="no pages of int8"):
+        LatentConfig(4, 1, 32, 16, "bfloat16", "int8", 16, 1, 0.1)
