@@ -71,8 +71,12 @@ class _Prefill:
         self.threads = THREADS if self.cut is None else self.cut.threads
 
     def bounds(self) -> Any:
-        """What the launch is said to take: parts of a block exchange registers only if it has a multiprocessor to itself."""
-        return g.at_most_one_block() if isinstance(self.cut, flash_group.GroupShape) else nullcontext()
+        """What the launch is said to take: parts of a block exchange registers only if it has a multiprocessor to itself.
+
+        Tiles of codes would be given too few registers for the same reason as in decode.
+        """
+        alone = isinstance(self.cut, flash_group.GroupShape) or (self.cfg.coded and self.cut is not None)
+        return g.at_most_one_block() if alone else nullcontext()
 
     def make(self, args: Operands, thread: Any, unit: Any) -> Any:
         """The block's tile, which has a method `run`."""
