@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -59,6 +59,7 @@ TASKS = {
     "experts": (TunableExperts(), ExpertConfig(3, 70, 40, "bfloat16", "bfloat16", "float32", has_bias=True), 9),
     "prefill": (TunablePrefill(), ATTENTION, 40),
     "decode": (TunableDecode(), ATTENTION, 3),
+    "decode-codes": (TunableDecode(), replace(ATTENTION, dtype="bfloat16", kv_dtype="int8", sinks_dtype=""), 3),
 }  # fmt: skip
 
 
