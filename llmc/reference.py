@@ -57,7 +57,7 @@ def reference_logits(
     """Run the unmodified source model on one sequence with eager attention and eager experts.
 
     Weights are read when a module needs them and dropped afterwards; `source.module` itself is not touched. What is
-    multiplied with the weights that ``source.weights.int8_inputs`` names, if it has that, is rounded as it says.
+    multiplied with the weights that ``source.weights.rounded_inputs`` names, if it has that, is rounded as it says.
 
     Args:
         source: an opened model with weights.
@@ -170,7 +170,7 @@ def _run(
             unit = _Unit(loader, tensors, buffers)
             stack.callback(module.register_forward_pre_hook(unit.fill).remove)
             stack.callback(module.register_forward_hook(unit.drop, always_call=True).remove)
-        if loader.int8_inputs:
+        if loader.rounded_inputs:
             stack.enter_context(RoundedInputs(loader.input_rounding, jitter))
         for path in taps:
             stack.callback(model.get_submodule(path).register_forward_hook(_tap(tapped, path)).remove)
@@ -254,7 +254,7 @@ class _Loader:
 
     def __init__(self, weights: WeightSource, module: torch.nn.Module) -> None:
         self._weights = weights
-        self.int8_inputs: Mapping[str, InputRounding] = getattr(weights, "int8_inputs", {})
+        self.rounded_inputs: Mapping[str, InputRounding] = getattr(weights, "rounded_inputs", {})
         self._held: dict[int, InputRounding] = {}  # by storage, of those of them that are in use
         first: dict[int, str] = {}
         self._canonical = {
@@ -275,7 +275,7 @@ class _Loader:
 
     def hold(self, name: str, tensor: torch.Tensor, held: bool) -> None:
         """Note that a weight is in use from now on, or no more."""
-        rounding = self.int8_inputs.get(self.canonical(name))
+        rounding = self.rounded_inputs.get(self.canonical(name))
         if rounding is None:
             return
         storage = tensor.untyped_storage().data_ptr()

@@ -136,7 +136,7 @@ def verify(
             if is_coded(kv_dtype or dtype) and not result.cache_rounded:
                 raise _no_yardstick(source, kv_dtype or dtype)
             rounded = _finite(result.logits, source, coarse)
-        elif getattr(source.weights, "int8_inputs", None):
+        elif getattr(source.weights, "rounded_inputs", None):
             rounded = run(source, prompt.ids, dtype, jitter=_JITTER).logits
         runs.append(_Rows(prompt, np.asarray(logits, np.float32), exact, rounded))
     comparison = _compare(runs, source, coarse)
@@ -314,7 +314,7 @@ def compare_layers(
     rounded = None
     if coarse != "float32":
         rounded = reference_logits(source, token_ids, dtype, kv_dtype=kv_dtype, taps=paths).taps
-    elif getattr(source.weights, "int8_inputs", None):
+    elif getattr(source.weights, "rounded_inputs", None):
         rounded = reference_logits(source, token_ids, dtype, jitter=_JITTER, taps=paths).taps
     return layer_errors(paths, taps, exact, rounded, dtype=coarse, routed=is_routed(source))
 

@@ -8,12 +8,13 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
+from llmc.kv_plan import ITEM_BYTES
 from llmc.schedules import emit as e
 from llmc.schedules.attention_bytes import BytesTile, takes_bytes
 from llmc.schedules.attention_codes import CodedTile, CodedUnitTile
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
 from llmc.schedules.attention_pools import Pools
-from llmc.schedules.attention_tile import Operands, Tile, first_visible
+from llmc.schedules.attention_tile import Operands, Tile, can_be_direct, first_visible
 from llmc.schedules.kv_codes import HeadWriter
 from llmc.schedules.norm import along
 from llmc.schedules.rope import RopeConfig, RopeOperands, append_all
@@ -23,7 +24,9 @@ from llmc.schedules.vmath import exp_nonpositive
 __all__ = ["AttentionConfig", "attention_decode", "attention_prefill", "kv_append", "partial_shape"]
 
 _EMPTY = -1e30  # running maximum of a piece of context without keys
-_TASKS_PER_THREAD = 4  # of decode: a context is cut into no more pieces than that takes
+# of decode of several sequences, whose lengths differ: a context is cut into no more pieces than that takes
+_TASKS_PER_THREAD = 4
+_PIECE_BYTES = 16 << 10  # of a page that is read as one; longer ones are hardly faster
 _SERIAL_TOKENS = 4  # appending this few tokens costs less than a parallel launch
 
 
@@ -190,31 +193,37 @@ def _decode(
 ) -> None:
     group = cfg.heads // cfg.kv_heads
     pages = _pages(cfg, schedule.keys)
-    pairs = e.let(args.b * cfg.kv_heads)
-    wanted = _TASKS_PER_THREAD * caps.threads
+    heads = _heads_together(cfg, caps)
+    groups = cfg.kv_heads // heads
+    pairs = e.let(args.b * groups)
+    several = _TASKS_PER_THREAD * caps.threads
+    even = groups % caps.threads == 0 or caps.threads % groups == 0
+    wanted = e.let(T.Select(args.b == 1, e.i64(caps.threads if even else several), e.i64(several)))
     most = e.let(T.max(e.i64(1), T.min(e.i64(cfg.splits), T.truncdiv(pairs + (wanted - 1), pairs))))
     # neighbouring tasks, which one thread takes, are of different sequences: long ones are shared out
     kind = _decode_tile(cfg, caps)
     with T.parallel(pairs * most, annotations=kind.import_text(caps)) as task:
         sequence = e.let(T.truncmod(task, args.b))
         rest = e.let(T.truncdiv(task, args.b))
-        split, kv_head = e.let(T.truncmod(rest, most)), e.let(T.truncdiv(rest, most))
+        split, kv_head = e.let(T.truncmod(rest, most)), e.let(T.truncdiv(rest, most) * heads)
         low, per_split, high = _pieces(cfg, args, schedule, sequence, most)
         begin = e.let(low + split * per_split)
         end = e.let(T.min(high, begin + per_split))
         with T.If(begin < end), T.Then():
-            tile = kind(cfg, caps, args, 1, pages, schedule, direct=True)
-            tile.start(sequence, kv_head, e.i64(group))
+            tile = kind(cfg, caps, args, 1, pages, schedule, direct=True, heads=heads)
             table = e.let(sequence * args.width)
+            tile.first_head = kv_head
+            tile.fetch_first(table, begin, end)
+            tile.start(sequence, kv_head, e.i64(group))
             with e.loop(e.ceildiv(end - begin, tile.block)) as i:
                 tile.visit(table, e.let(begin + i * tile.block), end, e.let(high - 1))
             with T.If(per_split >= high - low):
                 with T.Then():
                     tile.finish(sequence)
-                with T.Else():
-                    row = ((sequence * cfg.kv_heads + kv_head) * cfg.splits + split) * group
+                with T.Else(), tile.each_head():
+                    row = ((sequence * cfg.kv_heads + tile.kv_head) * cfg.splits + split) * group
                     _store_partial(tile, part, e.let(row), width)
-    with e.loop(pairs) as i:
+    with e.loop(args.b * cfg.kv_heads) as i:
         low, per_split, high = _pieces(cfg, args, schedule, e.let(i // cfg.kv_heads), most)
         with T.If(per_split < high - low), T.Then():
             tile = kind(cfg, caps, args, 1, pages, schedule, direct=True)
@@ -225,6 +234,23 @@ def _decode_tile(cfg: AttentionConfig, caps: Capabilities) -> type[Tile]:
     if not cfg.coded:
         return Tile
     return BytesTile if takes_bytes(cfg, caps) else CodedTile
+
+
+def _heads_together(cfg: AttentionConfig, caps: Capabilities) -> int:
+    """How many neighbouring cached heads a task of decode takes.
+
+    Their parts of a page are one piece of memory, and several pieces of a few KB are slower than a long one. There are no fewer
+    groups of heads than threads, lest a context has to be cut.
+    """
+    if not can_be_direct(cfg, caps):
+        return 1
+    part = cfg.k_part * ITEM_BYTES[cfg.kv_dtype]
+    fitting = [
+        n
+        for n in range(1, cfg.kv_heads + 1)
+        if cfg.kv_heads % n == 0 and cfg.kv_heads // n >= caps.threads and n * part <= _PIECE_BYTES
+    ]
+    return max(fitting, default=1)
 
 
 def _pieces(
@@ -241,12 +267,12 @@ def _pieces(
 def _store_partial(tile: Tile, part: Any, first_row: Any, width: int) -> None:
     lanes = tile.lanes
     with e.loop(tile.group) as g:
-        base = e.let((first_row + g) * width)
+        base, row = e.let((first_row + g) * width), e.let(tile.row + g)
         for v in range(tile.value_width // lanes):
-            value = e.load(tile.out, g * tile.value_width + v * lanes, lanes)
+            value = e.load(tile.out, row * tile.value_width + v * lanes, lanes)
             e.store(part, base + v * lanes, value, lanes)
-        total = e.fold(e.load(tile.total, g * lanes, lanes), lanes, lambda x, y: x + y)
-        e.store(part, base + width - 16, tile.largest[g], 1)
+        total = e.fold(e.load(tile.total, row * lanes, lanes), lanes, lambda x, y: x + y)
+        e.store(part, base + width - 16, tile.largest[row], 1)
         e.store(part, base + width - 15, total, 1)
 
 

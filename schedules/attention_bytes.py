@@ -14,7 +14,7 @@ from tvm.tirx.script import builder as T
 from llmc.caps import ByteDot, Capabilities
 from llmc.kv_plan import QUAD, padded
 from llmc.schedules import emit as e
-from llmc.schedules.attention_codes import PAGES_AHEAD, CodedTile
+from llmc.schedules.attention_codes import CodedTile
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.attention_pages import Ahead, in_groups
 from llmc.schedules.attention_tile import can_be_direct
@@ -103,13 +103,14 @@ class BytesTile(CodedTile):
 
     def _allocate(self) -> None:
         rows, block = self.rows_padded, self.block
+        state = self.heads * rows
         self.scores, self.weights = e.workspace(rows * block), e.workspace(rows * block)
-        self.out = e.workspace(rows * self.value_width)
-        self.largest, self.total = e.workspace(rows), e.workspace(rows * self.lanes)
+        self.out = e.workspace(state * self.value_width)
+        self.largest, self.total = e.workspace(state), e.workspace(state * self.lanes)
         self.key_scales, self.value_scales = e.workspace(block), e.workspace(block)
         width = -(-padded(self.cfg.key_dim) // self.lanes) * self.lanes
         self._line = e.workspace(width)
-        self._queries, self._fine = _Rows(rows, width), _Rows(rows, block)
+        self._queries, self._fine = _Rows(state, width), _Rows(rows, block)
 
     def _load_query(self, source: Any, base: Any, r: Any) -> None:
         lanes, width = self.lanes, self._queries.width
@@ -127,15 +128,16 @@ class BytesTile(CodedTile):
         for row in range(0, self.rows_padded, self.row_tile):
 
             def body(first: Any, vectors: int, row: int = row) -> None:
-                acc = self._sums_of(self._queries, row, vectors)
+                own = self.row + row
+                acc = self._sums_of(self._queries, own, vectors)
                 with e.loop(self._key_words) as i:
                     if row == 0:
                         ahead.fetch(i, first)
                     at = e.let(base + i * ps + first * lanes)
                     words = [e.load(self.args.pools.k_words, at + v * lanes, lanes) for v in range(vectors)]
-                    self._add(acc, words, self._queries, row, i)
+                    self._add(acc, words, self._queries, own, i)
                 for r in range(self.row_tile):
-                    scale = e.let(e.splat(self._queries.scales[row + r], lanes))
+                    scale = e.let(e.splat(self._queries.scales[own + r], lanes))
                     for v in range(vectors):
                         to = p * ps + (first + v) * lanes
                         value = self._float(acc, r, v) * scale * e.load(self.key_scales, to, lanes)
@@ -157,14 +159,7 @@ class BytesTile(CodedTile):
                 with e.loop(count) as p:
                     base = e.let(self._part_of(page + p) * (cfg.v_part // QUAD) + first * lanes)
                     tokens = e.let(T.min(e.i64(ps), keys - p * ps))
-                    far = e.let(p + PAGES_AHEAD)
-                    # behind the last values come the keys of the next block
-                    ahead = self._ahead(
-                        self._values_at(page + T.min(far, count - 1)),
-                        self._keys_at(T.min(page + far, last_page)),
-                        e.let(far >= count),
-                        ps // QUAD,
-                    )
+                    ahead = self._values_ahead(page, p, last_page)
                     with e.loop(e.ceildiv(tokens, QUAD)) as i:
                         if row == 0:
                             ahead.fetch(i, first)
@@ -176,13 +171,13 @@ class BytesTile(CodedTile):
                 for r in range(self.row_tile):
                     scale = e.let(e.splat(self._fine.scales[row + r], lanes))
                     for v in range(vectors):
-                        to = e.let((row + r) * self.value_width + (first + v) * lanes)
+                        to = e.let((self.row + row + r) * self.value_width + (first + v) * lanes)
                         value = e.load(self.out, to, lanes) + self._float(acc, r, v) * scale
                         e.store(self.out, to, value, lanes)
 
             in_groups(cfg.value_dim // lanes, self.vectors, body)
 
-    def _sums_of(self, rows: _Rows, row: int, vectors: int) -> list[list[list[Any]]]:
+    def _sums_of(self, rows: _Rows, row: Any, vectors: int) -> list[list[list[Any]]]:
         """Registers [row][vector][high, low], with what the codes' offset adds taken off beforehand."""
         lanes = self.lanes
         acc = []
@@ -197,7 +192,7 @@ class BytesTile(CodedTile):
                     e.store(register, 0, start, lanes)
         return acc
 
-    def _add(self, acc: list[list[list[Any]]], words: list[Any], rows: _Rows, row: int, i: Any) -> None:
+    def _add(self, acc: list[list[list[Any]]], words: list[Any], rows: _Rows, row: Any, i: Any) -> None:
         """acc += word i of the rows times words of codes."""
         lanes = self.lanes
         codes = [self._dot.weights(e.let(w)) for w in words]

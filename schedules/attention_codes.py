@@ -20,9 +20,6 @@ from llmc.schedules.kv_codes import word_values
 from llmc.schedules.norm import along
 from llmc.schedules.tile_attention import UnitTile
 
-_LINE = 64  # bytes
-PAGES_AHEAD = 4  # as many bytes as two pages of 16-bit numbers
-
 
 class CodedTile(Tile):
     """A Tile over coded pages; in place with floats."""
@@ -132,22 +129,14 @@ class CodedTile(Tile):
 
     # -- in place ----------------------------------------------------------------------------------------------------
 
-    def _score_pages(self, page: Any, keys: Any) -> None:
+    def _score_pages(self, page: Any, keys: Any, last_page: Any) -> None:
         cfg, ps = self.cfg, self.cfg.page_size
         self._lay_out_scales(page, keys)
-        count = e.let(e.ceildiv(keys, ps))
-        with e.loop(count) as p:
+        words = padded(cfg.key_dim) // QUAD
+        with e.loop(e.ceildiv(keys, ps)) as p:
             base = e.let(self._part_of(page + p) * (cfg.k_part // QUAD))
-            far = e.let(p + PAGES_AHEAD)
-            # behind the last keys come the values of the same pages
-            behind = T.min(T.max(e.i64(0), far - count), count - 1)
-            ahead = self._ahead(
-                self._keys_at(page + T.min(far, count - 1)),
-                self._values_at(page + behind),
-                e.let(far >= count),
-                padded(cfg.key_dim) // QUAD,
-            )
-            self._score(base, p, ahead)
+            pool = (self.args.k, cfg.k_part, padded(cfg.key_dim) * ps)
+            self._score(base, p, self._ahead(pool, page, p, last_page, words))
 
     def _score(self, base: Any, p: Any, ahead: Ahead) -> None:
         """Scores of page p of the block, whose words begin at `base`."""
@@ -158,7 +147,7 @@ class CodedTile(Tile):
                 self._multiply_words(
                     vectors,
                     padded(cfg.key_dim) // QUAD,
-                    lambda r, j, n=1: e.some(self.query, (row + r) * self.k_steps + j, n),
+                    lambda r, j, n=1: e.some(self.query, (self.row + row + r) * self.k_steps + j, n),
                     lambda i, v: e.load(self.args.pools.k_words, base + i * ps + (first + v) * lanes, lanes),
                     self.scores,
                     lambda r, v: (row + r) * self.block + p * ps + (first + v) * lanes,
@@ -169,20 +158,17 @@ class CodedTile(Tile):
             in_groups(ps // lanes, self.vectors, body)
 
     def _weigh_pages(self, page: Any, keys: Any, last_page: Any) -> None:
-        cfg, ps = self.cfg, self.cfg.page_size
-        count = e.let(e.ceildiv(keys, ps))
-        with e.loop(count) as p:
-            base = e.let(self._part_of(page + p) * (cfg.v_part // QUAD))
+        ps = self.cfg.page_size
+        with e.loop(e.ceildiv(keys, ps)) as p:
+            base = e.let(self._part_of(page + p) * (self.cfg.v_part // QUAD))
             tokens = e.let(T.min(e.i64(ps), keys - p * ps))
-            far = e.let(p + PAGES_AHEAD)
-            # behind the last values come the keys of the next block
-            ahead = self._ahead(
-                self._values_at(page + T.min(far, count - 1)),
-                self._keys_at(T.min(page + far, last_page)),
-                e.let(far >= count),
-                ps // QUAD,
-            )
+            ahead = self._values_ahead(page, p, last_page)
             self._weigh(base, p, e.let(e.ceildiv(tokens, QUAD)), ahead)
+
+    def _values_ahead(self, page: Any, p: Any, last_page: Any) -> Ahead:
+        """What to ask for while page p of a block's values is gone through."""
+        ps = self.cfg.page_size
+        return self._ahead((self.args.v, self.cfg.v_part, self._row * ps), page, p, last_page, ps // QUAD)
 
     def _weigh(self, base: Any, p: Any, rows: Any, ahead: Ahead) -> None:
         """Add the weighted values of page p of the block: so many rows of words from `base` on."""
@@ -199,7 +185,7 @@ class CodedTile(Tile):
                         self.args.pools.v_words, base + i * self._row + (first + v) * lanes, lanes
                     ),
                     self.out,
-                    lambda r, v: (row + r) * self.value_width + (first + v) * lanes,
+                    lambda r, v: (self.row + row + r) * self.value_width + (first + v) * lanes,
                     (lambda i: ahead.fetch(i, first)) if row == 0 else None,
                 )
 
@@ -242,18 +228,6 @@ class CodedTile(Tile):
             for v in range(vectors):
                 value = e.load(acc[r][v], 0, lanes)
                 e.store(target, at(r, v), value * scales(v) if scales else value, lanes)
-
-    def _keys_at(self, page: Any) -> tuple[Any, Any, int]:
-        """Keys of a page, to be asked for: see Ahead."""
-        return self.args.k, e.let(self._part_of(page) * self.cfg.k_part), self.cfg.k_part
-
-    def _values_at(self, page: Any) -> tuple[Any, Any, int]:
-        return self.args.v, e.let(self._part_of(page) * self.cfg.v_part), self.cfg.v_part
-
-    def _ahead(
-        self, own: tuple[Any, Any, int], other: tuple[Any, Any, int], behind: Any, steps: int
-    ) -> Ahead:
-        return Ahead(own, other, behind, steps, _LINE)
 
 
 class CodedUnitTile(CodedTile, UnitTile):

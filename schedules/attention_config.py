@@ -35,13 +35,13 @@ class DecodeSchedule:
     Attributes:
         splits: most pieces that one sequence's context is cut into. It sizes the scratch argument, so all schedules
             of one kernel agree in it.
-        keys: keys per block of the running softmax.
+        keys: keys per block of the running softmax, which is also how far ahead pages are asked for.
         least_keys: a smaller piece of context is not worth a task.
         row_tile, vectors: as in PrefillSchedule.
     """
 
     splits: int = 8
-    keys: int = 256
+    keys: int = 64
     least_keys: int = 128
     row_tile: int = 6
     vectors: int = 0

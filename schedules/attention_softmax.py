@@ -29,6 +29,7 @@ class RunningSoftmax:
     group: int
     value_width: int
     kv_head: Any
+    row: Any  # the head's first one in `largest`, `total` and `out`; scores and weights are of one head at a time
     used: Any  # rows
     scores: Any
     weights: Any
@@ -66,18 +67,19 @@ class RunningSoftmax:
                         self._visible(r, 2 * pairs, low, own, high, top)
             else:
                 self._visible(r, 2 * pairs, low, own, high, top)
-            before = e.let(self.largest[r])
+            row = e.let(self.row + r)
+            before = e.let(self.largest[row])
             highest = e.fold(e.load(top, 0, lanes), lanes, T.max)
             if self._raw:
                 highest = highest * e.f32(self.cfg.scale)
             after = e.let(T.max(before, highest))
             with T.If(after > before), T.Then():
                 shrink = e.let(exp_nonpositive(e.splat(before - after, lanes), lanes))
-                e.store(self.largest, r, after, 1)
-                total = e.load(self.total, r * lanes, lanes) * shrink
-                e.store(self.total, r * lanes, total, lanes)
+                e.store(self.largest, row, after, 1)
+                total = e.load(self.total, row * lanes, lanes) * shrink
+                e.store(self.total, row * lanes, total, lanes)
                 for v in range(self.value_width // lanes):
-                    at = r * self.value_width + v * lanes
+                    at = row * self.value_width + v * lanes
                     e.store(self.out, at, e.load(self.out, at, lanes) * shrink, lanes)
             self._exponentials(r, after, pairs)
 
@@ -119,7 +121,8 @@ class RunningSoftmax:
         """Weights e^(score - largest) of a row, and their sum."""
         lanes = self.lanes
         total = e.scratch(lanes)
-        e.store(total, 0, e.load(self.total, r * lanes, lanes), lanes)
+        row = e.let(self.row + r)
+        e.store(total, 0, e.load(self.total, row * lanes, lanes), lanes)
         to_exponent = math.log2(math.e)
         zero = e.let(T.max(largest, e.f32(_LOWEST_MAXIMUM)) * e.f32(to_exponent))
         if self._raw:
@@ -139,7 +142,7 @@ class RunningSoftmax:
         else:
             with e.loop(2 * pairs) as v:
                 e.store(self.weights, r * self.block + v * lanes, weight(v), lanes)
-        e.store(self.total, r * lanes, e.load(total, 0, lanes), lanes)
+        e.store(self.total, row * lanes, e.load(total, 0, lanes), lanes)
 
 
 def first_visible(cfg: AttentionConfig, position: Any) -> Any:

@@ -16,6 +16,7 @@ from llmc.kernel_work import Formula, KernelCost, smaller
 from llmc.kv_plan import entry_bytes
 from llmc.ops import NormAttrs
 from llmc.schedules.attention_config import AttentionConfig
+from llmc.schedules.choice import Scheduled
 from llmc.schedules.experts import ExpertConfig
 from llmc.schedules.gather import EmbeddingConfig, GatherConfig
 from llmc.schedules.gpu.topk import TopKConfig
@@ -26,8 +27,6 @@ from llmc.schedules.qgather import QuantEmbeddingConfig
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.rope import RopeConfig
 from llmc.schedules.rules import visit
-from llmc.schedules.tune_experts import ExpertKernel
-from llmc.schedules.tune_qlinear import QuantKernel
 
 COST = "llmc.cost"  # attribute of a PrimFunc: KernelCost.as_text()
 
@@ -39,12 +38,7 @@ def kernel_cost(config: Any) -> KernelCost:
 
 
 @kernel_cost.register
-def _(config: QuantKernel) -> KernelCost:
-    return kernel_cost(config.config)
-
-
-@kernel_cost.register
-def _(config: ExpertKernel) -> KernelCost:
+def _(config: Scheduled) -> KernelCost:
     return kernel_cost(config.config)
 
 

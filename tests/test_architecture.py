@@ -77,7 +77,7 @@ ALLOWED: dict[str, set[str]] = {
         "frontend.tensor_files",
         "frontend.weights",
     },
-    "products": set(),
+    "products": {"quant.schemes"},
     "cache_rounding": {"kv_plan"},
     "quant": {*BASE, "evaluate", "frontend", "products", "reference"},
     "schedules": {*BASE, "quant.schemes", "quant.weight"},

@@ -90,7 +90,7 @@ def compile(
     quant: Annotated[
         str | None,
         typer.Option(
-            help="Scheme of the weights, e.g. q8, q4g32, q4g64a, nf4, fp8, w8a8, w4a8; auto, auto-a8: see --max-ppl-increase."
+            help="Scheme of the weights, e.g. q8, q4g32, nf4, fp8, w8a8, w4a8, fp8a8; auto, auto-a8: see --max-ppl-increase."
         ),
     ] = None,
     quant_method: Annotated[

@@ -65,6 +65,23 @@ CASES = {
         "has_alibi": True,
         "softcap": 5.0,
     },
+    # decode takes several cached heads per task where there are more heads than threads
+    "window-many-heads": {"heads": 8, "kv_heads": 8, "window": 100},
+    "many-heads-with-tails": {"heads": 8, "kv_heads": 8, "value_dim": 8},
+    "bf16-sinks-many-heads": {
+        **BF16,
+        "heads": 24,
+        "kv_heads": 8,
+        "value_dim": 48,
+        "page_size": 32,
+        "has_sinks": True,
+    },
+    "int8-many-heads": {
+        "heads": 8,
+        "kv_heads": 8,
+        "kv_dtype": "int8",
+        "window": 100,
+    },
     "wide": {"heads": 3, "kv_heads": 3, "key_dim": 192, "value_dim": 128, "page_size": 48, "scale": 0.1},
 }
 # (new tokens, context) per sequence

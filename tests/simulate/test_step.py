@@ -103,7 +103,7 @@ def test_pages_of_codes_equal_the_cpu_artifacts(architecture: str, kv_dtype: str
 
 @pytest.mark.e2e
 @pytest.mark.slow
-@pytest.mark.parametrize("quant", ["none", "q4g32", "w8a8"])
+@pytest.mark.parametrize("quant", ["none", "q4g32", "w8a8", "fp8a8"])
 def test_a_long_prompt_on_warpgroups(quant: str) -> None:
     """More rows than the kernels for warps take: as near to float32 as without warpgroups."""
     model, limits = tiny_model("llama"), Limits(96, 1, 96)
