@@ -199,9 +199,13 @@ def append_token(ops: RopeOperands, slots: Any, pools: Pools, layer: Any, token:
 
     ops.rotate(1, token, head, lambda first, value, lanes: e.store(line, first, value, lanes))
     to.key(element)
-    ops.rotate(
-        2, token, head, lambda first, value, n: to.value(first, e.narrow(value, cfg.kv_dtype, n, caps), n)
-    )
+
+    def narrowed(store: Callable[[Any, Any, int], None]) -> None:
+        ops.rotate(
+            2, token, head, lambda first, value, n: store(first, e.narrow(value, cfg.kv_dtype, n, caps), n)
+        )
+
+    to.value(narrowed)
 
 
 def _keep_rounded(

@@ -98,7 +98,7 @@ class _TunableAttention(Tunable):
             padded[:, :, :keys] = source
             split = padded.reshape(sequences, heads, width, ps, -1).transpose(0, 2, 1, 3, 4)
             if task.coded:
-                bytes_of = coded_part(split, task.kv_dtype, dims_first=dims_first)
+                bytes_of = coded_part(split, task.kv_dtype, keys=dims_first)
                 part = bytes_of.reshape(*split.shape[:3], *(task.k_page if dims_first else task.v_page))
             else:
                 part = split.swapaxes(3, 4) if dims_first else split

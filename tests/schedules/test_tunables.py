@@ -98,6 +98,7 @@ TASKS = {
     ),
     "prefill": (TunablePrefill(), ATTENTION, 40),
     "decode": (TunableDecode(), ATTENTION, 3),
+    "decode-codes": (TunableDecode(), replace(ATTENTION, dtype="bfloat16", kv_dtype="int8", sinks_dtype=""), 3),
 }  # fmt: skip
 
 
