@@ -10,6 +10,7 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3
 # the largest value of a code; a scale is the largest element's size over it, as bfloat16
 CODE_RANGE = {"int8": 127.0, "float8_e4m3fn": 448.0}
 SCALE_DTYPE, SCALE_BYTES = "bfloat16", 2
+QUAD = 4  # codes in a word
 # scales below count as zero: their inverse would not be a number
 SMALLEST_SCALE = 2.0**-120
 KV_DTYPES = tuple(ITEM_BYTES)
@@ -27,17 +28,22 @@ def storage_dtype(dtype: str) -> str:
 
 def entry_bytes(dtype: str, dim: int) -> int:
     """Bytes of a token's key or value of `dim` elements in one cached head, with its scale."""
-    return dim * ITEM_BYTES[dtype] + (SCALE_BYTES if is_coded(dtype) else 0)
+    return padded(dim) + SCALE_BYTES if is_coded(dtype) else dim * ITEM_BYTES[dtype]
+
+
+def padded(dim: int) -> int:
+    """Codes of a key or value, with those that fill its last word."""
+    return -(-dim // QUAD) * QUAD
 
 
 def key_page(dtype: str, key_dim: int, page_size: int) -> tuple[int, ...]:
-    """Shape of what one head of one layer has on a page of keys; scales are the last rows of bytes."""
-    return (key_dim + (SCALE_BYTES if is_coded(dtype) else 0), page_size)
+    """Shape of what one head of one layer has on a page of keys."""
+    return (page_size * entry_bytes(dtype, key_dim),) if is_coded(dtype) else (key_dim, page_size)
 
 
 def value_page(dtype: str, value_dim: int, page_size: int) -> tuple[int, ...]:
-    """The same of values; scales follow the last token's codes."""
-    return (page_size * (value_dim + SCALE_BYTES),) if is_coded(dtype) else (page_size, value_dim)
+    """The same of values."""
+    return (page_size * entry_bytes(dtype, value_dim),) if is_coded(dtype) else (page_size, value_dim)
 
 
 class KVKind(str, Enum):
@@ -58,11 +64,13 @@ class KVGroup:
         k_pool [pages, layers, kv_heads, key_dim, page_size]       dim-major: lanes run over tokens
         v_pool [pages, layers, kv_heads, page_size, value_dim]     token-major: lanes run over dims; none of latents
 
-    With an 8-bit dtype the pools are bytes: codes in the same order, and behind those of a head's part of a page one bfloat16
-    scale per token (element = code * scale), so that a page takes its scales along wherever it goes:
+    With an 8-bit dtype the pools are bytes, [pages, layers, kv_heads, bytes]. What a head has on a page is codes in words of
+    four (element = code * scale), and behind them one bfloat16 scale per token: a page takes its scales along wherever it goes.
 
-        k_pool [pages, layers, kv_heads, key_dim + 2, page_size]   the last two rows are page_size scales
-        v_pool [pages, layers, kv_heads, page_size * (value_dim + 2)]   the last 2 * page_size bytes are scales
+        keys    [key_dim / 4, page_size, 4] codes, [page_size] scales    four dims of a token in a word (padded)
+        values  [page_size / 4, value_dim, 4] codes, [page_size] scales  four tokens' element of a dim in a word
+
+    A code of int8 is stored with 128 added, one of float8_e4m3fn as its bits.
 
     Token t of a sequence lives in page ``block_table[b, t // page_size]`` at offset ``t % page_size``;
     ``slot = page * page_size + offset``. Page 0 is never handed out (padding entries of a table point at it).

@@ -7,8 +7,8 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,10 +36,12 @@ class ReferenceResult:
     Attributes:
         logits: float32 [n, V].
         taps: module path -> output of that module, float32 [n, d].
+        cache_rounded: keys and values were rounded as a cache would.
     """
 
     logits: np.ndarray
     taps: dict[str, np.ndarray] = field(default_factory=dict)
+    cache_rounded: bool = False
 
 
 def reference_logits(
@@ -77,10 +79,14 @@ def reference_logits(
     # A module whose weights are read by its parent, around its own forward, finds them missing;
     # larger pieces of the model are then held together.
     budgets = [budget, 16 * budget, 1 << 62]
+    kv_dtype = kv_dtype if kv_dtype != dtype else None
     for last, size in zip((False, False, True), budgets, strict=True):
-        model = _runnable(source, dtype, kv_dtype if kv_dtype != dtype else None)
+        model = _runnable(source, dtype, kv_dtype)
+        before = EagerWithCache.of(kv_dtype).calls if kv_dtype else 0
         try:
-            return _run(model, source, token_ids, taps, size, jitter)
+            result = _run(model, source, token_ids, taps, size, jitter)
+            called = bool(kv_dtype and EagerWithCache.of(kv_dtype).calls > before)
+            return replace(result, cache_rounded=called)
         except _WeightNotThere:
             if last:
                 raise
@@ -102,24 +108,41 @@ def _runnable(source: SourceModel, dtype: str, kv_dtype: str | None) -> torch.nn
     else:
         model = skeleton(source.module, dtype)
     for config in _configs(model):
-        config._attn_implementation = "eager" if kv_dtype is None else _eager_with_cache(kv_dtype)
+        config._attn_implementation = "eager" if kv_dtype is None else EagerWithCache.of(kv_dtype).name
         config._experts_implementation = "eager"
     return model
 
 
-def _eager_with_cache(kv_dtype: str) -> str:
-    """Name of an attention implementation that rounds keys and values, then does what the model does eagerly."""
-    name = f"llmc_eager_{kv_dtype}"
+class EagerWithCache:
+    """An attention implementation that rounds keys and values, then does what the model does eagerly.
 
-    def attention(
-        module: torch.nn.Module, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
+    Attributes:
+        name: under which transformers knows it.
+        calls: so many times it was used.
+    """
+
+    _made: ClassVar[dict[str, EagerWithCache]] = {}
+
+    def __init__(self, kv_dtype: str) -> None:
+        self.name, self.calls, self._kv_dtype = f"llmc_eager_{kv_dtype}", 0, kv_dtype
+
+    @staticmethod
+    def of(kv_dtype: str) -> EagerWithCache:
+        """The one for a type of pages."""
+        made = EagerWithCache._made
+        if kv_dtype not in made:
+            made[kv_dtype] = EagerWithCache(kv_dtype)
+            AttentionInterface.register(made[kv_dtype].name, made[kv_dtype])
+            AttentionMaskInterface.register(made[kv_dtype].name, eager_mask)
+        return made[kv_dtype]
+
+    def __call__(
+        self, module: torch.nn.Module, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        self.calls += 1
         eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
-        return eager(module, query, round_cache(key, kv_dtype), round_cache(value, kv_dtype), *args, **kwargs)
-
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, eager_mask)
-    return name
+        key, value = (round_cache(x, self._kv_dtype) for x in (key, value))
+        return eager(module, query, key, value, *args, **kwargs)
 
 
 def _configs(model: torch.nn.Module) -> Iterator[Any]:

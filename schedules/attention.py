@@ -10,6 +10,8 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.kv_plan import ITEM_BYTES
 from llmc.schedules import emit as e
+from llmc.schedules.attention_bytes import BytesTile, takes_bytes
+from llmc.schedules.attention_codes import CodedTile, CodedUnitTile
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
 from llmc.schedules.attention_latent import LatentTile
 from llmc.schedules.attention_pools import Pools
@@ -70,8 +72,10 @@ def kv_append(cfg: AttentionConfig, caps: Capabilities) -> Any:
                         write(line)
                     return
                 to.key(lambda d: convert(kf[row * dk + d], 1))
-                if vf is not None:
-                    along(dv, caps, lambda at, n: to.value(at, convert(e.some(vf, row * dv + at, n), n), n))
+                if cfg.latent:
+                    return
+                value = lambda at, n: convert(e.some(vf, row * dv + at, n), n)  # noqa: E731
+                to.value(lambda store: along(dv, caps, lambda at, n: store(at, value(at, n), n)))
 
             with T.If(t <= _SERIAL_TOKENS):
                 # the annotation of a parallel loop brings in the conversion functions; a serial loop needs it too
@@ -121,9 +125,10 @@ def _prefill(cfg: AttentionConfig, caps: Capabilities, args: Operands, schedule:
         used = e.let(T.min(e.i64(tokens), length - first))
         position = e.let(e.i64(args.context_len[sequence]) - length + first)
         if unit is None:
-            tile = _vector_tile(cfg, caps, args, tokens, pages, schedule, direct=False)
+            kind = LatentTile if cfg.latent else CodedTile if cfg.coded else Tile
+            tile = kind(cfg, caps, args, tokens, pages, schedule, direct=False)
         else:
-            tile = UnitTile(unit, cfg, caps, args, tokens, pages, schedule)
+            tile = (CodedUnitTile if cfg.coded else UnitTile)(unit, cfg, caps, args, tokens, pages, schedule)
         tile.start(e.let(start + first), kv_head, e.let(used * group))
         low = e.let(first_visible(cfg, position) // cfg.page_size * cfg.page_size)
         high = e.let(position + used)
@@ -131,23 +136,6 @@ def _prefill(cfg: AttentionConfig, caps: Capabilities, args: Operands, schedule:
         with e.loop(e.ceildiv(high - low, tile.block)) as i:
             tile.visit(table, e.let(low + i * tile.block), high, position)
         tile.finish(e.let(start + first))
-
-
-def _vector_tile(
-    cfg: AttentionConfig,
-    caps: Capabilities,
-    args: Operands,
-    tokens: int,
-    pages: int,
-    schedule: PrefillSchedule | DecodeSchedule,
-    *,
-    direct: bool,
-    heads: int = 1,
-) -> Tile:
-    """The tile that multiplies with vectors."""
-    if cfg.latent:
-        return LatentTile(cfg, caps, args, tokens, pages, schedule)
-    return Tile(cfg, caps, args, tokens, pages, schedule, direct=direct, heads=heads)
 
 
 def _pages(cfg: AttentionConfig, keys: int) -> int:
@@ -222,7 +210,8 @@ def _decode(
     wanted = e.let(T.Select(args.b == 1, e.i64(caps.threads if even else several), e.i64(several)))
     most = e.let(T.max(e.i64(1), T.min(e.i64(cfg.splits), T.truncdiv(pairs + (wanted - 1), pairs))))
     # neighbouring tasks, which one thread takes, are of different sequences: long ones are shared out
-    with e.parallel(pairs * most, caps) as task:
+    kind = _decode_tile(cfg, caps)
+    with T.parallel(pairs * most, annotations=kind.import_text(caps)) as task:
         sequence = e.let(T.truncmod(task, args.b))
         rest = e.let(T.truncdiv(task, args.b))
         split, kv_head = e.let(T.truncmod(rest, most)), e.let(T.truncdiv(rest, most) * heads)
@@ -230,7 +219,7 @@ def _decode(
         begin = e.let(low + split * per_split)
         end = e.let(T.min(high, begin + per_split))
         with T.If(begin < end), T.Then():
-            tile = _vector_tile(cfg, caps, args, 1, pages, schedule, direct=True, heads=heads)
+            tile = kind(cfg, caps, args, 1, pages, schedule, direct=True, heads=heads)
             table = e.let(sequence * args.width)
             tile.first_head = kv_head
             tile.fetch_first(table, begin, end)
@@ -246,8 +235,16 @@ def _decode(
     with e.loop(args.b * cfg.kv_heads) as i:
         low, per_split, high = _pieces(cfg, args, schedule, e.let(i // cfg.kv_heads), most)
         with T.If(per_split < high - low), T.Then():
-            tile = Tile(cfg, caps, args, 1, pages, schedule, direct=True)
+            tile = kind(cfg, caps, args, 1, pages, schedule, direct=True)
             _merge(tile, part, i, e.let(e.ceildiv(high - low, per_split)), width)
+
+
+def _decode_tile(cfg: AttentionConfig, caps: Capabilities) -> type[Tile]:
+    if cfg.latent:
+        return LatentTile
+    if not cfg.coded:
+        return Tile
+    return BytesTile if takes_bytes(cfg, caps) else CodedTile
 
 
 def _heads_together(cfg: AttentionConfig, caps: Capabilities) -> int:

@@ -17,7 +17,7 @@ from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
-from llmc.schedules.attention_config import AttentionConfig
+from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
 from llmc.schedules.attention_pages import in_groups
 from llmc.schedules.attention_tile import Operands, Tile
 
@@ -28,12 +28,21 @@ _LINE = 32  # elements of a cache line, of 16 bits
 class LatentTile(Tile):
     """A Tile whose sums are turned: out[value dim, row], rows padded to whole vectors.
 
-    Args:
-        others: arguments of Tile.
+    Pages are never read in place for the scores, and there is one cached head.
     """
 
-    def __init__(self, cfg: AttentionConfig, caps: Capabilities, args: Operands, *others: Any) -> None:
-        super().__init__(cfg, caps, args, *others, direct=False)
+    def __init__(
+        self,
+        cfg: AttentionConfig,
+        caps: Capabilities,
+        args: Operands,
+        tokens: int,
+        pages: int,
+        schedule: PrefillSchedule | DecodeSchedule,
+        direct: bool,
+        heads: int = 1,
+    ) -> None:
+        super().__init__(cfg, caps, args, tokens, pages, schedule, direct=False, heads=heads)
         self._tile_rows()
         self.columns = -(-self.rows // self.lanes) * self.lanes  # rows in whole vectors
         whole = cfg.key_dim % self.pack == 0

@@ -9,10 +9,9 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from llmc.kv_plan import ITEM_BYTES, SCALE_DTYPE
+from llmc.kv_plan import ITEM_BYTES
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig
-from llmc.schedules.kv_codes import CODE_FACTOR, code_values
 
 _LINE = 64  # bytes
 
@@ -73,8 +72,6 @@ class PageReader:
         at = lambda v: row + (first + v) * lanes  # noqa: E731
         if not self.dot:
             return [self._elements(buffer, at(v), lanes) for v in range(count)]
-        if self.cfg.coded:
-            return [self._pairs(buffer, at(v), size) for v in range(count)]
         vectors: list[Any] = []
         for v in range(0, count - 1, 2):
             vectors += e.zip_bf16_halves(*(e.load(buffer, at(v) + i * size, 2 * lanes) for i in (0, 1)))
@@ -83,35 +80,14 @@ class PageReader:
         return vectors
 
     def _elements(self, buffer: Any, at: Any, lanes: int) -> Any:
-        """float32 of neighbouring elements of a page; of coded ones without the scale and CODE_FACTOR."""
-        found, dtype = e.some(buffer, at, lanes), self.cfg.kv_dtype
-        return code_values(found, dtype, lanes) if self.cfg.coded else e.widen(found, dtype, lanes)
+        """float32 of neighbouring elements of a page."""
+        return e.widen(e.some(buffer, at, lanes), self.cfg.kv_dtype, lanes)
 
     def _pairs(self, buffer: Any, at: Any, ahead: int | None) -> Any:
         """bf16 pairs of a vector of elements and of the one that lies `ahead` elements further; None: of zeros."""
         lanes = self.lanes
-        if self.cfg.coded:
-            second = e.splat(0.0, lanes) if ahead is None else self._elements(buffer, at + ahead, lanes)
-            return e.exact_pairs(self._elements(buffer, at, lanes), second, lanes)
         second = e.const("uint16", 0, lanes) if ahead is None else e.load(buffer, at + ahead, lanes)
         return e.zip_bf16(e.load(buffer, at, lanes), second)
-
-    def _lay_out_scales(self, page: Any, keys: Any) -> None:
-        """Scales of a block's keys and values as float32, for the softmax."""
-        cfg, lanes, ps = self.cfg, self.lanes, self.cfg.page_size
-        if not cfg.coded:
-            return
-        factor = e.splat(CODE_FACTOR[cfg.kv_dtype], lanes)
-        with e.loop(e.ceildiv(keys, ps)) as p:
-            part = e.let(self._page_base(page + p, 1))
-            for to, (scales, base) in (
-                (self.key_scales, self.args.pools.key_scales(part)),
-                (self.value_scales, self.args.pools.value_scales(part)),
-            ):
-                for v in range(ps // lanes):
-                    bits = e.load(scales, base + v * lanes, lanes)
-                    value = e.widen(bits, SCALE_DTYPE, lanes) * factor
-                    e.store(to, p * ps + v * lanes, value, lanes)
 
     def _lay_out_values(self, page: Any, keys: Any) -> None:
         lanes, ps, dv = self.lanes, self.cfg.page_size, self.cfg.value_dim
@@ -142,9 +118,6 @@ class PageReader:
         if not self.dot:
             return self._elements(buffer, base + j * dv + d, 1)
         at = base + 2 * j * dv + d
-        if self.cfg.coded:
-            high = self._elements(buffer, at + dv, 1) if both else e.f32(0.0)
-            return e.exact_pairs(self._elements(buffer, at, 1), high, 1)
         low = tirx.Cast("int32", buffer[at])
         if not both:
             return low
@@ -166,7 +139,7 @@ class PageReader:
                 with e.loop(self.heads * size // line) as i:
                     e.prefetch(buffer, base + i * line, level=2)
 
-    def _ahead(self, pool: tuple[Any, int, int], page: Any, p: Any, last_page: Any, steps: int) -> _Ahead:
+    def _ahead(self, pool: tuple[Any, int, int], page: Any, p: Any, last_page: Any, steps: int) -> Ahead:
         """What to ask for while page p of a block is gone through: a part of the next block.
 
         Heads take turns block by block, but their parts are asked for in the order of memory, page by page: the parts of
@@ -180,7 +153,7 @@ class PageReader:
         head = self.first_head + T.truncmod(number, self.heads)
         line = _LINE // ITEM_BYTES[self.cfg.kv_dtype]
         buffer, part, size = pool
-        return _Ahead(buffer, self._page_base(far, part, head), size, steps, line, self.cfg.coded)
+        return Ahead(buffer, self._page_base(far, part, head), size, steps, line, self.cfg.coded)
 
     def _score_pages(self, page: Any, keys: Any, last_page: Any) -> None:
         cfg, lanes, ps = self.cfg, self.lanes, self.cfg.page_size
@@ -197,7 +170,7 @@ class PageReader:
                     row: int = row,
                     base: Any = base,
                     p: Any = p,
-                    ahead: _Ahead | None = ahead if group == 0 else None,
+                    ahead: Ahead | None = ahead if group == 0 else None,
                 ) -> None:
                     def right(j: Any, v: int, n: int) -> list[Any]:
                         if ahead is not None and v == 0:
@@ -232,7 +205,7 @@ class PageReader:
                     base: Any = base,
                     p: Any = p,
                     tokens: Any = tokens,
-                    ahead: _Ahead | None = ahead if group == 0 else None,
+                    ahead: Ahead | None = ahead if group == 0 else None,
                 ) -> None:
                     steps = e.let(tokens // self.pack)
                     stride = self.block // self.pack
@@ -266,7 +239,7 @@ class PageReader:
 
 
 @dataclass(frozen=True)
-class _Ahead:
+class Ahead:
     """A page part that is read soon: while one is gone through step by step, another is asked for.
 
     A head's part of a page is a few KB, the next one lies elsewhere: too short for the streams that processors find by

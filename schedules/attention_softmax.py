@@ -36,8 +36,6 @@ class RunningSoftmax:
     out: Any
     largest: Any
     total: Any
-    key_scales: Any  # of coded pages: what a block's scores, and its weights, are multiplied with
-    value_scales: Any
 
     @property
     def _raw(self) -> bool:
@@ -63,9 +61,7 @@ class RunningSoftmax:
                     whole = tirx.And(whole, low <= 0)
                 with T.If(whole):
                     with T.Then(), e.loop(2 * pairs) as v:
-                        s = self._score_at(r * self.block + v * lanes, v)
-                        if self.cfg.coded:
-                            e.store(self.scores, r * self.block + v * lanes, s, lanes)
+                        s = e.load(self.scores, r * self.block + v * lanes, lanes)
                         e.store(top, 0, T.max(e.load(top, 0, lanes), s), lanes)
                     with T.Else():
                         self._visible(r, 2 * pairs, low, own, high, top)
@@ -92,18 +88,9 @@ class RunningSoftmax:
             at = row * self.value_width + v * lanes
             e.store(self.out, at, e.load(self.out, at, lanes) * factor, lanes)
 
-    def _score_at(self, at: Any, v: Any) -> Any:
-        """Vector v of a row's products of queries and keys, which lies at element `at`."""
-        s = e.load(self.scores, at, self.lanes)
-        if not self.cfg.coded:
-            return s
-        return self._held(s * e.load(self.key_scales, v * self.lanes, self.lanes))
-
-    def _held(self, vector: Any) -> Any:
-        """A vector in a register, where TVM's analyzer does not see it: it fails on some products of vectors."""
-        held = e.scratch(self.lanes)
-        e.store(held, 0, vector, self.lanes)
-        return e.load(held, 0, self.lanes)
+    def _weight_of(self, p: Any, v: Any) -> Any:
+        """What vector v of a row's values is multiplied with."""
+        return p
 
     def _visible(self, r: Any, vectors: Any, low: Any, own: Any, high: Any, top: Any) -> None:
         """The scores of a row with those outside of [low, high) replaced; `top` gets their maximum."""
@@ -114,13 +101,16 @@ class RunningSoftmax:
         with e.loop(vectors) as v:
             at = e.let(r * self.block + v * lanes)
             column = e.let(T.ramp(tirx.Cast("int32", v * lanes), tirx.IntImm("int32", 1), lanes))
-            s = self._score_at(at, v)
+            s = e.load(self.scores, at, lanes)
             if not self._raw:
                 s = s * e.splat(float(cfg.scale), lanes)
             if cfg.softcap > 0:
                 s = tanh(e.let(s * e.splat(1.0 / cfg.softcap, lanes)), lanes)
                 s = s * e.splat(float(cfg.softcap), lanes)
-                s = s if slope is None else self._held(s)
+                if slope is not None:  # TVM's analyzer fails on the sum of the two
+                    held = e.scratch(lanes)
+                    e.store(held, 0, s, lanes)
+                    s = e.load(held, 0, lanes)
             if slope is not None:
                 distance = tirx.Cast(e.vec("float32", lanes), column - e.splat(own, lanes))
                 s = s + e.splat(slope, lanes) * distance
@@ -148,11 +138,7 @@ class RunningSoftmax:
             exponent = e.let(s * e.splat(to_exponent, lanes) - e.splat(zero, lanes))
             p = e.let(exp2_nonpositive(exponent, lanes, coarse=self.dot))
             e.store(total, 0, e.load(total, 0, lanes) + p, lanes)
-            if not self.cfg.coded:
-                return p
-            # a weight of 0 may be of no token, and what lies in the place of its scale no number
-            scaled = p * e.load(self.value_scales, v * lanes, lanes)
-            return e.let(tirx.Select(p == e.splat(0.0, lanes), e.splat(0.0, lanes), scaled))
+            return self._weight_of(p, v)
 
         if self.dot:
             with e.loop(pairs) as v:

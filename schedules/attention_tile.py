@@ -21,6 +21,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
+from llmc.kv_plan import padded
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
 from llmc.schedules.attention_pages import PageReader, in_groups
@@ -116,8 +117,13 @@ class Tile(PageReader, RunningSoftmax):
         self.row_tile = -(-self.rows // groups)
         self.rows_padded = -(-self.rows // self.row_tile) * self.row_tile
         self.pack = 2 if self.dot else 1
-        self.k_steps = -(-cfg.key_dim // self.pack)
+        self.k_steps = -(-(padded(cfg.key_dim) if cfg.coded else cfg.key_dim) // self.pack)
         self.value_width = -(-cfg.value_dim // self.lanes) * self.lanes
+
+    @staticmethod
+    def import_text(caps: Capabilities) -> dict[str, Any]:
+        """Annotations for the loop over tasks."""
+        return e.import_text(caps)
 
     def _allocate(self) -> None:
         """Take scratch memory from the task's thread."""
@@ -127,8 +133,6 @@ class Tile(PageReader, RunningSoftmax):
         self.scores = e.workspace(self.rows_padded * self.block)
         self.weights = e.workspace(self.rows_padded * self.block // self.pack, operand)
         self.out = e.workspace(state * self.value_width)
-        if self.cfg.coded:
-            self.key_scales, self.value_scales = e.workspace(self.block), e.workspace(self.block)
         self.largest = e.workspace(state)
         self.total = e.workspace(state * self.lanes)
         if not self.direct:
@@ -261,12 +265,10 @@ class Tile(PageReader, RunningSoftmax):
         if self.direct:
             last_page = e.let(table + (end_key - 1) // self.cfg.page_size)
             with self.each_head():
-                self._lay_out_scales(page, keys)
                 self._score_pages(page, keys, last_page)
                 self._softmax(first_key, first_position, keys)
                 self._weigh_pages(page, keys, last_page)
         else:
-            self._lay_out_scales(page, keys)
             self._lay_out_keys(page, keys)
             self._each_tile(
                 self.block // self.lanes,

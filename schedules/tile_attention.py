@@ -42,7 +42,6 @@ class UnitTile(Tile):
         """As of Tile."""
         keys = e.let(T.min(e.i64(self.block), end_key - first_key))
         page = e.let(table + first_key // self.cfg.page_size)
-        self._lay_out_scales(page, keys)
         self._lay_out_keys(page, keys)
         self._multiply(
             (self.query, self.k_steps), (self.keys, self.block), (self.scores, self.block), self.k_steps, True

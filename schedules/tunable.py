@@ -308,10 +308,14 @@ def code_of(tunable: Tunable, caps: Capabilities) -> str:
     """What the kernel class generates, in 16 hexadecimal digits: measurements of other code do not count.
 
     It stands for the TIR of the sample tasks with the default schedule and, since a template's other paths matter as well,
-    with one schedule per knob that differs in that knob. Comments, names and the machine's number of threads leave it as it
-    is; a change of loops, of a default or of a knob does not. "" for a class without samples, which has only its version.
+    of the first two of them with one schedule per knob that differs in that knob. Comments, names and the machine's number
+    of threads leave it as it is; a change of loops, of a default or of a knob does not. "" for a class without samples,
+    which has only its version.
     """
     return _code_of(type(tunable), replace(caps, threads=2))
+
+
+_VARIED = 2  # sample tasks whose schedules are varied
 
 
 @functools.cache
@@ -319,9 +323,10 @@ def _code_of(kind: type[Tunable], caps: Capabilities) -> str:
     import tvm_ffi
 
     tunable, hashes = kind(), []
-    for task in tunable.samples(caps):
+    for number, task in enumerate(tunable.samples(caps)):
         for bucket in tunable.sampled_buckets(task):
-            for schedule in tunable.space(task, bucket, caps).representatives():
+            space = tunable.space(task, bucket, caps)
+            for schedule in space.representatives() if number < _VARIED else [space.default]:
                 func = tunable.candidate(task, schedule, None, caps)
                 hashes.append(tvm_ffi.structural_hash(func, map_free_vars=True))
     return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16] if hashes else ""

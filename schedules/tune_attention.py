@@ -14,6 +14,7 @@ from llmc.schedules.attention import attention_decode, attention_prefill, partia
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
 from llmc.schedules.choice import ByRows
 from llmc.schedules.kv_arrays import coded_part, decoded
+from llmc.schedules.layout import usual_vectors
 from llmc.schedules.tunable import (
     BUCKETS,
     Arguments,
@@ -22,9 +23,9 @@ from llmc.schedules.tunable import (
     Space,
     Tunable,
     Work,
-    balance,
 )
 from llmc.schedules.tune_data import ITEM_BYTES, Array, empty_result, random_array
+from llmc.schedules.tune_weights import register_terms, register_tile_fits, task_terms
 
 _CONTEXT = 1024  # keys per sequence that decode is tuned on
 _REGISTER_TILES = (2, 3, 4, 6, 8)
@@ -46,8 +47,8 @@ class _TunableAttention(Tunable):
         )
 
     def samples(self, caps: Capabilities) -> tuple[AttentionConfig, ...]:
-        kinds = (("bfloat16", 0), ("float32", 256))
-        made = [AttentionConfig(4, 2, 64, 64, t, t, 16, 1, 0.125, window=window) for t, window in kinds]
+        kinds = (("bfloat16", "bfloat16", 0), ("float32", "float32", 256), ("bfloat16", "int8", 0))
+        made = [AttentionConfig(4, 2, 64, 64, t, kv, 16, 1, 0.125, window=w) for t, kv, w in kinds]
         return tuple(self.task(config) for config in made)
 
     def tolerance(self, task: AttentionConfig) -> float:
@@ -97,7 +98,7 @@ class _TunableAttention(Tunable):
             padded[:, :, :keys] = source
             split = padded.reshape(sequences, heads, width, ps, -1).transpose(0, 2, 1, 3, 4)
             if task.coded:
-                bytes_of = coded_part(split, task.kv_dtype, dims_first=dims_first)
+                bytes_of = coded_part(split, task.kv_dtype, keys=dims_first)
                 part = bytes_of.reshape(*split.shape[:3], *(task.k_page if dims_first else task.v_page))
             else:
                 part = split.swapaxes(3, 4) if dims_first else split
@@ -151,20 +152,18 @@ class _TunableAttention(Tunable):
         )
 
     def _register_terms(self, schedule: Any, rows: int, caps: Capabilities) -> dict[str, float]:
-        vectors = schedule.vectors or (4 if caps.vector_registers >= 32 else 2)
         tile = -(-rows // -(-rows // schedule.row_tile))
-        return {
-            "registers": (tile * vectors + vectors + 1) / caps.vector_registers,
-            "updates_per_load": tile * vectors / (tile + vectors),
-        }
+        return register_terms(tile, schedule.vectors or usual_vectors(caps), caps)
 
     def _fits(self, schedule: Any, caps: Capabilities) -> bool:
         """The register tile is not the default's, or fits into the registers."""
-        usual = 4 if caps.vector_registers >= 32 else 2
-        vectors = schedule.vectors or usual
-        if schedule.vectors == usual:
-            return False
-        return bool(schedule.row_tile * vectors + vectors + 1 <= caps.vector_registers)
+        usual = usual_vectors(caps)
+        fits = register_tile_fits(schedule.row_tile, schedule.vectors or usual, caps)
+        return fits and schedule.vectors != usual
+
+
+def _vectors(caps: Capabilities) -> Knob:
+    return Knob("vectors", (1, 2, 0, 6) if usual_vectors(caps) == 4 else (1, 0, 4))
 
 
 class TunablePrefill(_TunableAttention):
@@ -180,12 +179,11 @@ class TunablePrefill(_TunableAttention):
         return 1, rows, rows
 
     def space(self, task: AttentionConfig, bucket: Bucket, caps: Capabilities) -> Space:
-        usual = 4 if caps.vector_registers >= 32 else 2
         knobs = (
             Knob("tile_rows", (16, 32, 48, 64, 96, 128, 192)),
             Knob("keys", (32, 64, 128, 256)),
             Knob("row_tile", _REGISTER_TILES),
-            Knob("vectors", (1, 2, 0, 6) if usual == 4 else (1, 0, 4)),
+            _vectors(caps),
         )
         return Space(self.default(task, caps), knobs, lambda s: self._fits(s, caps))
 
@@ -207,8 +205,7 @@ class TunablePrefill(_TunableAttention):
         dims = task.key_dim + task.value_dim
         return {
             **self._register_terms(schedule, tokens * group, caps),
-            "tasks": tasks / caps.threads,
-            "balance": balance(tasks, caps.threads),
+            **task_terms(tasks, caps),
             "tile": float(tokens * group * (task.value_dim + 2 * schedule.keys) * 4),
             "block": float(schedule.keys * dims * ITEM_BYTES[task.kv_dtype]),
             "relayouts": tokens * group / schedule.tile_rows,
@@ -230,13 +227,12 @@ class TunableDecode(_TunableAttention):
         return rows, 1, _CONTEXT
 
     def space(self, task: AttentionConfig, bucket: Bucket, caps: Capabilities) -> Space:
-        usual = 4 if caps.vector_registers >= 32 else 2
         knobs = (
             Knob("splits", (1, 2, 4, 8, 16)),
             Knob("keys", (32, 64, 128, 256, 512)),
             Knob("least_keys", (64, 128, 256, 512)),
             Knob("row_tile", _REGISTER_TILES),
-            Knob("vectors", (1, 2, 0, 6) if usual == 4 else (1, 0, 4)),
+            _vectors(caps),
         )
         return Space(self.default(task, caps), knobs, lambda s: self._fits(s, caps))
 
@@ -262,8 +258,7 @@ class TunableDecode(_TunableAttention):
         group = task.heads // task.kv_heads
         return {
             **self._register_terms(schedule, group, caps),
-            "tasks": tasks / caps.threads,
-            "balance": balance(tasks, caps.threads),
+            **task_terms(tasks, caps),
             "block": float(schedule.keys * dims * ITEM_BYTES[task.kv_dtype]),
             "blocks": _CONTEXT / pieces / schedule.keys,
             "merged": float(pieces if pieces > 1 else 0),

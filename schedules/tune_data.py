@@ -39,24 +39,19 @@ def random_rows(rng: np.random.Generator, rows: int, k: int, dtype: str) -> Arra
     return np.asarray((x.astype(np.float32) / math.sqrt(k)).astype(x.dtype))
 
 
-def whole_rows(rng: np.random.Generator, rows: int, k: int, dtype: str) -> Array:
-    """random_rows that are rounded to int8 without a loss: the reference need not round them."""
-    x = rng.integers(-127, 128, (rows, k)).astype(np.float32)
-    x[:, 0] = 127
-    return np.asarray((x / 2 ** (7 + math.ceil(math.log2(k) / 2))).astype(NUMPY_TYPES[dtype]))
-
-
-def e4m3_rows(rng: np.random.Generator, rows: int, k: int, group: int, dtype: str) -> Array:
-    """random_rows that are rounded to e4m3, with a scale per row and `group` of elements (0: per row), without a loss."""
-    x = random_e4m3(rng, (rows, k))
-    x[:, :: group or k] = np.nanmax(TABLES[Code.E4M3])
-    return np.asarray((x / 2 ** (8 + math.ceil(math.log2(k) / 2))).astype(NUMPY_TYPES[dtype]))
-
-
-def random_e4m3(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """float32 numbers that e4m3 holds, of all magnitudes."""
-    codes = rng.integers(0, 256, shape, np.uint8)
-    return np.nan_to_num(TABLES[Code.E4M3][codes], nan=1.0)
+def rows_for(rng: np.random.Generator, rows: int, layout: QuantLayout, dtype: str) -> Array:
+    """random_rows for a quantized weight; those that it wants rounded are so without a loss, as the reference does not."""
+    k, rounded = layout.k, layout.of.activations
+    if rounded is None:
+        return random_rows(rng, rows, k, dtype)
+    if rounded is Code.INT:
+        x, bits = rng.integers(-127, 128, (rows, k)).astype(np.float32), 7
+        x[:, 0] = 127
+    else:
+        codes = rng.integers(0, 256, (rows, k), np.uint8)
+        x, bits = np.nan_to_num(TABLES[Code.E4M3][codes], nan=1.0), 8
+        x[:, :: layout.of.group_size or k] = 448
+    return np.asarray((x / 2 ** (bits + math.ceil(math.log2(k) / 2))).astype(NUMPY_TYPES[dtype]))
 
 
 def empty_result(shape: tuple[int, ...], dtype: str) -> Array:

@@ -21,6 +21,7 @@ from llmc.schedules.tune_data import (
     quantized_of,
     random_array,
     random_quantized,
+    rows_for,
 )
 from llmc.schedules.tune_experts import active_experts, expert_ids
 from llmc.schedules.tune_quantized import INT_PREFETCHES, INT_SCHEMES, ROWS_PER_TASK, TunableQuantized
@@ -107,7 +108,7 @@ class TunableQuantExperts(TunableQuantized):
         return made
 
     def inputs(self, task: QuantExpertConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
-        x = self.activations(task, rows, rng)
+        x = rows_for(rng, rows, task.layout, task.in_dtype)
         return {"x": x, **expert_ids(task.experts, rows, task.ids_dtype, rng)}
 
     def pack(

@@ -23,6 +23,7 @@ from llmc.schedules.tune_data import (
     quantized_of,
     random_array,
     random_quantized,
+    rows_for,
 )
 from llmc.schedules.tune_linear import finish
 from llmc.schedules.tune_quantized import (
@@ -134,7 +135,7 @@ class TunableQuantLinear(TunableQuantized):
         return made
 
     def inputs(self, task: QuantLinearConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
-        made = {"x": self.activations(task, rows, rng)}
+        made = {"x": rows_for(rng, rows, task.layout, task.in_dtype)}
         if task.has_residual:
             made["residual"] = random_array(rng, (rows, task.n), task.in_dtype)
         return made

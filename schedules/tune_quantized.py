@@ -5,17 +5,14 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, ClassVar
 
-import numpy as np
-
 from llmc.caps import Capabilities
 from llmc.quant.schemes import Code, Scheme, by_name
 from llmc.schedules.qlayout import QuantLayout
 from llmc.schedules.tunable import Bucket
-from llmc.schedules.tune_data import Array, e4m3_rows, random_rows, whole_rows
 from llmc.schedules.tune_weights import TunableWeight
 
 # each with a way of its own to read codes, scales, zero points or offsets, or the order of the inputs
-FLOAT_SCHEMES = ("q8", "q4g32", "q4g32a", "q3g64", "nf4", "nf4f", "fp8", "mxfp4", "q4k", "q4g32p")
+FLOAT_SCHEMES = ("q8", "q4g32", "q4g32a", "q3g64", "nf4", "nf4f", "fp8", "mxfp4", "q4k", "q4g32p", "fp8a8")
 FLOAT_PREFETCHES = (0, 256, 512, 1024, 1536, 2304, 3072, 4096, 6144, 8192)
 INT_SCHEMES = ("w8a8", "w4a8", "w4a8o")
 INT_PREFETCHES = (0, 512, 1024, 2304, 4096, 18432)
@@ -57,10 +54,3 @@ class TunableQuantized(TunableWeight):
     def multiplied(self, task: Any) -> str:
         """The dtype whose peak bounds the products."""
         return "int8" if self.integer else str(task.in_dtype)
-
-    def activations(self, task: Any, rows: int, rng: np.random.Generator) -> Array:
-        """x [rows, k]; where the kernel rounds it to 8 bits, of numbers that this leaves as they are: the reference need not."""
-        k, scheme = task.layout.k, task.layout.of
-        if scheme.activations is Code.E4M3:
-            return e4m3_rows(rng, rows, k, scheme.group_size, task.in_dtype)
-        return (whole_rows if self.integer else random_rows)(rng, rows, k, task.in_dtype)

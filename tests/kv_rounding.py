@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 
@@ -33,3 +35,31 @@ def empty_pool(shape: tuple[int, ...], kv_dtype: str) -> np.ndarray:
     if kv_dtype in RANGE:
         return np.full(shape, 0xFF, np.uint8)
     return np.full(shape, np.nan, ml_dtypes.bfloat16 if kv_dtype == "bfloat16" else kv_dtype)
+
+
+def check_pages(kv_dtype: str, page_size: int, cache: Any) -> None:
+    """The bytes of every slot of layer 1 that was written, and that all others are as empty_pool made them."""
+    pools = (cache.k_pool.numpy(), cache.v_pool.numpy())
+    rows = [np.concatenate(x, 1) for x in (cache.keys, cache.values)]
+    touched = 0
+    for pool, x, key in zip(pools, rows, (True, False), strict=True):
+        scales, codes = scales_and_codes(x, kv_dtype)
+        stored = codes.view(np.uint8) ^ (0x80 if kv_dtype == "int8" else 0)
+        dim, ps = x.shape[2], page_size
+        words = -(-dim // 4)
+        for token, slot in enumerate(cache.slots()):
+            page, offset = divmod(int(slot), ps)
+            part = pool[page, 1]
+            d = np.arange(dim)
+            places = (d // 4 * ps + offset) * 4 + d % 4
+            if not key:
+                places = (offset // 4 * (words * 4) + d) * 4 + offset % 4
+            assert (part[:, places] == stored[:, token]).all()
+            at = ps * words * 4 + 2 * offset
+            found = np.ascontiguousarray(part[:, at : at + 2]).view(np.uint16)[:, 0]
+            assert (found == scales.view(np.uint16)[:, token]).all()
+            part[:, places], part[:, at : at + 2] = 0xFF, 0xFF
+            touched += 1
+        pool[pool == (0x80 if kv_dtype == "int8" else 0)] = 0xFF  # what fills words up is a code of zero
+        assert (pool == 0xFF).all()
+    assert touched == 2 * rows[0].shape[1]

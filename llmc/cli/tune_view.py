@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +140,8 @@ def result_table(result: TuneResult) -> Table:
     return table
 
 
-def conclusions(result: TuneResult, model: str, database: Path) -> list[str]:
-    """What a run comes to, and what to do next."""
+def conclusions(result: TuneResult) -> list[str]:
+    """What a run comes to."""
     lines = []
     if result.interrupted:
         lines.append("interrupted; what was measured is kept")
@@ -161,8 +161,14 @@ def conclusions(result: TuneResult, model: str, database: Path) -> list[str]:
         f"expected step time: {100 * result.gain:.1f} % of that with default schedules"
         + (f"; 90 % of what was saved was found in {result.seconds_to(0.9):.0f} s" if result.curve else "")
     )
-    lines.append(f"records: {database}; use them with: llmc compile {model} --records {database} -o DIR")
     return lines
+
+
+def next_step(model: str, options: Mapping[str, Any], database: Path) -> str:
+    """How to use the records: `options` of the compile beside the model, by name; None = not given."""
+    given = [f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None]
+    command = " ".join(["llmc compile", model, *given, f"--records {database} -o DIR"])
+    return f"records: {database}; use them with: {command}"
 
 
 def _untouched(result: TuneResult) -> list[str]:

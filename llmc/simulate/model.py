@@ -12,6 +12,7 @@ import numpy as np
 from llmc.artifact import Limits
 from llmc.caps import Capabilities
 from llmc.errors import LlmcError
+from llmc.kv_plan import is_coded
 from llmc.passes.step_module import StepModule
 from llmc.runtime.engine import Floats, StepInputs
 from llmc.runtime.pages import PageAllocator
@@ -135,9 +136,11 @@ def simulate_model(
     got = simulated.logits([ids], tokens - decode)[0]
     expected = reference_logits(source, ids, "float32").logits
     dtype = spec.dtype.value if spec.dtype else source.dtype
+    kv_dtype = spec.kv_dtype.value if spec.kv_dtype else None
     noise = None
-    if dtype != "float32":
-        noise = float(np.abs(reference_logits(source, ids, dtype).logits - expected).max())
+    if dtype != "float32" or is_coded(kv_dtype or dtype):
+        rounded = reference_logits(source, ids, dtype, kv_dtype=kv_dtype).logits
+        noise = float(np.abs(rounded - expected).max())
     return SimulationReport(
         tokens,
         float(np.abs(got - expected).max()),

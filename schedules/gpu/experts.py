@@ -35,7 +35,6 @@ from llmc.schedules.tune_experts import ExpertKernel
 
 _WARPS = 4
 _FEW_ROWS = 16  # of an expert on average: a tile of 16 rows, of which few experts need more than two
-_MANY_TILES = 4  # of 16 rows, beyond
 _SHARED_ROWS = 4  # rows that share one pass over the weight, without matrix units
 
 
@@ -126,7 +125,7 @@ class _Experts:
             self._as(caps, GpuExpertSchedule(Way.THREADS, rows=_SHARED_ROWS, warps=_WARPS))
             return
         few = GpuExpertSchedule(Way.UNITS, tiles=1, warps=_WARPS)
-        many = GpuExpertSchedule(Way.UNITS, tiles=_MANY_TILES, warps=_WARPS)
+        many = GpuExpertSchedule(Way.UNITS, tiles=qfloat.most_tiles(self.plain.layout, caps), warps=_WARPS)
         if self.takes_warpgroups(caps):
             wide, narrow = warpgroup_gemm.WIDE, warpgroup_gemm.NARROW
             # every expert has a tile of rows, at least: enough for every multiprocessor?

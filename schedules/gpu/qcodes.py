@@ -29,6 +29,14 @@ _E4M3_IN_F32 = 2.0**112
 _TABLE_SIZE = 16
 COLUMNS = 8  # that a thread unpacks at a time, of whole words or parts of one
 
+# one instruction: of two constants, the assembler takes one at a time and makes two of it
+_AND_OR = """
+__device__ __forceinline__ unsigned llmc_and_or(unsigned a, unsigned b, unsigned c) {
+  unsigned d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+"""
 _FMA2 = """
 __device__ __forceinline__ unsigned llmc_fma2_NAME(unsigned a, unsigned b, unsigned c) {
   unsigned d;
@@ -253,15 +261,17 @@ class ThreadCodes(Weights):
         one = _u32(_ONE[dtype] * 0x10001)
         out = []
         for i in range(0, count, 2):
-            code, low = None, 0
+            number, low = _u32(bits), 0
             for found, plane in zip(words, self.layout.planes, strict=True):
                 per_word = UNIT // plane
                 mask = ((1 << plane) - 1) << low
                 part = _right(found[i // per_word], plane * (i % per_word // 2) - low)
-                part = _masked(part, mask | mask << 16)
-                code = part if code is None else T.bitwise_or(code, part)
+                number = e.let(
+                    g.device_call(
+                        "llmc_and_or", _AND_OR, part, _u32(mask | mask << 16), number, result="uint32"
+                    )
+                )
                 low += plane
-            number = T.bitwise_or(code, _u32(bits))
             name = _TYPES[dtype]
             source = _FMA2.replace("NAME", name).replace("TYPE", name)
             out.append(

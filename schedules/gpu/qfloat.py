@@ -16,19 +16,20 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities, Fp8Mma
+from llmc.quant.schemes import Code
 from llmc.schedules import e4m3
 from llmc.schedules import emit as e
 from llmc.schedules.gpu import emit as g
 from llmc.schedules.gpu import matrix_unit as unit
 from llmc.schedules.gpu.qcodes import ThreadCodes
-from llmc.schedules.gpu.qgemm import TILES, Tiles, zeros
+from llmc.schedules.gpu.qgemm import TILES, Tiles, launch
 from llmc.schedules.gpu.qoperands import Operands
-from llmc.schedules.gpu.rows import Rows
 from llmc.schedules.iactivations import SMALLEST
-from llmc.schedules.qlayout import UNIT
+from llmc.schedules.qlayout import UNIT, QuantLayout
 
 PROMOTED = 128  # columns whose products the matrix units add up by themselves
 _THREADS = 128
+_MOST_TILES = 4
 _TO_E4M3 = """
 __device__ __forceinline__ unsigned char llmc_to_e4m3(float x, float factor) {
   unsigned short pair;
@@ -114,16 +115,18 @@ def _number(value: Any, factor: Any) -> Any:
     return tirx.Cast("uint16", T.shift_right(bits, g.u32(16)))
 
 
+def most_tiles(layout: QuantLayout, caps: Capabilities) -> int:
+    """Tiles of 16 rows of x per block, untuned, of any matmul of qgemm, qint and this module.
+
+    Fewer where registers also hold the float16 operands that e4m3 products are made of.
+    """
+    expanded = layout.of.activations is Code.E4M3 and caps.fp8_mma is Fp8Mma.EXPANDED
+    return _MOST_TILES // 2 if expanded else _MOST_TILES
+
+
 def gemm(ops: Operands, caps: Capabilities, tiles: int, warps: int) -> None:
-    """One launch over all of y, after quantize_rows; arguments as of qgemm.gemm."""
-    row_blocks = e.ceildiv(ops.t, 16 * tiles)
-    with g.launch(row_blocks * ops.cfg.layout.blocks, warps * g.WARP) as (number, thread):
-        block = e.let(number // row_blocks)
-        rows = Rows(e.let(number % row_blocks * (16 * tiles)), ops.t)
-        codes = ThreadCodes(caps, ops.cfg.layout, ops.packed, ops.size, as_stored=True)
-        Block(ops, caps, codes, tiles, warps, thread).run(
-            block, e.let(block * ops.cfg.layout.block_bytes), rows
-        )
+    """One launch over all of y, after quantize_rows; arguments as of qgemm.launch."""
+    launch(ops, caps, Block, tiles, warps, as_stored=True)
 
 
 class Block(Tiles):
@@ -141,7 +144,7 @@ class Block(Tiles):
         column = e.let(number * codes.chunk)
         columns = min(codes.chunk, PROMOTED)
         with e.loop_or_once(codes.chunk // columns) as piece:
-            part = [[zeros("float32") for _ in range(TILES)] for _ in range(self.tiles)]
+            part = self.sums("float32")
             first = e.let(e.i64(piece) * (columns // UNIT))
             with g.loop(columns // UNIT) as u:
                 self._unit(part, tokens, codes.unit_at(place, first + u), e.let(column + (first + u) * UNIT))
@@ -149,25 +152,21 @@ class Block(Tiles):
 
     def _unit(self, part: list[Any], tokens: list[Any], at: Any, column: Any) -> None:
         word = e.let(column // 4 + 2 * self.part)
-        left = []
-        for low, high in tokens:
-            pairs = [g.elements(e.let(e.load(self.x, row + word, 2)), 2) for row in (low, high)]
-            left.append([pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]])
+        x = [g.elements(e.let(e.load(self.x, row + word, 2)), 2) for row in tokens]
         for j in range(TILES):
-            (right,) = self.codes.words(at, e.let(8 * self.part), 8, e.let(self.row + 8 * j))
+            low, high = (self.codes.words(at, e.let(8 * self.part), 8, row)[0] for row in self.outputs(j))
             for i in range(self.tiles):
-                unit.mma_e4m3(part[i][j], left[i], right)
+                unit.mma_e4m3(part[i][j], [low[0], high[0], low[1], high[1]], x[i])
 
     def _add(self, total: list[Any], part: list[Any], place: Any, column: Any) -> None:
         """Sums of some columns, scaled, onto the totals."""
         factors = self.group_scales(column)
         for j in range(TILES):
-            for c in range(2):
-                scale, _ = self.codes.scale_of(place, e.let(8 * j + 2 * self.part + c))
+            for h, row in enumerate(self.outputs(j)):
+                scale, _ = self.codes.scale_of(place, row)
                 for i in range(self.tiles):
-                    for r in (c, c + 2):
-                        factor = factors[i][r // 2]
-                        product = part[i][j][r] * scale
-                        if factor is not None:
-                            product = product * factor
-                        e.store(total[i][j], r, total[i][j][r] + product, 1)
+                    for c in range(2):
+                        product = part[i][j][2 * h + c] * scale
+                        if factors[i][c] is not None:
+                            product = product * factors[i][c]
+                        e.store(total[i][j], 2 * h + c, total[i][j][2 * h + c] + product, 1)

@@ -36,13 +36,20 @@ CASES = {
     "alibi-sinks-bf16-pages": {"has_alibi": True, "has_sinks": True, "kv_dtype": "bfloat16", "value_dim": 8},
     "bf16-one-kv-head": {**BF16, "heads": 8, "kv_heads": 1, "key_dim": 80, "value_dim": 80, "page_size": 32},
     "bf16-softcap-mha": {**BF16, "heads": 3, "kv_heads": 3, "key_dim": 7, "value_dim": 32, "softcap": 3.0},
-    "int8": {"kv_dtype": "int8", "has_sinks": True, "value_dim": 8},
+    "int8": {"kv_dtype": "int8", "has_sinks": True, "key_dim": 24, "value_dim": 32},
     "int8-bf16-window-dims": {
         "dtype": "bfloat16",
         "kv_dtype": "int8",
         "key_dim": 24,
         "value_dim": 40,
         "window": 37,
+    },
+    "int8-bf16-sinks": {
+        "dtype": "bfloat16",
+        "kv_dtype": "int8",
+        "has_sinks": True,
+        "key_dim": 24,
+        "value_dim": 32,
     },
     "fp8-bf16-one-kv-head": {
         "dtype": "bfloat16",

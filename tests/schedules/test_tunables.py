@@ -63,6 +63,11 @@ TASKS = {
         QuantLinearConfig(40, quant_layout(by_name("w8a8o"), 40, 130, CAPS), "bfloat16", "float32", has_bias=True),
         9,
     ),
+    "quant-e4m3": (
+        TunableQuantLinear(),
+        QuantLinearConfig(40, quant_layout(by_name("fp8a8g128"), 40, 300, CAPS), "bfloat16", "bfloat16"),
+        4,
+    ),
     "quant-supers": (
         TunableQuantLinear(),
         QuantLinearConfig(40, quant_layout(by_name("q4k"), 40, 300, CAPS), "bfloat16", "bfloat16"),
@@ -74,11 +79,6 @@ TASKS = {
             24, quant_layout(by_name("q4g32ap"), 24, 96, CAPS, gated=True), "float32", "float32", gated=True
         ),
         50,
-    ),
-    "quant-e4m3": (
-        TunableQuantLinear(),
-        QuantLinearConfig(40, quant_layout(by_name("fp8a8"), 40, 200, CAPS), "bfloat16", "bfloat16", has_bias=True),
-        3,
     ),
     "experts": (TunableExperts(), ExpertConfig(3, 70, 40, "bfloat16", "bfloat16", "float32", has_bias=True), 9),
     "quant-experts": (
@@ -98,6 +98,7 @@ TASKS = {
     ),
     "prefill": (TunablePrefill(), ATTENTION, 40),
     "decode": (TunableDecode(), ATTENTION, 3),
+    "decode-codes": (TunableDecode(), replace(ATTENTION, dtype="bfloat16", kv_dtype="int8", sinks_dtype=""), 3),
 }  # fmt: skip
 
 
@@ -156,7 +157,13 @@ def test_task_as_json(name):
         tunable.from_values({**values, "colour": 3})
 
 
-@pytest.mark.parametrize("name", TASKS)
+def _some_slow(names):
+    """What differs from another by its weights only takes its seconds in slow runs."""
+    slow = {"quant-order", "quant-e4m3", "quant-experts-order"}
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
+@pytest.mark.parametrize("name", _some_slow(TASKS))
 def test_kernels_compute_the_reference(name, best, tools):
     tunable, config, rows = TASKS[name]
     task = tunable.task(config)

@@ -101,7 +101,7 @@ def test_plain_arithmetic_on_codes(scheme: str) -> None:
         ("fp8a8g128", "sm_89"),
         *(
             pytest.param(s, p, marks=slow)
-            for s, p in (("fp8a8", "sm_89"), ("fp8a8", "sm_80"), ("fp8a8", "sm_75"))
+            for s, p in (("fp8a8", "sm_89"), ("fp8a8", "sm_90"), ("fp8a8", "sm_80"), ("fp8a8", "sm_75"))
         ),
     ],
 )
@@ -114,7 +114,7 @@ def test_experts(scheme: str, preset: str) -> None:
         TOOLS.build(caps, k=quant_expert_linear(cfg, caps))["k"],
     )
     b = TOOLS.random(rng, (experts, n), "bfloat16")
-    for rows in (1, 50):
+    for rows in (1, 90):  # a few, and so many that tiles are larger
         x = TOOLS.random(rng, (rows, k), "bfloat16")
         ids = rng.integers(0, experts - 1, rows)  # the last one stays without rows
         y = TOOLS.tensor(np.full((rows, n), np.nan, np.float32))

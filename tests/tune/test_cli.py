@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from llmc.cli.app import app
-from llmc.cli.tune_view import TuneView, clock, conclusions, jobs_table, result_table
+from llmc.cli.tune_view import TuneView, clock, conclusions, jobs_table, next_step, result_table
 from llmc.errors import LlmcError
 from llmc.schedules.linear import LinearConfig, LinearSchedule
 from llmc.schedules.records import RecordFile, Status, read_records
@@ -68,6 +68,21 @@ def test_refused_in_a_sentence(
     result = llmc(*arguments)
     assert result.exit_code == 2 and f"[{ref}]" in result.stderr, result.output
     assert {p.name for p in tmp_path.iterdir()} <= {"tuning"}
+
+
+@pytest.mark.parametrize("command", [["tune", "--budget=1m"], ["compile", "--tune=1m"], ["compile"]])
+def test_a_corrupt_database_is_refused_before_the_work(command: list[str], tmp_path: Path) -> None:
+    """Nothing of the model is read, nothing is written, and the file stays as it is."""
+    pytest.importorskip("xgboost", reason="the tuner needs xgboost")
+    database = tmp_path / "r.jsonl"
+    RecordFile(database).append([record()])
+    text = database.read_text() + '{"rule": "toy"}\n'
+    database.write_text(text)
+    output = ["-o", tmp_path / "out"] if command[0] == "compile" else []
+    result = llmc(command[0], tmp_path / "no-model", *command[1:], *output, "--records", database)
+    assert result.exit_code == 2 and "Line 3 of" in result.stderr, result.output
+    assert "[records-corrupt]" in result.stderr and database.read_text() == text
+    assert not (tmp_path / "out").exists()
 
 
 def test_list_and_merge(tmp_path: Path) -> None:
@@ -143,9 +158,15 @@ def test_what_a_run_came_to(tmp_path: Path) -> None:
     ]
     assert rows[-1][1].endswith("signal 11")
     assert len(jobs_table([idle]).rows) == 1
-    text = "\n".join(conclusions(result, "my/model", tmp_path / "r"))
+    idle.share = 0.1
+    text = "\n".join(conclusions(result))
     assert "interrupted" in text and "dropped: 1 hung, 2 wrong" in text and "1 processes restarted" in text
-    assert "50.0 % of that with default" in text and "llmc compile my/model --records" in text
+    assert "50.0 % of that with default" in text
+    assert "1 tasks were not reached" in text and "left alone" not in text
+    idle.share = 0.001
+    assert "1 more tasks take less than 0.2 %" in "\n".join(conclusions(result))
+    said = next_step("my/model", {"quant": "w4a8", "max_batch": 4, "dtype": None}, tmp_path / "r")
+    assert f"llmc compile my/model --quant w4a8 --max-batch 4 --records {tmp_path / 'r'} -o DIR" in said
     assert clock(754) == "12:34" and clock(3700) == "01:01:40" and clock(-3) == "00:00"
 
 
