@@ -56,8 +56,18 @@ class FlashShape:
 
 
 # the largest that fits is taken; up to 128 elements per head, two tiles of rows fit a warp's registers
-_NARROW = (FlashShape(4, 2, 64), FlashShape(4, 2, 32), FlashShape(4, 1, 32), FlashShape(4, 1, 16))
-_WIDE = (FlashShape(8, 1, 64), FlashShape(8, 1, 32), FlashShape(4, 1, 32), FlashShape(4, 1, 16))
+_NARROW: tuple[FlashShape, ...] = (
+    FlashShape(4, 2, 64),
+    FlashShape(4, 2, 32),
+    FlashShape(4, 1, 32),
+    FlashShape(4, 1, 16),
+)
+_WIDE: tuple[FlashShape, ...] = (
+    FlashShape(8, 1, 64),
+    FlashShape(8, 1, 32),
+    FlashShape(4, 1, 32),
+    FlashShape(4, 1, 16),
+)
 _WIDEST = 256
 
 
