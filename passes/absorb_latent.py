@@ -39,6 +39,8 @@ class AbsorbLatent:
         params, infos = list(func.params), list(lowered.params)
         index_of = {var: i for i, var in enumerate(func.params[2:])}
         build = Builder()
+        latents: dict[Any, Any] = {}
+        made: dict[tuple[Any, str], Any] = {}
         changed = False
         for binding in graph.bindings:
             match = ir.match_opaque(binding.value, ATTENTION)
@@ -50,20 +52,17 @@ class AbsorbLatent:
             attrs = AttentionAttrs.from_json(match[1])
 
             def weight_of(part: _HeadPart, name: str, turn: bool, found: _Latent = found) -> Any:
-                info, function = infos[index_of[part.weight]], _rows_of_heads(part, found.heads, turn)
-                made = PackedParam(
-                    f"{info.name}.{name}",
-                    info.source,
-                    info.dtype,
-                    tuple(int(d) for d in function.ret_ty.shape),
-                    expression=WeightExpression(function),
-                )
-                infos.append(made)
-                params.append(relax.Var(made.name.replace(".", "_"), function.ret_ty))
-                return params[-1]
+                if (part.weight, name) not in made:  # layers may share keys and values
+                    info, function = infos[index_of[part.weight]], _rows_of_heads(part, found.heads, turn)
+                    shape = tuple(int(d) for d in function.ret_ty.shape)
+                    full, recipe = f"{info.name}.{name}", WeightExpression(function)
+                    infos.append(PackedParam(full, info.source, info.dtype, shape, expression=recipe))
+                    made[part.weight, name] = relax.Var(full.replace(".", "_"), function.ret_ty)
+                    params.append(made[part.weight, name])
+                return made[part.weight, name]
 
             self._rewrite(
-                *(build, graph, binding, match[0], attrs, found),
+                *(build, graph, latents, binding, match[0], attrs, found),
                 weight_of(found.key, "of_queries", True),
                 weight_of(found.value, "of_values", False),
             )
@@ -76,6 +75,7 @@ class AbsorbLatent:
         self,
         build: Builder,
         graph: Graph,
+        latents: dict[Any, Any],
         binding: Any,
         operands: list[Any],
         attrs: AttentionAttrs,
@@ -90,10 +90,15 @@ class AbsorbLatent:
         first = HeadLinearAttrs(found.heads, 0, found.key.count, found.key.count, True)
         absorbed = _head_linear(build, key, of_queries, first, tokens)
         query = build.emit(relax.op.permute_dims(absorbed, [0, 2, 1, 3]), "absorbed")
-        latent = build.emit(relax.op.reshape(found.c, relax.ShapeExpr([1, 1, tokens, rank])), "latent")
         if rest:
             query = build.emit(relax.op.concat([query, *rest], axis=3), "absorbed")
-            latent = build.emit(relax.op.concat([latent, *(s.var for s in found.shared)], axis=3), "latent")
+        source = (found.c, *(s.var for s in found.shared))
+        if source not in latents:  # layers that share a cache must see one variable
+            latent = build.emit(relax.op.reshape(found.c, relax.ShapeExpr([1, 1, tokens, rank])), "latent")
+            if rest:
+                latent = build.emit(relax.op.concat([latent, *source[1:]], axis=3), "latent")
+            latents[source] = latent
+        latent = latents[source]
         out = ir.tensor_type([1, tokens, found.heads, rank], dtype)
         text = replace(attrs, latent=rank).to_json()
         result = build.emit(

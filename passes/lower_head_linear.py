@@ -39,6 +39,7 @@ class LowerHeadLinear:
         index_of = {var: i for i, var in enumerate(params[2:])}
         module = ir.shallow_copy(lowered.module)
         kernels, build = Kernels(module), Builder()
+        packed: dict[Any, Any] = {}
         changed = False
         for binding in graph.bindings:
             match = ir.match_opaque(binding.value, HEAD_LINEAR)
@@ -65,10 +66,13 @@ class LowerHeadLinear:
             build_it = partial(builders(self.caps).head_linear, config, self.caps)
             gvar = kernels.get(config, f"head_linear_{n}_{k}", build_it)
             shape = config.packed_shape(self.caps)
-            packed = relax.Var(info.name.replace(".", "_") + "_packed", ir.tensor_type(shape, dtype))
-            params.append(packed)
-            infos.append(replace(info, dtype=dtype, shape=shape, layout=layout.as_text()))
-            build.bind(binding.var, relax.call_tir(gvar, [x, *tensors, packed], binding.var.ty))
+            if weight not in packed:
+                packed[weight] = relax.Var(
+                    info.name.replace(".", "_") + "_packed", ir.tensor_type(shape, dtype)
+                )
+                params.append(packed[weight])
+                infos.append(replace(info, dtype=dtype, shape=shape, layout=layout.as_text()))
+            build.bind(binding.var, relax.call_tir(gvar, [x, *tensors, packed[weight]], binding.var.ty))
         if not changed:
             return lowered
         new = build.function(params, func.body.body, func.attrs, symbol="main")

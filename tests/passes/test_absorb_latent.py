@@ -99,7 +99,8 @@ class Latent:
             return first
         return emit(relax.op.concat([second, first] if self.rope_first else [first, second], axis=3))
 
-    def before(self):
+    def before(self, times=1):
+        """The block; with `times` attention over the same keys and values as often, the results added."""
         m = self.m
 
         def body(emit):
@@ -118,7 +119,11 @@ class Latent:
             k = self._edit(emit, "k", self.join(emit, k, wide))
             q = self.join(emit, *self.query(emit, y, tabs))
             out = ir.tensor_type([1, t, H, V], m.dtype)
-            return emit(ir.opaque_call(ATTENTION, [q, k, v], ATTRS.to_json(), out))
+            results = [
+                emit(ir.opaque_call(ATTENTION, [q, k, v], replace(ATTRS, layer=i).to_json(), out))
+                for i in range(times)
+            ]
+            return results[0] if times == 1 else emit(relax.op.add(*results))
 
         return m.build(body)
 
@@ -136,8 +141,8 @@ class Latent:
             out = ir.tensor_type([1, t, H, rank], m.dtype)
             a = emit(ir.opaque_call(HEAD_LINEAR, [part, of_queries], first, out))
             a = emit(relax.op.permute_dims(a, [0, 2, 1, 3]))
-            latent = emit(relax.op.reshape(c, relax.ShapeExpr([1, 1, t, rank])))
             q = emit(relax.op.concat([a, turned], axis=3))
+            latent = emit(relax.op.reshape(c, relax.ShapeExpr([1, 1, t, rank])))
             k = emit(relax.op.concat([latent, common], axis=3))
             text = replace(ATTRS, latent=rank).to_json()
             o = emit(ir.opaque_call(ATTENTION, [q, k, k], text, out))
@@ -178,6 +183,14 @@ def test_weights_of_queries_and_values(apart):
         keys, values = np.split(weights["kv_b"].numpy().reshape(H, NOPE + V, RANK), [NOPE], axis=1)
     np.testing.assert_array_equal(packed["of_queries"], keys.transpose(0, 2, 1))
     np.testing.assert_array_equal(packed["of_values"], values)
+
+
+def test_layers_that_share_keys_share_latents_and_weights():
+    lowered = AbsorbLatent()(Latent().before(times=2))
+    (first, _), (second, _) = matches(lowered, ATTENTION)
+    assert first[1] == second[1] and len({p.name for p in lowered.params}) == len(lowered.params)
+    plan = PlanKVCache(page_size=16, kv_dtype=None, max_seq_len=64)(lowered)
+    assert plan.shared == ((1, 0),) and plan.groups[0].layers == (0,)
 
 
 def test_without_a_rotated_part():
