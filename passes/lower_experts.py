@@ -96,10 +96,11 @@ class LowerExperts:
                 quantized = QuantExpertConfig(experts, packing, **common)
                 build_it = builders(self.caps)
                 builder = build_it.int_expert_linear if packing.quads else build_it.quant_expert_linear
+                chosen = self.tuned.apply(quantized)
                 kernel = kernels.get(
-                    quantized,
+                    chosen,
                     f"expert_linear_{info.scheme}_{n}_{k}",
-                    partial(builder, quantized, self.caps),
+                    partial(builder, chosen, self.caps),
                 )
             else:
                 config = ExpertConfig(experts=experts, n=n, k=k, weight_dtype=dtype, **common)
@@ -159,4 +160,5 @@ class LowerExperts:
         kernel = self.tuned.apply(config, shared=shared)
         if isinstance(kernel, ExpertKernel):
             return kernel.schedule
-        return ByRows((ExpertSchedule(**(shared or {})),))
+        decided: dict[str, Any] = shared or {}
+        return ByRows((ExpertSchedule(**decided),))

@@ -9,12 +9,11 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from llmc.kv_plan import ITEM_BYTES
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig
 
 _LINE = 64  # bytes
-_PAGES_AHEAD = 2  # of this head: what arrives while a block's scores become weights
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class PageReader:
@@ -23,6 +22,12 @@ class PageReader:
     cfg: AttentionConfig
     args: Any  # Operands
     lanes: int
+    direct: bool
+    heads: int  # neighbouring cached heads of the tile
+    first_head: Any
+    kv_head: Any  # the one that is gone through
+    row: Any  # its first row
+    pages: int  # per block
     dot: bool  # products of bf16 pairs
     pack: int  # 2 with dot, else 1
     block: int  # keys per block
@@ -34,44 +39,65 @@ class PageReader:
 
     # -- pages laid out in scratch (prefill) -------------------------------------------------------------------------
 
-    def _laid_out_key(self, j: Any, v: Any) -> Any:
-        return e.load(self.keys, j * self.block + v * self.lanes, self.lanes)
+    def _laid_out_keys(self, j: Any, first: Any, count: int) -> list[Any]:
+        at = lambda v: j * self.block + (first + v) * self.lanes  # noqa: E731
+        return [e.load(self.keys, at(v), self.lanes) for v in range(count)]
 
-    def _laid_out_value(self, j: Any, v: Any) -> Any:
-        return e.load(self.values, j * self.value_width + v * self.lanes, self.lanes)
+    def _laid_out_values(self, j: Any, first: Any, count: int) -> list[Any]:
+        at = lambda v: j * self.value_width + (first + v) * self.lanes  # noqa: E731
+        return [e.load(self.values, at(v), self.lanes) for v in range(count)]
 
     def _lay_out_keys(self, page: Any, keys: Any) -> None:
         cfg, lanes, ps = self.cfg, self.lanes, self.cfg.page_size
         with e.loop(e.ceildiv(keys, ps)) as p:
-            base = self._page_base(page + p, cfg.key_dim * ps)
+            base = self._page_base(page + p, cfg.k_part)
             with e.loop(cfg.key_dim // self.pack) as j:
-                for v in range(ps // lanes):
-                    to = j * self.block + p * ps + v * lanes
-                    e.store(self.keys, to, self._key(base, j, v), lanes)
+                for v, vector in enumerate(self._keys(base, j, 0, ps // lanes)):
+                    e.store(self.keys, j * self.block + p * ps + v * lanes, vector, lanes)
             if cfg.key_dim % self.pack:
                 j = self.k_steps - 1
                 for v in range(ps // lanes):
-                    low = e.load(self.args.k, base + 2 * j * ps + v * lanes, lanes)
-                    vector = e.zip_bf16(low, e.const("uint16", 0, lanes))
+                    vector = self._pairs(self.args.k, base + 2 * j * ps + v * lanes, None)
                     e.store(self.keys, j * self.block + p * ps + v * lanes, vector, lanes)
 
-    def _key(self, base: Any, j: Any, v: Any) -> Any:
-        """Vector v of tokens of a key page for step j."""
-        k, lanes, ps = self.args.k, self.lanes, self.cfg.page_size
+    def _keys(self, base: Any, j: Any, first: Any, count: int) -> list[Any]:
+        """Vectors first .. first + count - 1 of tokens of a key page for step j."""
+        return self._vectors_of(
+            self.args.k, base + self.pack * j * self.cfg.page_size, self.cfg.page_size, first, count
+        )
+
+    def _vectors_of(self, buffer: Any, row: Any, size: int, first: Any, count: int) -> list[Any]:
+        """Vectors of the operand of a step, whose elements of a page (or two rows of `size` elements) begin at `row`."""
+        lanes = self.lanes
+        at = lambda v: row + (first + v) * lanes  # noqa: E731
         if not self.dot:
-            return e.widen(e.load(k, base + j * ps + v * lanes, lanes), self.cfg.kv_dtype, lanes)
-        at = base + 2 * j * ps + v * lanes
-        return e.zip_bf16(e.load(k, at, lanes), e.load(k, at + ps, lanes))
+            return [self._elements(buffer, at(v), lanes) for v in range(count)]
+        vectors: list[Any] = []
+        for v in range(0, count - 1, 2):
+            vectors += e.zip_bf16_halves(*(e.load(buffer, at(v) + i * size, 2 * lanes) for i in (0, 1)))
+        if count % 2:
+            vectors.append(self._pairs(buffer, at(count - 1), size))
+        return vectors
+
+    def _elements(self, buffer: Any, at: Any, lanes: int) -> Any:
+        """float32 of neighbouring elements of a page."""
+        return e.widen(e.some(buffer, at, lanes), self.cfg.kv_dtype, lanes)
+
+    def _pairs(self, buffer: Any, at: Any, ahead: int | None) -> Any:
+        """bf16 pairs of a vector of elements and of the one that lies `ahead` elements further; None: of zeros."""
+        lanes = self.lanes
+        second = e.const("uint16", 0, lanes) if ahead is None else e.load(buffer, at + ahead, lanes)
+        return e.zip_bf16(e.load(buffer, at, lanes), second)
 
     def _lay_out_values(self, page: Any, keys: Any) -> None:
         lanes, ps, dv = self.lanes, self.cfg.page_size, self.cfg.value_dim
         with e.loop(e.ceildiv(keys, ps)) as p:
-            base = self._page_base(page + p, ps * dv)
+            base = self._page_base(page + p, self.cfg.v_part)
             tokens = e.let(T.min(e.i64(ps), keys - p * ps))
             with e.loop(tokens // self.pack) as j:
                 row = e.let((p * (ps // self.pack) + j) * self.value_width)
-                for v in range(dv // lanes):
-                    e.store(self.values, row + v * lanes, self._value(base, j, v), lanes)
+                for v, vector in enumerate(self._values(base, j, 0, dv // lanes)):
+                    e.store(self.values, row + v * lanes, vector, lanes)
                 for d in range(dv // lanes * lanes, dv):
                     e.store(self.values, row + d, self._value_element(base, j, d, True), 1)
             if self.dot:
@@ -82,42 +108,59 @@ class PageReader:
                     with e.loop(dv) as d:
                         e.store(self.values, row + d, self._value_element(base, j, d, False), 1)
 
-    def _value(self, base: Any, j: Any, v: Any) -> Any:
-        """Vector v of dims of a value page for step j."""
-        buffer, lanes, dv = self.args.v, self.lanes, self.cfg.value_dim
-        if not self.dot:
-            return e.widen(e.load(buffer, base + j * dv + v * lanes, lanes), self.cfg.kv_dtype, lanes)
-        at = base + 2 * j * dv + v * lanes
-        return e.zip_bf16(e.load(buffer, at, lanes), e.load(buffer, at + dv, lanes))
+    def _values(self, base: Any, j: Any, first: Any, count: int) -> list[Any]:
+        """Vectors first .. first + count - 1 of dims of a value page for step j."""
+        dv = self.cfg.value_dim
+        return self._vectors_of(self.args.v, base + self.pack * j * dv, dv, first, count)
 
     def _value_element(self, base: Any, j: Any, d: Any, both: bool) -> Any:
         buffer, dv = self.args.v, self.cfg.value_dim
         if not self.dot:
-            return e.widen(buffer[base + j * dv + d], self.cfg.kv_dtype, 1)
-        low = tirx.Cast("int32", buffer[base + 2 * j * dv + d])
+            return self._elements(buffer, base + j * dv + d, 1)
+        at = base + 2 * j * dv + d
+        low = tirx.Cast("int32", buffer[at])
         if not both:
             return low
-        high = tirx.Cast("int32", buffer[base + (2 * j + 1) * dv + d])
+        high = tirx.Cast("int32", buffer[at + dv])
         return T.bitwise_or(low, T.shift_left(high, tirx.IntImm("int32", 16)))
 
     # -- pages read in place (decode) --------------------------------------------------------------------------------
 
-    def _score_pages(self, page: Any, keys: Any) -> None:
+    def fetch_first(self, table: Any, first_key: Any, end_key: Any) -> None:
+        """Ask for the first block, which no block before it does; before `start`."""
+        if not self.direct:
+            return
+        cfg, ps = self.cfg, self.cfg.page_size
+        count = T.min(e.i64(self.pages), e.ceildiv(end_key - first_key, ps))
+        for buffer, size in ((self.args.k, cfg.k_part), (self.args.v, cfg.v_part)):
+            with e.loop(count) as p:
+                base = self._page_base(table + first_key // ps + p, size, self.first_head)
+                line = _LINE // ITEM_BYTES[cfg.kv_dtype]
+                with e.loop(self.heads * size // line) as i:
+                    e.prefetch(buffer, base + i * line, level=2)
+
+    def _ahead(self, pool: tuple[Any, int, int], page: Any, p: Any, last_page: Any, steps: int) -> Ahead:
+        """What to ask for while page p of a block is gone through: a part of the next block.
+
+        Heads take turns block by block, but their parts are asked for in the order of memory, page by page: the parts of
+        neighbouring heads make one piece.
+
+        Args:
+            pool: (buffer, elements of a head's part of a page, the same without scales).
+        """
+        number = e.let((self.kv_head - self.first_head) * self.pages + p)
+        far = T.min(page + self.pages + T.truncdiv(number, self.heads), last_page)
+        head = self.first_head + T.truncmod(number, self.heads)
+        line = _LINE // ITEM_BYTES[self.cfg.kv_dtype]
+        buffer, part, size = pool
+        return Ahead(buffer, self._page_base(far, part, head), size, steps, line, self.cfg.coded)
+
+    def _score_pages(self, page: Any, keys: Any, last_page: Any) -> None:
         cfg, lanes, ps = self.cfg, self.lanes, self.cfg.page_size
-        k_size, v_size = cfg.key_dim * ps, ps * cfg.value_dim
-        count = e.let(e.ceildiv(keys, ps))
-        with e.loop(count) as p:
-            base = self._page_base(page + p, k_size)
-            far = e.let(p + _PAGES_AHEAD)
-            # behind the last keys come the values of the same pages
-            behind = T.min(T.max(e.i64(0), far - count), count - 1)
-            ahead = _Ahead(
-                (self.args.k, self._page_base(page + T.min(far, count - 1), k_size), k_size),
-                (self.args.v, self._page_base(page + behind, v_size), v_size),
-                e.let(far >= count),
-                self.k_steps,
-                _LINE // _ITEM_BYTES[cfg.kv_dtype],
-            )
+        k_size = cfg.key_dim * ps
+        with e.loop(e.ceildiv(keys, ps)) as p:
+            base = self._page_base(page + p, cfg.k_part)
+            ahead = self._ahead((self.args.k, cfg.k_part, k_size), page, p, last_page, self.k_steps)
             for group in range(self.rows_padded // self.row_tile):
                 row = group * self.row_tile
 
@@ -127,17 +170,17 @@ class PageReader:
                     row: int = row,
                     base: Any = base,
                     p: Any = p,
-                    ahead: _Ahead | None = ahead if group == 0 else None,
+                    ahead: Ahead | None = ahead if group == 0 else None,
                 ) -> None:
-                    def right(j: Any, v: int) -> Any:
+                    def right(j: Any, v: int, n: int) -> list[Any]:
                         if ahead is not None and v == 0:
                             ahead.fetch(j, first)
-                        return self._key(base, j, first + v)
+                        return self._keys(base, j, first + v, n)
 
                     self._tile(
                         vectors,
                         self.k_steps,
-                        lambda r, j, n=1: e.some(self.query, (row + r) * self.k_steps + j, n),
+                        lambda r, j, n=1: e.some(self.query, (self.row + row + r) * self.k_steps + j, n),
                         right,
                         self.scores,
                         lambda r, v: (row + r) * self.block + p * ps + (first + v) * lanes,
@@ -148,20 +191,10 @@ class PageReader:
 
     def _weigh_pages(self, page: Any, keys: Any, last_page: Any) -> None:
         cfg, lanes, ps, dv = self.cfg, self.lanes, self.cfg.page_size, self.cfg.value_dim
-        k_size, v_size = cfg.key_dim * ps, ps * dv
-        count = e.let(e.ceildiv(keys, ps))
-        with e.loop(count) as p:
-            base = self._page_base(page + p, v_size)
+        with e.loop(e.ceildiv(keys, ps)) as p:
+            base = self._page_base(page + p, cfg.v_part)
             tokens = e.let(T.min(e.i64(ps), keys - p * ps))
-            far = e.let(p + _PAGES_AHEAD)
-            # behind the last values come the keys of the next block
-            ahead = _Ahead(
-                (self.args.v, self._page_base(page + T.min(far, count - 1), v_size), v_size),
-                (self.args.k, self._page_base(T.min(page + far, last_page), k_size), k_size),
-                e.let(far >= count),
-                ps // self.pack,
-                _LINE // _ITEM_BYTES[cfg.kv_dtype],
-            )
+            ahead = self._ahead((self.args.v, cfg.v_part, ps * dv), page, p, last_page, ps // self.pack)
             for group in range(self.rows_padded // self.row_tile):
                 row = group * self.row_tile
 
@@ -172,22 +205,21 @@ class PageReader:
                     base: Any = base,
                     p: Any = p,
                     tokens: Any = tokens,
-                    ahead: _Ahead | None = ahead if group == 0 else None,
+                    ahead: Ahead | None = ahead if group == 0 else None,
                 ) -> None:
                     steps = e.let(tokens // self.pack)
                     stride = self.block // self.pack
                     first_step = p * (ps // self.pack)
                     left = lambda r, j, n=1: e.some(self.weights, (row + r) * stride + first_step + j, n)  # noqa: E731
-                    at = lambda r, v: (row + r) * self.value_width + (first + v) * lanes  # noqa: E731
+                    at = lambda r, v: (self.row + row + r) * self.value_width + (first + v) * lanes  # noqa: E731
 
-                    def right(j: Any, v: int) -> Any:
+                    def right(j: Any, v: int, n: int) -> list[Any]:
                         if ahead is not None and v == 0:
                             ahead.fetch(j, first)
-                        return self._value(base, j, first + v)
+                        return self._values(base, j, first + v, n)
 
                     def unpaired(v: int) -> Any:
-                        low = e.load(self.args.v, base + 2 * steps * dv + (first + v) * lanes, lanes)
-                        return e.zip_bf16(low, e.const("uint16", 0, lanes))
+                        return self._pairs(self.args.v, base + 2 * steps * dv + (first + v) * lanes, None)
 
                     self._tile(vectors, steps, left, right, self.out, at, False)
                     if self.dot:
@@ -207,48 +239,42 @@ class PageReader:
 
 
 @dataclass(frozen=True)
-class _Ahead:
-    """Page parts that are read soon: while one is gone through step by step, another is asked for.
+class Ahead:
+    """A page part that is read soon: while one is gone through step by step, another is asked for.
 
     A head's part of a page is a few KB, the next one lies elsewhere: too short for the streams that processors find by
-    themselves. Memory is then busy also while scores become weights, and from the last page of keys to the first one of
-    values.
+    themselves.
 
     Attributes:
-        own, other: (buffer, element at which the part begins, its elements); of the pages that are gone through, and
-            of those that come behind them.
-        behind: whether the part to ask for is `other`.
+        buffer, base, size: the part to ask for begins at buffer[base] and has `size` elements, without scales.
         steps: in which all of it is to be asked for.
         line: elements of a cache line.
+        scales: whether there are some behind the elements.
     """
 
-    own: tuple[Any, Any, int]
-    other: tuple[Any, Any, int]
-    behind: Any
+    buffer: Any
+    base: Any
+    size: int
     steps: int
     line: int
+    scales: bool
 
     def fetch(self, step: Any, first: Any) -> None:
         """Ask for a step's share, once for all groups of vectors; `first` = the first vector of the group."""
         if isinstance(first, int):
             if first == 0:
-                self._either(step)
+                self._share(step)
             return
         with T.If(first == 0), T.Then():
-            self._either(step)
+            self._share(step)
 
-    def _either(self, step: Any) -> None:
-        with T.If(self.behind):
-            with T.Then():
-                self._share(self.other, step)
-            with T.Else():
-                self._share(self.own, step)
-
-    def _share(self, part: tuple[Any, Any, int], step: Any) -> None:
-        buffer, base, size = part
-        share = -(-size // self.steps)
+    def _share(self, step: Any) -> None:
+        share = -(-self.size // self.steps)
         for i in range(-(-share // self.line)):
-            e.prefetch(buffer, base + step * share + i * self.line, level=2)
+            e.prefetch(self.buffer, self.base + step * share + i * self.line, level=2)
+        if self.scales:
+            with T.If(step == 0), T.Then():
+                e.prefetch(self.buffer, self.base + self.size, level=2)
 
 
 def in_groups(count: int, size: int, body: Callable[[Any, int], None]) -> None:

@@ -29,6 +29,7 @@ class RunningSoftmax:
     group: int
     value_width: int
     kv_head: Any
+    row: Any  # the head's first one in `largest`, `total` and `out`; scores and weights are of one head at a time
     used: Any  # rows
     scores: Any
     weights: Any
@@ -66,20 +67,25 @@ class RunningSoftmax:
                         self._visible(r, 2 * pairs, low, own, high, top)
             else:
                 self._visible(r, 2 * pairs, low, own, high, top)
-            before = e.let(self.largest[r])
+            row = e.let(self.row + r)
+            before = e.let(self.largest[row])
             highest = e.fold(e.load(top, 0, lanes), lanes, T.max)
             if self._raw:
                 highest = highest * e.f32(self.cfg.scale)
             after = e.let(T.max(before, highest))
             with T.If(after > before), T.Then():
                 shrink = e.let(exp_nonpositive(e.splat(before - after, lanes), lanes))
-                e.store(self.largest, r, after, 1)
-                total = e.load(self.total, r * lanes, lanes) * shrink
-                e.store(self.total, r * lanes, total, lanes)
+                e.store(self.largest, row, after, 1)
+                total = e.load(self.total, row * lanes, lanes) * shrink
+                e.store(self.total, row * lanes, total, lanes)
                 for v in range(self.value_width // lanes):
-                    at = r * self.value_width + v * lanes
+                    at = row * self.value_width + v * lanes
                     e.store(self.out, at, e.load(self.out, at, lanes) * shrink, lanes)
             self._exponentials(r, after, pairs)
+
+    def _weight_of(self, p: Any, v: Any) -> Any:
+        """What vector v of a row's values is multiplied with."""
+        return p
 
     def _visible(self, r: Any, vectors: Any, low: Any, own: Any, high: Any, top: Any) -> None:
         """The scores of a row with those outside of [low, high) replaced; `top` gets their maximum."""
@@ -96,6 +102,10 @@ class RunningSoftmax:
             if cfg.softcap > 0:
                 s = tanh(e.let(s * e.splat(1.0 / cfg.softcap, lanes)), lanes)
                 s = s * e.splat(float(cfg.softcap), lanes)
+                if slope is not None:  # TVM's analyzer fails on the sum of the two
+                    held = e.scratch(lanes)
+                    e.store(held, 0, s, lanes)
+                    s = e.load(held, 0, lanes)
             if slope is not None:
                 distance = tirx.Cast(e.vec("float32", lanes), column - e.splat(own, lanes))
                 s = s + e.splat(slope, lanes) * distance
@@ -111,7 +121,8 @@ class RunningSoftmax:
         """Weights e^(score - largest) of a row, and their sum."""
         lanes = self.lanes
         total = e.scratch(lanes)
-        e.store(total, 0, e.load(self.total, r * lanes, lanes), lanes)
+        row = e.let(self.row + r)
+        e.store(total, 0, e.load(self.total, row * lanes, lanes), lanes)
         to_exponent = math.log2(math.e)
         zero = e.let(T.max(largest, e.f32(_LOWEST_MAXIMUM)) * e.f32(to_exponent))
         if self._raw:
@@ -122,7 +133,7 @@ class RunningSoftmax:
             exponent = e.let(s * e.splat(to_exponent, lanes) - e.splat(zero, lanes))
             p = e.let(exp2_nonpositive(exponent, lanes, coarse=self.dot))
             e.store(total, 0, e.load(total, 0, lanes) + p, lanes)
-            return p
+            return self._weight_of(p, v)
 
         if self.dot:
             with e.loop(pairs) as v:
@@ -131,7 +142,7 @@ class RunningSoftmax:
         else:
             with e.loop(2 * pairs) as v:
                 e.store(self.weights, r * self.block + v * lanes, weight(v), lanes)
-        e.store(self.total, r * lanes, e.load(total, 0, lanes), lanes)
+        e.store(self.total, row * lanes, e.load(total, 0, lanes), lanes)
 
 
 def first_visible(cfg: AttentionConfig, position: Any) -> Any:

@@ -13,16 +13,19 @@ first lays a block out in scratch memory as the multiply wants it; decode has fe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
+from llmc.kv_plan import padded
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
 from llmc.schedules.attention_pages import PageReader, in_groups
+from llmc.schedules.attention_pools import Pools
 from llmc.schedules.attention_softmax import LOWEST, RunningSoftmax, first_visible
 from llmc.schedules.matrix_tile import multiply_bf16
 from llmc.schedules.rope import RopeOperands, rotate_query
@@ -37,18 +40,17 @@ class Operands:
     def __init__(
         self, cfg: AttentionConfig, t: Any, b: Any, w: Any, pages: Any, rope: RopeOperands | None = None
     ) -> None:
-        ps, hk, layers = cfg.page_size, cfg.kv_heads, cfg.layers
+        hk, layers = cfg.kv_heads, cfg.layers
         self.t, self.b, self.width, self.cfg = t, b, w, cfg
-        self.k_size = pages * layers * hk * cfg.key_dim * ps
-        self.v_size = pages * layers * hk * ps * cfg.value_dim
+        self._pages = pages
         q_shape = [1, t, cfg.heads, cfg.key_dim] if cfg.token_major else [1, cfg.heads, t, cfg.key_dim]
         self.rope = rope  # takes the place of q
         self._q = e.tensor("q", q_shape, cfg.dtype) if rope is None else None
         appends = rope is not None and rope.cfg.k is not None
         self._slot = e.tensor("slot", [t], "int32") if appends else None
-        self._k = e.tensor("k_pool", [pages, layers, hk, cfg.key_dim, ps], cfg.kv_dtype)
-        v_shape = [pages, layers, hk, ps, cfg.value_dim]
-        self._v = None if cfg.latent else e.tensor("v_pool", v_shape, cfg.kv_dtype)
+        self._k = e.tensor("k_pool", [pages, layers, hk, *cfg.k_page], cfg.pool_dtype)
+        v_shape = [pages, layers, hk, *cfg.v_page]
+        self._v = None if cfg.latent else e.tensor("v_pool", v_shape, cfg.pool_dtype)
         self._start = e.tensor("query_start", [b + 1], "int32")
         self._context = e.tensor("context_len", [b], "int32")
         self._table = e.tensor("block_table", [b, w], "int32")
@@ -66,8 +68,8 @@ class Operands:
             self.q = None
             self.rope.view()
         self.slots = e.flat(self._slot, t) if self._slot is not None else None
-        self.k = e.flat(self._k, self.k_size)
-        self.v = e.flat(self._v, self.v_size) if self._v is not None else None
+        self.pools = Pools(cfg, self._pages, self._k, self._v)
+        self.k, self.v = self.pools.k, self.pools.v
         self.query_start = e.flat(self._start, self.b + 1)
         self.context_len = e.flat(self._context, self.b)
         self.block_table = e.flat(self._table, self.b * self.width)
@@ -84,6 +86,7 @@ class Tile(PageReader, RunningSoftmax):
         pages: cache pages per block.
         schedule: row_tile and vectors of the register tiles.
         direct: read pages in place instead of laying them out in scratch; needs `can_be_direct`.
+        heads: neighbouring cached heads of the tile; several only with `direct`. Rows of one follow those of another.
     """
 
     def __init__(
@@ -95,11 +98,13 @@ class Tile(PageReader, RunningSoftmax):
         pages: int,
         schedule: PrefillSchedule | DecodeSchedule,
         direct: bool,
+        heads: int = 1,
     ) -> None:
         self.cfg, self.caps, self.args = cfg, caps, args
         self.lanes = caps.lanes_f32
         self.dot = uses_dot(cfg, caps)
         self.pages, self.direct = pages, direct and can_be_direct(cfg, caps)
+        self.heads, self.row = heads, e.i64(0)
         self.group = cfg.heads // cfg.kv_heads
         self.block = pages * cfg.page_size
         self.vectors = schedule.vectors or (4 if caps.vector_registers >= 32 else 2)
@@ -110,29 +115,47 @@ class Tile(PageReader, RunningSoftmax):
         self.row_tile = -(-self.rows // groups)
         self.rows_padded = -(-self.rows // self.row_tile) * self.row_tile
         self.pack = 2 if self.dot else 1
-        self.k_steps = -(-cfg.key_dim // self.pack)
+        self.k_steps = -(-(padded(cfg.key_dim) if cfg.coded else cfg.key_dim) // self.pack)
         self.value_width = -(-cfg.value_dim // self.lanes) * self.lanes
+
+    @staticmethod
+    def import_text(caps: Capabilities) -> dict[str, Any]:
+        """Annotations for the loop over tasks."""
+        return e.import_text(caps)
 
     def _allocate(self) -> None:
         """Take scratch memory from the task's thread."""
         operand = "int32" if self.dot else "float32"
-        self.query = e.workspace(self.rows_padded * self.k_steps, operand)
+        state = self.heads * self.rows_padded
+        self.query = e.workspace(state * self.k_steps, operand)
         self.scores = e.workspace(self.rows_padded * self.block)
         self.weights = e.workspace(self.rows_padded * self.block // self.pack, operand)
-        self.out = e.workspace(self.rows_padded * self.value_width)
-        self.largest = e.workspace(self.rows_padded)
-        self.total = e.workspace(self.rows_padded * self.lanes)
+        self.out = e.workspace(state * self.value_width)
+        self.largest = e.workspace(state)
+        self.total = e.workspace(state * self.lanes)
         if not self.direct:
             self.keys = e.workspace(self.k_steps * self.block, operand)
             self.values = e.workspace(self.block // self.pack * self.value_width, operand)
 
     # -- set-up and result -------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def each_head(self) -> Iterator[None]:
+        """A loop over the cached heads: `kv_head` is the one, `row` its first row."""
+        with e.loop_or_once(self.heads) as h:
+            self.kv_head = e.let(self.first_head + h) if self.heads > 1 else self.first_head
+            self.row = e.let(h * self.rows_padded) if self.heads > 1 else e.i64(0)
+            yield
+
     def start(self, first_token: Any, kv_head: Any, rows: Any) -> None:
-        """Load the query rows and clear the running softmax."""
-        cfg, args, lanes = self.cfg, self.args, self.lanes
-        self.kv_head, self.used = kv_head, rows
+        """Load the query rows of `kv_head` and what further heads the tile has, and clear the running softmax."""
+        self.first_head, self.used = kv_head, rows
         self._allocate()
+        with self.each_head():
+            self._start_head(first_token, self.kv_head, rows)
+
+    def _start_head(self, first_token: Any, kv_head: Any, rows: Any) -> None:
+        cfg, args, lanes = self.cfg, self.args, self.lanes
         source = args.q
         if args.rope is not None:  # one token: its heads are rotated here
             source = e.workspace(self.group * cfg.key_dim, e.storage(cfg.dtype))
@@ -150,11 +173,12 @@ class Tile(PageReader, RunningSoftmax):
                 base = e.let((token * cfg.heads + head) * cfg.key_dim)
             else:
                 base = e.let((head * args.t + token) * cfg.key_dim)
-            self._load_query(source, base, r)
-            e.store(self.largest, r, e.f32(LOWEST), 1)
-            e.store(self.total, r * lanes, e.splat(0.0, lanes), lanes)
+            at = e.let(self.row + r)
+            self._load_query(source, base, at)
+            e.store(self.largest, at, e.f32(LOWEST), 1)
+            e.store(self.total, at * lanes, e.splat(0.0, lanes), lanes)
             with e.loop(self.value_width // lanes) as v:
-                e.store(self.out, r * self.value_width + v * lanes, e.splat(0.0, lanes), lanes)
+                e.store(self.out, at * self.value_width + v * lanes, e.splat(0.0, lanes), lanes)
 
     def _load_query(self, source: Any, base: Any, r: Any) -> None:
         """Row r of the tile from the head at source[base:]."""
@@ -187,12 +211,13 @@ class Tile(PageReader, RunningSoftmax):
     def finish(self, first_token: Any) -> None:
         """Divide by the softmax's denominator and store the tile's rows."""
         cfg, lanes = self.cfg, self.lanes
-        with e.loop(self.used) as r:
+        with self.each_head(), e.loop(self.used) as r:
+            at = e.let(self.row + r)
             head = e.let(self.kv_head * self.group + r % self.group)
-            total = e.let(e.fold(e.load(self.total, r * lanes, lanes), lanes, lambda a, b: a + b))
-            factor = self.final_factor(self.largest[r], total, head)
+            total = e.let(e.fold(e.load(self.total, at * lanes, lanes), lanes, lambda a, b: a + b))
+            factor = self.final_factor(self.largest[at], total, head)
             base = e.let(((first_token + r // self.group) * cfg.heads + head) * cfg.value_dim)
-            self.store_row(base, r * self.value_width, self.out, factor)
+            self.store_row(base, at * self.value_width, self.out, factor)
 
     def final_factor(self, largest: Any, total: Any, head: Any) -> Any:
         """What the unnormalised output is multiplied with: 1 / (l + e^(sink - m)), stable for a large sink."""
@@ -226,9 +251,11 @@ class Tile(PageReader, RunningSoftmax):
         keys = e.let(T.min(e.i64(self.block), end_key - first_key))
         page = e.let(table + first_key // self.cfg.page_size)
         if self.direct:
-            self._score_pages(page, keys)
-            self._softmax(first_key, first_position, keys)
-            self._weigh_pages(page, keys, e.let(table + (end_key - 1) // self.cfg.page_size))
+            last_page = e.let(table + (end_key - 1) // self.cfg.page_size)
+            with self.each_head():
+                self._score_pages(page, keys, last_page)
+                self._softmax(first_key, first_position, keys)
+                self._weigh_pages(page, keys, last_page)
         else:
             self._lay_out_keys(page, keys)
             self._each_tile(
@@ -236,7 +263,7 @@ class Tile(PageReader, RunningSoftmax):
                 self.k_steps,
                 self.query,
                 self.k_steps,
-                self._laid_out_key,
+                self._laid_out_keys,
                 self.scores,
                 self.block,
                 clear=True,
@@ -248,17 +275,18 @@ class Tile(PageReader, RunningSoftmax):
                 e.ceildiv(keys, self.pack),
                 self.weights,
                 self.block // self.pack,
-                self._laid_out_value,
+                self._laid_out_values,
                 self.out,
                 self.value_width,
                 clear=False,
             )
 
-    def _page_base(self, page: Any, size: int) -> Any:
-        """Element at which this layer's and head's part of a page begins."""
+    def _page_base(self, page: Any, size: int, kv_head: Any = None) -> Any:
+        """Element at which this layer's and a head's part of a page begins; None = the head that is gone through."""
         cfg = self.cfg
         index = e.i64(self.args.block_table[page])
-        return e.let(((index * cfg.layers + self.args.layer) * cfg.kv_heads + self.kv_head) * size)
+        head = self.kv_head if kv_head is None else kv_head
+        return e.let(((index * cfg.layers + self.args.layer) * cfg.kv_heads + head) * size)
 
     def _each_tile(
         self,
@@ -266,7 +294,7 @@ class Tile(PageReader, RunningSoftmax):
         steps: Any,
         left: Any,
         left_stride: int,
-        right: Callable[[Any, Any], Any],
+        right: Callable[[Any, Any, int], list[Any]],
         target: Any,
         target_stride: int,
         clear: bool,
@@ -281,7 +309,7 @@ class Tile(PageReader, RunningSoftmax):
                     count,
                     steps,
                     lambda r, j, n=1: e.some(left, (row + r) * left_stride + j, n),
-                    lambda j, v: right(j, first + v),
+                    lambda j, v, n: right(j, first + v, n),
                     target,
                     at,
                     clear,
@@ -294,7 +322,7 @@ class Tile(PageReader, RunningSoftmax):
         vectors: int,
         steps: Any,
         left: Callable[..., Any],
-        right: Callable[[Any, int], Any],
+        right: Callable[[Any, int, int], list[Any]],
         target: Any,
         at: Callable[[int, int], Any],
         clear: bool,
@@ -302,8 +330,8 @@ class Tile(PageReader, RunningSoftmax):
     ) -> None:
         """One register tile.
 
-        left(row, step) is an element, left(row, step, 2) also the one of the next step. `last` gives the vectors of one
-        more step after `steps` (an unpaired token).
+        left(row, step) is an element, left(row, step, 2) also the one of the next step; right(step, v, n) are vectors v to
+        v + n - 1. `last` gives the vectors of one more step after `steps` (an unpaired token).
         """
         lanes = self.lanes
         acc = [[e.scratch(lanes) for _ in range(vectors)] for _ in range(self.row_tile)]
@@ -312,8 +340,8 @@ class Tile(PageReader, RunningSoftmax):
                 value = e.splat(0.0, lanes) if clear else e.load(target, at(r, v), lanes)
                 e.store(acc[r][v], 0, value, lanes)
 
-        def step(j: Any, vector: Callable[[int], Any]) -> None:
-            right_vectors = [e.let(vector(v)) for v in range(vectors)]
+        def step(j: Any, operands: list[Any]) -> None:
+            right_vectors = [e.let(vector) for vector in operands]
             for r in range(self.row_tile):
                 a = e.let(e.splat(left(r, j), lanes))
                 for v in range(vectors):
@@ -322,15 +350,15 @@ class Tile(PageReader, RunningSoftmax):
                     e.store(acc[r][v], 0, e.dot_bf16(c, a, b) if self.dot else c + a * b, lanes)
 
         if self.dot and self.caps.has_bf16_mma and self.row_tile > 1 and last is None:
-            multiply_bf16(acc, steps, lambda r, j: left(r, j, 2), right)
+            multiply_bf16(acc, steps, lambda r, j: left(r, j, 2), lambda j, v: right(j, v, 1)[0])
             if not isinstance(steps, int) or steps % 2:
                 with T.If(e.i64(steps) % 2 == 1), T.Then():
-                    step(steps - 1, lambda v: right(steps - 1, v))
+                    step(steps - 1, right(steps - 1, 0, vectors))
         else:
             with e.loop(steps) as j:
-                step(j, lambda v: right(j, v))
+                step(j, right(j, 0, vectors))
         if last is not None:
-            step(steps, last)
+            step(steps, [last(v) for v in range(vectors)])
         for r in range(self.row_tile):
             for v in range(vectors):
                 e.store(target, at(r, v), e.load(acc[r][v], 0, lanes), lanes)
@@ -338,7 +366,7 @@ class Tile(PageReader, RunningSoftmax):
 
 def uses_dot(cfg: AttentionConfig, caps: Capabilities) -> bool:
     """True if both products run on bf16 pairs; queries of a wider type are not rounded for that."""
-    return caps.has_bf16_dot and cfg.dtype == cfg.kv_dtype == "bfloat16"
+    return caps.has_bf16_dot and cfg.dtype == "bfloat16" and (cfg.coded or cfg.kv_dtype == "bfloat16")
 
 
 def can_be_direct(cfg: AttentionConfig, caps: Capabilities) -> bool:

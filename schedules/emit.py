@@ -309,6 +309,19 @@ def zip_bf16(a: Any, b: Any) -> Any:
     return T.call_pure_extern(f"int32x{lanes}", "llmc_zip", T.reinterpret(half, a), T.reinterpret(half, b))
 
 
+def zip_bf16_halves(a: Any, b: Any) -> tuple[Any, Any]:
+    """As zip_bf16 of two vectors of 2 * lanes bf16 bits: pairs of their first and of their second halves.
+
+    On x86 a load of a whole register is one micro-operation, and one of half a register into a whole one three.
+    """
+    lanes = _lanes(a) // 2
+    parts = [let(T.reinterpret(f"int16x{2 * lanes}", v)) for v in (a, b)]
+    first, second = (
+        T.call_pure_extern(f"int32x{lanes}", f"llmc_zip_{h}", *parts) for h in ("first", "second")
+    )
+    return first, second
+
+
 def lane(value: Any, index: int) -> Any:
     """One lane of a vector that has a name."""
     return tirx.Shuffle([value], [index])

@@ -16,6 +16,7 @@ from tvm.tirx.script import builder as T
 
 from llmc.schedules import emit as e
 from llmc.schedules.iactivations import IntActivations
+from llmc.schedules.idot import SHORT
 from llmc.schedules.isums import IntSums, RowOf, Vectors, Write
 from llmc.schedules.layout import usual_vectors
 from llmc.schedules.micro_kernel import for_tiles
@@ -69,7 +70,7 @@ class IntBlocks(IntSums):
             most: upper bound of count.
             write: gets (sums, rows) once they are complete.
         """
-        if not self.nibbles:
+        if not self.nibbles or self.dot.in_words:
             self.few(x, count, most, base, row_of, write)
             return
         with T.If(count <= FEW):
@@ -84,7 +85,8 @@ class IntBlocks(IntSums):
         Columns are taken in passes that the first-level cache holds for the further tiles of rows.
         """
         layout = self.layout
-        size = self._pass_columns(_PIECE)
+        # with sums of 16 bits products are few instructions, and sums that go through memory count
+        size = self._pass_columns(2 * _PIECE if self.dot.in_words else _PIECE)
         partial = self._partial(x, count, most, row_of)
         with e.loop(-(-layout.padded_k // size)) as p:
             first = e.opaque(p * size)
@@ -197,7 +199,30 @@ class IntBlocks(IntSums):
         self._finish(x, partial, count, base, row_of, write)
 
     def _unit(self, x: IntActivations, part: Vectors, unit: Any, at: Any, columns: list[Any]) -> None:
-        """part plus a unit's products, outputs from `at` on; more than one row takes its words in a loop: less code."""
+        """part plus a unit's products, outputs from `at` on."""
+        if not self.dot.in_words:
+            self._unit_sums(x, part, unit, at, columns)
+            return
+        short = self._zeros(part)
+        self._unit_sums(x, short, unit, at, columns)
+        self._settle(part, short)
+
+    def _zeros(self, part: Vectors) -> Vectors:
+        """Sums that begin with nothing, as many as `part` has."""
+        zero = e.const("int32", 0, self.lanes)
+        sums = self._scratch(len(part), "int32", len(part[0]))
+        self._store(sums, [[zero] * len(row) for row in part])
+        return sums
+
+    def _settle(self, part: Vectors, short: Vectors) -> None:
+        """part plus sums of 16 bits."""
+        for row, words in zip(part, short, strict=True):
+            for vector, word in zip(row, words, strict=True):
+                held = (e.load(v, 0, self.lanes) for v in (vector, word))
+                e.store(vector, 0, self.dot.settle(*held), self.lanes)
+
+    def _unit_sums(self, x: IntActivations, part: Vectors, unit: Any, at: Any, columns: list[Any]) -> None:
+        """As _unit, in sums of whatever width; more than one row takes its words in a loop: less code."""
         words = UNIT // 8 if self.nibbles else UNIT // 4
         base = e.let(unit // 4 + at)
         if len(columns) == 1:
@@ -207,7 +232,7 @@ class IntBlocks(IntSums):
             self._store(part, sums)
             return
         if not self.nibbles:
-            self._products(x, part, columns, self.words, base, words)
+            self._quad_sums(x, part, columns, self.words, base, words)
             return
         with e.loop(words) as j:
             sums = [[e.load(vector, 0, self.lanes) for vector in row] for row in part]
@@ -265,7 +290,21 @@ class IntBlocks(IntSums):
     def _products(
         self, x: IntActivations, sums: Vectors, bases: list[Any], source: Any, begin: Any, quads: Any
     ) -> None:
-        """sums += `quads` quads of bytes in `source` times those of some rows of x."""
+        """sums += `quads` quads of bytes in `source` times those of some rows of x; whole units."""
+        if not self.dot.in_words:
+            self._quad_sums(x, sums, bases, source, begin, quads)
+            return
+        with e.loop(quads // SHORT) as i:
+            short = self._zeros(sums)
+            first = e.let(i * SHORT)
+            rows = [e.let(base + first) for base in bases]
+            self._quad_sums(x, short, rows, source, e.let(begin + first * self.nb), SHORT)
+            self._settle(sums, short)
+
+    def _quad_sums(
+        self, x: IntActivations, sums: Vectors, bases: list[Any], source: Any, begin: Any, quads: Any
+    ) -> None:
+        """As _products, in sums of whatever width."""
         lanes = self.lanes
         with e.loop(quads) as q:
             weights = []

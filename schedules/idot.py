@@ -14,6 +14,8 @@ from tvm.tirx.script import builder as T
 from llmc.caps import ByteDot, Capabilities
 from llmc.schedules import emit as e
 
+SHORT = 8  # additions of two products that a 16-bit sum holds
+
 
 class IntDot:
     """acc[lane] += sum over b < 4 of weight byte b * activation byte b.
@@ -22,8 +24,12 @@ class IntDot:
     What is added is that of ``code - 2**(bits-1)`` up to ``offset`` times the sum of the activations, which the caller
     subtracts.
 
+    Where two products of a 4-bit code fit into 16 bits, so do the sums of SHORT calls of ``add``: they begin with zero and
+    go to 32 bits together, by ``settle`` (`in_words`).
+
     Attributes:
         offset: see above; 0 where the machine multiplies signed weights.
+        in_words: whether ``add`` gives sums of 16 bits.
     """
 
     def __init__(self, caps: Capabilities, bits: int) -> None:
@@ -34,6 +40,7 @@ class IntDot:
         words = caps.byte_dot is ByteDot.WORDS
         # 255 * 127 * 2 does not fit into the 16-bit sums of vpmaddubsw, 15 * 127 * 2 does
         self._split = words and bits == 8
+        self.in_words = words and bits == 4
         self.name = f"llmc_dot{bits}_{caps.byte_dot.value}_{self.lanes}"
 
     @property
@@ -64,6 +71,10 @@ class IntDot:
         if self.caps.byte_dot is ByteDot.NONE:
             return [e.let(self._byte(vector, b, "ashr")) for b in range(4)]
         return [vector]
+
+    def settle(self, acc: Any, short: Any) -> Any:
+        """acc plus 16-bit sums."""
+        return T.call_pure_extern(self._type, f"{self.name}_settle", acc, short)
 
     def add(self, acc: Any, weights: Sequence[Any], activations: Sequence[Any]) -> Any:
         """acc plus the products."""
@@ -143,7 +154,7 @@ define linkonce_odr {lane} @{self.name}({lane} %c, {lane} %w, {lane} %a) alwaysi
         )
 
     def _nibbles_text(self, lane: str, word: str, byte: str) -> str:
-        """Products of a code of 4 bits with an int8, two of which fit into 16 bits."""
+        """Products of a code of 4 bits with an int8: two are at most 3810, and SHORT times that fit into 16 bits."""
         madd, maddubs = _MADD_WORDS[self.lanes], _MADD_BYTES[self.lanes]
         return f"""
 declare {lane} @{madd}({word}, {word})
@@ -152,7 +163,14 @@ define linkonce_odr {lane} @{self.name}({lane} %c, {lane} %w, {lane} %a) alwaysi
   %x = bitcast {lane} %w to {byte}
   %y = bitcast {lane} %a to {byte}
   %p = call {word} @{maddubs}({byte} %x, {byte} %y)
-  %q = call {lane} @{madd}({word} %p, {word} {_splat("i16", 1, 2 * self.lanes)})
+  %s = bitcast {lane} %c to {word}
+  %t = add {word} %s, %p
+  %r = bitcast {word} %t to {lane}
+  ret {lane} %r
+}}
+define linkonce_odr {lane} @{self.name}_settle({lane} %c, {lane} %v) alwaysinline {{
+  %x = bitcast {lane} %v to {word}
+  %q = call {lane} @{madd}({word} %x, {word} {_splat("i16", 1, 2 * self.lanes)})
   %r = add {lane} %c, %q
   ret {lane} %r
 }}

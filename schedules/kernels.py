@@ -10,13 +10,12 @@ from llmc.caps import Capabilities
 from llmc.schedules import (
     attention,
     gather,
-    iexperts,
     norm,
-    qexperts,
     qgather,
     rope,
     tile_linear,
     tune_experts,
+    tune_qexperts,
     tune_qlinear,
 )
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule
@@ -59,8 +58,8 @@ _LOOPS = Builders(
     linear=tile_linear.linear_by_rows,
     quant_linear=tune_qlinear.quant_linear_by_rows,
     expert_linear=tune_experts.expert_linear_by_rows,
-    quant_expert_linear=qexperts.quant_expert_linear,
-    int_expert_linear=iexperts.int_expert_linear,
+    quant_expert_linear=tune_qexperts.quant_expert_linear_by_rows,
+    int_expert_linear=tune_qexperts.quant_expert_linear_by_rows,
     sort_experts=None,
     norm=norm.norm,
     embedding=gather.embedding,

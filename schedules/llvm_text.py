@@ -7,6 +7,7 @@ On bf16 also because TVM's own legalisation would change the operand types of th
     llmc_narrow_bf16(a)      float32 to bf16, rounded to nearest even
     llmc_narrow2_bf16(a, b)  the same for two vectors, one behind the other, as pairs
     llmc_zip(a, b)           pairs (a[i], b[i])
+    llmc_zip_first(a, b)     the same of the first half of two vectors of twice as many elements; llmc_zip_second: the other
     llmc_mma_bf16(c, a, b)   2 x 2 tile c + 2 x 4 tile a times 2 x 4 tile b transposed (where the machine has it)
     llmc_mma_bytes(c, a, b)  the same with 2 x 8 tiles of signed bytes and 32-bit sums
     llmc_half_low(c, a, b)   c + the lower four lanes of float16 a * b in float32; llmc_half_high: the upper four
@@ -17,6 +18,13 @@ from __future__ import annotations
 
 from llmc.caps import Capabilities
 
+_ZIP_WIDE = """
+define linkonce_odr <L x i32> @llmc_zip_NAME(<D x i16> %a, <D x i16> %b) alwaysinline {
+  %r = shufflevector <D x i16> %a, <D x i16> %b, <D x i32> <ZIP>
+  %s = bitcast <D x i16> %r to <L x i32>
+  ret <L x i32> %s
+}
+"""
 _COMMON = """
 define linkonce_odr <L x i32> @llmc_zip(<L x i16> %a, <L x i16> %b) alwaysinline {
   %r = shufflevector <L x i16> %a, <L x i16> %b, <D x i32> <ZIP>
@@ -124,9 +132,16 @@ def _bf16_text(caps: Capabilities) -> str:
         return ""
     lanes = caps.lanes_f32
     dot, special = _BY_LANES[lanes]
-    zipped = ", ".join(f"i32 {i}, i32 {i + lanes}" for i in range(lanes))
-    text = _COMMON.replace("DOT", dot).replace("ZIP", zipped)
+    text = _COMMON.replace("DOT", dot).replace("ZIP", _zipped(range(lanes), lanes))
+    for name, start in (("first", 0), ("second", lanes)):
+        mask = _zipped(range(start, start + lanes), 2 * lanes)
+        text += _ZIP_WIDE.replace("NAME", name).replace("ZIP", mask)
     return text.replace("<L x", f"<{lanes} x").replace("<D x", f"<{2 * lanes} x") + special
+
+
+def _zipped(places: range, length: int) -> str:
+    """A mask of `shufflevector`: elements at some places of two vectors of a length, in turns."""
+    return ", ".join(f"i32 {i}, i32 {i + length}" for i in places)
 
 
 def _matrix_text(caps: Capabilities) -> str:

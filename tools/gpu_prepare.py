@@ -37,15 +37,19 @@ SCHEMES = (
     "mxfp4",
     "w8a8",
     "w4a8",
+    "fp8a8",
+    "fp8a8g128",
 )
 TINY_MODELS = ("llama", "gemma2", "gpt2")
 QUANT = ("q4g128", "q4g32", "q8", "fp8")
-INTEGERS = ("w8a8", "w4a8")
+INTEGERS = ("w8a8", "w4a8", "fp8a8")
 _RUNTIME = ("libtvm_runtime.so", "libtvm_runtime_cuda.so", "libtvm_runtime_extra.so")
 _ALLOWED = {
     "w8a8": 6e-2,
     "w4a8": 6e-2,
-}  # relative error of logits: int8 activations are rounded anew at each layer
+    "fp8a8": 1e-1,
+    "fp8a8g128": 1e-1,
+}  # relative error of logits: activations are rounded anew at each layer
 Told = Callable[[str], None]
 
 

@@ -41,14 +41,17 @@ def unrounded_note(weights: WeightSource | None, params: Sequence[PackedParam]) 
     scheme_of = getattr(weights, "scheme_of", None)
     if scheme_of is None:
         return None
-    found = []
+    found = {}
     for param in params:
-        made_for = scheme_of(param.source) if param.scheme else None
-        if made_for is not None and made_for.activation_bits and not by_name(param.scheme).activation_bits:
-            found.append(made_for)
+        if not param.scheme or by_name(param.scheme).activation_bits:
+            continue
+        for source in param.sources:
+            made_for = scheme_of(source)
+            if made_for is not None and made_for.activation_bits:
+                found[source] = made_for
     if not found:
         return None
-    first = found[0]
+    first = next(iter(found.values()))
     fp8 = first.activations is Code.E4M3
     asked = "fp8a8" if fp8 else first.name if first.name in SCHEMES else ""
     return (

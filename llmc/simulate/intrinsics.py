@@ -83,6 +83,25 @@ for _name, _kind in (("bf16", ml_dtypes.bfloat16), ("f16", np.float16)):
     FUNCTIONS[f"llmc_pack2_{_name}"] = _pack2
 
 
+def _code_pair(m: Machine, word: Any, picked: Any, codes: str, kind: Any) -> Any:
+    """Two codes of a word of four as numbers: of bytes 0 and 1, or 2 and 3 (see schedules/gpu/code_pairs.py)."""
+    stored = np.ascontiguousarray(m.spread(word).astype(np.uint32)).view(np.uint8).reshape(-1, 4)
+    lower = np.isin(m.spread(picked), (0x4140, 0x1404))
+    pair = np.where(lower[:, None], stored[:, :2], stored[:, 2:])
+    if codes == "int8":
+        return _joined(pair.astype(np.float32) - 128, kind)
+    exponent, mantissa = (pair >> 3 & 15).astype(np.int32), (pair & 7).astype(np.float32)
+    size = np.where(exponent == 0, mantissa * 2.0**-9, np.ldexp(1 + mantissa / 8, exponent - 7))
+    return _joined(np.where(pair & 0x80, -size, size), kind)
+
+
+for _codes in ("int8", "e4m3"):
+    for _name, _kind in (("bf16", ml_dtypes.bfloat16), ("f16", np.float16)):
+        FUNCTIONS[f"llmc_codes_{_codes}_{_name}"] = lambda m, word, picked, codes=_codes, kind=_kind: (
+            _code_pair(m, word, picked, codes, kind)
+        )
+
+
 @model("llmc_and_or")
 def _and_or(m: Machine, a: Any, b: Any, c: Any) -> Any:
     return (m.spread(a) & m.spread(b)) | m.spread(c)

@@ -38,7 +38,6 @@ _ACTIVE = 8  # experts that have rows, at least, in the usual model
 _COLUMNS = 128  # that a warp asks for at a time
 _FEWEST_ROWS = 4  # of an expert on average: a tile of 8 rows
 _FEW_ROWS = 16  # of an expert on average: a tile of 16 rows, of which few experts need more than two
-_MANY_TILES = 4  # of 16 rows, beyond
 _SHARED_ROWS = 4  # rows that share one pass over the weight, without matrix units
 
 
@@ -130,7 +129,7 @@ class _Experts:
             return
         warps = self._warps(caps)
         fewest, few = (GpuExpertSchedule(Way.UNITS, tiles=tiles, warps=warps) for tiles in (0, 1))
-        many = GpuExpertSchedule(Way.UNITS, tiles=_MANY_TILES, warps=_WARPS)
+        many = GpuExpertSchedule(Way.UNITS, tiles=qfloat.most_tiles(self.plain.layout, caps), warps=_WARPS)
         if self.takes_warpgroups(caps):
             wide, narrow = warpgroup_gemm.WIDE, warpgroup_gemm.NARROW
             # every expert has a tile of rows, at least: enough for every multiprocessor?

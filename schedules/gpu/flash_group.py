@@ -103,7 +103,7 @@ class GroupShape:
 def shape(cfg: AttentionConfig, caps: Capabilities) -> GroupShape | None:
     """The cut for these heads; None = this kernel is not made for them."""
     widest = max(cfg.key_dim, cfg.value_dim)
-    if not caps.has_wgmma or not takes(cfg, caps) or widest > _WIDEST:
+    if not caps.has_wgmma or cfg.coded or not takes(cfg, caps) or widest > _WIDEST:
         return None
     tuned = cfg.prefill.choices[0]
     if isinstance(tuned, GpuPrefillSchedule) and tuned.groups:

@@ -16,6 +16,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities, Fp8Mma
+from llmc.quant.schemes import Code
 from llmc.schedules import e4m3
 from llmc.schedules import emit as e
 from llmc.schedules.gpu import emit as g
@@ -24,9 +25,11 @@ from llmc.schedules.gpu.qcodes import ThreadCodes
 from llmc.schedules.gpu.qgemm import TILES, Tiles, launch
 from llmc.schedules.gpu.qoperands import Operands
 from llmc.schedules.iactivations import SMALLEST
+from llmc.schedules.qlayout import QuantLayout
 
 PROMOTED = 128  # columns whose products the matrix units add up by themselves
 _THREADS = 128
+_MOST_TILES = 4
 _TO_E4M3 = """
 __device__ __forceinline__ unsigned char llmc_to_e4m3(float x, float factor) {
   unsigned short pair;
@@ -110,6 +113,15 @@ def _number(value: Any, factor: Any) -> Any:
     add = lambda a, b, lanes: g.device_call("llmc_add", _ADD, a, b, result="float32")  # noqa: E731
     bits = T.reinterpret("uint32", e4m3.nearest(scaled, 1, add))
     return tirx.Cast("uint16", T.shift_right(bits, g.u32(16)))
+
+
+def most_tiles(layout: QuantLayout, caps: Capabilities) -> int:
+    """Tiles of 16 rows of x per block, untuned, of any matmul of qgemm, qint and this module.
+
+    Fewer where registers also hold the float16 operands that e4m3 products are made of.
+    """
+    expanded = layout.of.activations is Code.E4M3 and caps.fp8_mma is Fp8Mma.EXPANDED
+    return _MOST_TILES // 2 if expanded else _MOST_TILES
 
 
 def gemm(ops: Operands, caps: Capabilities, tiles: int, warps: int) -> None:

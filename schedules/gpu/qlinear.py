@@ -21,7 +21,6 @@ from llmc.schedules.tune_qlinear import QuantKernel
 
 _SHARED_ROWS = 4  # rows of x that share one pass over the weight, without matrix units
 _MOST_WARPS = 16  # of a block: those of a multiprocessor that has one of them ask for enough at a time
-_MOST_TILES = 4
 
 
 def quant_linear(kernel: QuantKernel | QuantLinearConfig, caps: Capabilities) -> Any:
@@ -52,7 +51,7 @@ def _run(ops: QuantOperands, caps: Capabilities, schedule: GpuQuantSchedule, mos
         qgemv.gemv(ops, caps, schedule.rows, schedule.warps)
     elif on_units is not None:
         fewest, few = (partial(on_units, ops, caps, tiles, warps) for tiles in (0, 1))
-        many = partial(on_units, ops, caps, _most_tiles(ops.cfg, caps), min(4, warps))
+        many = partial(on_units, ops, caps, qfloat.most_tiles(ops.cfg.layout, caps), min(4, warps))
         rest = partial(warpgroup_qgemm.many_rows, ops, caps, many, most)
         _by_rows(ops, fewest, partial(_by_rows, ops, few, rest, 16, most), qgemm.ROWS, most)
     else:
@@ -72,12 +71,6 @@ def _by_rows(
             few()
         with T.Else():
             many()
-
-
-def _most_tiles(cfg: QuantLinearConfig, caps: Capabilities) -> int:
-    """Tiles of 16 rows of x per block; fewer where registers also hold the operands that fp8 products are made of."""
-    expanded = cfg.layout.of.activations is Code.E4M3 and caps.fp8_mma is Fp8Mma.EXPANDED
-    return _MOST_TILES // 2 if expanded else _MOST_TILES
 
 
 def takes_warpgroups(cfg: QuantLinearConfig, caps: Capabilities) -> bool:

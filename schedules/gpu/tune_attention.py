@@ -109,8 +109,7 @@ class TunableGpuDecode(TunableDecode):
         def valid(schedule: GpuDecodeSchedule) -> bool:
             cut = _decode_cut(schedule)
             sums = (task.value_dim + cut.keys) // 2
-            fits = cut.shared_bytes(task) + _STATIC <= caps.shared_bytes
-            return fits and fits_registers(sums, cut.threads)
+            return cut.fits(task, caps) and fits_registers(sums, cut.threads)
 
         first = replace(default, warps=usual.warps, keys=usual.keys, stages=usual.stages)
         return OneOf(default, (), parts=(Space(first, (*pieces, *knobs), valid),))

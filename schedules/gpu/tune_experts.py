@@ -17,8 +17,9 @@ from llmc.schedules.gpu.experts import Dense, expert_linear, tile_of
 from llmc.schedules.gpu.spaces import OneOf, fits_registers
 from llmc.schedules.gpu.tune_linear import block_terms
 from llmc.schedules.qlayout import UNIT, WARP_ROWS
-from llmc.schedules.tunable import Arguments, Array, Bucket, Knob, Space, Tunable
-from llmc.schedules.tune_experts import ExpertKernel, TunableExperts
+from llmc.schedules.tunable import Arguments, Bucket, Knob, Space, Tunable
+from llmc.schedules.tune_data import Array
+from llmc.schedules.tune_experts import ExpertKernel, TunableExperts, active_experts
 
 _SUMS_PER_TILE = 16 * WARP_ROWS // WARP  # float32 of a thread per tile of 16 rows
 
@@ -69,12 +70,16 @@ class TunableGpuExperts(TunableExperts):
         packed: Array | None = None,
     ) -> Arguments:
         made = super().arguments(task, schedule, case, caps, packed)
-        begin = np.cumsum(np.bincount(case["ids"], minlength=task.experts))
-        plan = np.concatenate([[0], begin, np.argsort(case["ids"], kind="stable")]).astype(np.int32)
-        return replace(made, values=(made.values[0], plan, *made.values[2:]))
+
+        def plan(ids: Array) -> Array:
+            begin = np.cumsum(np.bincount(ids, minlength=task.experts))
+            return np.concatenate([[0], begin, np.argsort(ids, kind="stable")]).astype(np.int32)
+
+        others = {i: tuple(map(plan, sets)) for i, sets in made.others.items()}
+        return replace(made, values=(made.values[0], plan(case["ids"]), *made.values[2:]), others=others)
 
     def terms(self, task: ExpertConfig, schedule: Any, rows: int, caps: Capabilities) -> dict[str, float]:
-        active = task.experts * (1 - (1 - 1 / task.experts) ** rows)
+        active = active_experts(task.experts, rows)
         each = rows / active
         if schedule.way == Way.WARPGROUPS:
             tile = tile_of(schedule)

@@ -15,19 +15,8 @@ from llmc.schedules.gpu.emit import WARP
 from llmc.schedules.gpu.norm import NormKernel, held, lanes_of, norm, usual
 from llmc.schedules.gpu.tune_linear import block_terms
 from llmc.schedules.norm import NormConfig
-from llmc.schedules.tunable import (
-    BUCKETS,
-    ITEM_BYTES,
-    Arguments,
-    Array,
-    Bucket,
-    Knob,
-    Space,
-    Tunable,
-    Work,
-    empty_result,
-    random_array,
-)
+from llmc.schedules.tunable import BUCKETS, Arguments, Bucket, Knob, Space, Tunable, Work
+from llmc.schedules.tune_data import ITEM_BYTES, Array, empty_result, random_array
 
 
 class TunableGpuNorm(Tunable):

@@ -19,6 +19,7 @@ from llmc.schedules.qexperts import QuantExpertConfig
 from llmc.schedules.qlayout import quant_layout
 from llmc.schedules.tune_experts import ExpertKernel
 from tests.quant.random_weight import random_weight
+from tests.quant.rounded_rows import e4m3_rows
 from tests.simulate.gpu import SimulatedTools, gpu
 from tests.simulate.test_gpu_quant import check, rounded_rows
 from tests.simulate.test_sort_experts import plan_of
@@ -58,7 +59,9 @@ def run(
         y = TOOLS.tensor(np.full((len(ids), n), np.nan, np.float32))
         kernel(*map(TOOLS.tensor, (x, plan, packed, *([b] if bias else []))), y)
         wide = x.astype(np.float64)
-        if "a8" in scheme:
+        if scheme.startswith("fp8a8"):
+            wide = e4m3_rows(x, by_name(scheme))
+        elif "a8" in scheme:
             kept = weight.outlier_columns
             wide = rounded_rows(x.astype(np.float32), None if kept is None else np.atleast_2d(kept)[0])
         expected = np.einsum("rk,rnk->rn", wide, values.astype(np.float64)[ids])
@@ -114,6 +117,8 @@ def test_one_expert_takes_all(scheme: str) -> None:
                 ("q8", "bfloat16", True),
                 ("w8a8", "bfloat16", True),
                 ("fp8", "float16", False),
+                ("fp8a8", "bfloat16", True),
+                ("fp8a8g128", "bfloat16", False),
             ]
         ),
     ],

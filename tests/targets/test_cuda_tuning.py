@@ -62,6 +62,11 @@ TASKS: dict[str, tuple[Tunable, Any, tuple[int, ...]]] = {
         QuantLinearConfig(48, quant_layout(by_name("q4g32"), 48, 64, CAPS), "bfloat16", "bfloat16"),
         (1, 20),
     ),
+    "supers": (
+        TunableGpuQuantLinear(),
+        QuantLinearConfig(40, quant_layout(by_name("q4k"), 40, 300, CAPS), "bfloat16", "bfloat16"),
+        (1, 20),
+    ),
     "int": (
         TunableGpuIntLinear(),
         QuantLinearConfig(48, quant_layout(by_name("w4a8"), 48, 64, CAPS), "bfloat16", "bfloat16"),
