@@ -23,6 +23,14 @@ class TileUnit(str, Enum):
     EMULATED = "emulated"  # the same operations on memory, for machines without the unit: tests of kernels
 
 
+class Fp8Mma(str, Enum):
+    """What becomes of a product of tiles of e4m3 numbers (mma.m16n8k32) that a warp makes from registers."""
+
+    NONE = "none"  # there is no such instruction
+    EXPANDED = "expanded"  # the assembler makes products of float16 of it: exact, and no faster than those
+    UNITS = "units"  # matrix units multiply them
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """Facts about the machine that the code is generated for.
@@ -51,8 +59,9 @@ class Capabilities:
         multiprocessors: how many blocks run at a time, at least; default schedules spread work over so many.
         has_mma_f16, has_mma_bf16: matrix units with float32 accumulation for that type (mma.m16n8k16).
         has_mma_bytes: matrix units for signed bytes with int32 sums (mma.m16n8k32).
+        fp8_mma: the same for e4m3 numbers with float32 sums.
         has_wgmma: matrix units that four warps feed from shared memory, with barriers that count and copies in bulk (wgmma,
-            mbarrier, cp.async.bulk).
+            mbarrier, cp.async.bulk); also for e4m3.
         has_async_copy: copies to shared memory that do not pass through registers (cp.async).
     """
 
@@ -81,6 +90,7 @@ class Capabilities:
     has_mma_bytes: bool = False
     has_async_copy: bool = False
     has_wgmma: bool = False
+    fp8_mma: Fp8Mma = Fp8Mma.NONE
 
     @property
     def lanes_f32(self) -> int:

@@ -70,7 +70,7 @@ def run(
     pools = []
     for group in plan.groups:
         for shape in (group.k_shape(pages, plan.page_size), group.v_shape(pages, plan.page_size)):
-            pools.append(_zeros(shape, group.dtype))
+            pools.append(_zeros(shape, group.storage_dtype))
     ids = np.asarray(token_ids, np.int32)
     order_ = np.arange(n, dtype=np.int32)
     arrays = [ids, order_, np.array([0, n], np.int32), np.array([n], np.int32)]

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from llmc.quant.schemes import Code, Scheme
+
+_E4M3_MAX = 448.0
+
 # function -> (argument that holds the input, the one that holds the weight, whether the weight is [out, in])
 _PRODUCTS: dict[Callable[..., Any], tuple[int, int, bool]] = {
     torch.nn.functional.linear: (0, 1, True),
@@ -61,18 +65,32 @@ class Product:
 
 @dataclass(frozen=True, eq=False)
 class InputRounding:
-    """What happens to the inputs of a weight whose scheme has integer activations.
+    """What happens to the inputs of a weight whose scheme rounds activations.
 
     Attributes:
-        bits: of the integers.
+        bits: of what they are rounded to.
         kept: int64 [M], the inputs that stay as they are and count for nothing else (outlier columns); None = none.
+        code: INT, or E4M3 (then of 8 bits).
+        group: neighbouring inputs that share a scale; 0 = all of a row.
     """
 
     bits: int = 8
     kept: torch.Tensor | None = None
+    code: Code = Code.INT
+    group: int = 0
+
+    @staticmethod
+    def of(scheme: Scheme, kept: torch.Tensor | None = None) -> InputRounding:
+        """What a scheme that rounds activations does; `kept` are its outlier columns."""
+        code = scheme.activations
+        assert code is not None
+        group = scheme.group_size if code is Code.E4M3 else 0
+        return InputRounding(scheme.activation_bits, kept, code, group)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] rounded with one scale per row, its largest magnitude / the largest integer, as the kernels do it."""
+        """x [..., K] rounded with one scale per row (or group): its largest magnitude / the largest number, as the kernels do."""
+        if self.code is Code.E4M3:
+            return self._to_floats(x)
         wide = x.float()
         if self.kept is not None:
             wide = wide.index_fill(-1, self.kept, 0)
@@ -84,9 +102,18 @@ class InputRounding:
             rounded[..., self.kept] = x[..., self.kept]
         return rounded
 
+    def _to_floats(self, x: torch.Tensor) -> torch.Tensor:
+        k = x.shape[-1]
+        size = self.group or k
+        wide = torch.nn.functional.pad(x.float(), (0, -k % size)).unflatten(-1, (-1, size))
+        most = wide.abs().amax(dim=-1, keepdim=True)
+        inverse = torch.where(most > 1e-30, _E4M3_MAX / most, 0)
+        rounded = (wide * inverse).to(torch.float8_e4m3fn).float() * (most / _E4M3_MAX)
+        return rounded.flatten(-2)[..., :k].to(x.dtype)
+
 
 class RoundedInputs(TorchFunctionMode):
-    """A context in which what is multiplied with some weights is rounded to integers per row first.
+    """A context in which what is multiplied with some weights is rounded first.
 
     Args:
         rounding_of: tells from a weight (perhaps a view of a parameter) how its inputs are rounded; None = not at all.

@@ -41,7 +41,7 @@ class ArtifactWeights:
     Weights are read back, not quantized again: that is quick whatever method made them.
 
     Attributes:
-        int8_inputs: weights that the artifact multiplies with int8 activations -> how these are rounded.
+        rounded_inputs: weights that the artifact multiplies with rounded activations -> how these are rounded.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class ArtifactWeights:
                 self._where[name] = (param, by_name[param.name], row)
                 shape = base.info(name).shape
                 row += shape[-1] if param.transposed else shape[-2]
-        self.int8_inputs = {
+        self.rounded_inputs = {
             name: self._rounding(param, entry)
             for name, (param, entry, _) in self._where.items()
-            if is_int8(param.scheme)
+            if rounds_inputs(param.scheme)
         }
 
     def names(self) -> tuple[str, ...]:
@@ -105,13 +105,14 @@ class ArtifactWeights:
 
         layout = QuantLayout.parse(param.layout)
         if not layout.outliers:
-            return InputRounding()
-        return InputRounding(kept=torch.from_numpy(layout.columns_of(self._stored(entry)).astype(np.int64)))
+            return InputRounding.of(layout.of)
+        kept = layout.columns_of(self._stored(entry)).astype(np.int64)
+        return InputRounding.of(layout.of, torch.from_numpy(kept))
 
 
-def is_int8(scheme: str) -> bool:
-    """Whether weights in a scheme are multiplied with int8 activations."""
-    return bool(scheme) and by_name(scheme).activation_bits == 8
+def rounds_inputs(scheme: str) -> bool:
+    """Whether weights in a scheme are multiplied with activations that are rounded to few bits."""
+    return bool(scheme) and by_name(scheme).activation_bits > 0
 
 
 def _rows(weight: QuantizedWeight, index: np.ndarray) -> QuantizedWeight:

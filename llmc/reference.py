@@ -7,8 +7,8 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
+from llmc.cache_rounding import round_cache
 from llmc.errors import LlmcError
 from llmc.frontend.graph import SourceModel, WeightSource
 from llmc.frontend.meta import TORCH_DTYPES, from_config, skeleton
@@ -35,10 +36,12 @@ class ReferenceResult:
     Attributes:
         logits: float32 [n, V].
         taps: module path -> output of that module, float32 [n, d].
+        cache_rounded: keys and values were rounded as a cache would.
     """
 
     logits: np.ndarray
     taps: dict[str, np.ndarray] = field(default_factory=dict)
+    cache_rounded: bool = False
 
 
 def reference_logits(
@@ -54,14 +57,14 @@ def reference_logits(
     """Run the unmodified source model on one sequence with eager attention and eager experts.
 
     Weights are read when a module needs them and dropped afterwards; `source.module` itself is not touched. What is
-    multiplied with the weights that ``source.weights.int8_inputs`` names, if it has that, is rounded as it says.
+    multiplied with the weights that ``source.weights.rounded_inputs`` names, if it has that, is rounded as it says.
 
     Args:
         source: an opened model with weights.
         token_ids: n tokens.
         dtype: float32, float16 or bfloat16: of weights and activations.
-        kv_dtype: round keys and values to this dtype, as a cache would; None = do not. Has no effect on models that do
-            not route attention through transformers' AttentionInterface.
+        kv_dtype: round keys and values to this dtype (of KV_DTYPES), as a cache would; None = do not. Has no effect on
+            models that do not route attention through transformers' AttentionInterface.
         taps: modules whose outputs to keep.
         budget: bytes of weights to hold at once; a single module with more is held alone.
         jitter: change inputs that are rounded to int8 by up to this share of themselves before.
@@ -76,10 +79,14 @@ def reference_logits(
     # A module whose weights are read by its parent, around its own forward, finds them missing;
     # larger pieces of the model are then held together.
     budgets = [budget, 16 * budget, 1 << 62]
+    kv_dtype = kv_dtype if kv_dtype != dtype else None
     for last, size in zip((False, False, True), budgets, strict=True):
-        model = _runnable(source, dtype, kv_dtype if kv_dtype != dtype else None)
+        model = _runnable(source, dtype, kv_dtype)
+        before = EagerWithCache.of(kv_dtype).calls if kv_dtype else 0
         try:
-            return _run(model, source, token_ids, taps, size, jitter)
+            result = _run(model, source, token_ids, taps, size, jitter)
+            called = bool(kv_dtype and EagerWithCache.of(kv_dtype).calls > before)
+            return replace(result, cache_rounded=called)
         except _WeightNotThere:
             if last:
                 raise
@@ -101,26 +108,41 @@ def _runnable(source: SourceModel, dtype: str, kv_dtype: str | None) -> torch.nn
     else:
         model = skeleton(source.module, dtype)
     for config in _configs(model):
-        config._attn_implementation = "eager" if kv_dtype is None else _eager_with_cache(kv_dtype)
+        config._attn_implementation = "eager" if kv_dtype is None else EagerWithCache.of(kv_dtype).name
         config._experts_implementation = "eager"
     return model
 
 
-def _eager_with_cache(kv_dtype: str) -> str:
-    """Name of an attention implementation that rounds keys and values, then does what the model does eagerly."""
-    name = f"llmc_eager_{kv_dtype}"
-    rounded = TORCH_DTYPES[kv_dtype]
+class EagerWithCache:
+    """An attention implementation that rounds keys and values, then does what the model does eagerly.
 
-    def attention(
-        module: torch.nn.Module, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
+    Attributes:
+        name: under which transformers knows it.
+        calls: so many times it was used.
+    """
+
+    _made: ClassVar[dict[str, EagerWithCache]] = {}
+
+    def __init__(self, kv_dtype: str) -> None:
+        self.name, self.calls, self._kv_dtype = f"llmc_eager_{kv_dtype}", 0, kv_dtype
+
+    @staticmethod
+    def of(kv_dtype: str) -> EagerWithCache:
+        """The one for a type of pages."""
+        made = EagerWithCache._made
+        if kv_dtype not in made:
+            made[kv_dtype] = EagerWithCache(kv_dtype)
+            AttentionInterface.register(made[kv_dtype].name, made[kv_dtype])
+            AttentionMaskInterface.register(made[kv_dtype].name, eager_mask)
+        return made[kv_dtype]
+
+    def __call__(
+        self, module: torch.nn.Module, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        self.calls += 1
         eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
-        key, value = key.to(rounded).to(key.dtype), value.to(rounded).to(value.dtype)
+        key, value = (round_cache(x, self._kv_dtype) for x in (key, value))
         return eager(module, query, key, value, *args, **kwargs)
-
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, eager_mask)
-    return name
 
 
 def _configs(model: torch.nn.Module) -> Iterator[Any]:
@@ -148,7 +170,7 @@ def _run(
             unit = _Unit(loader, tensors, buffers)
             stack.callback(module.register_forward_pre_hook(unit.fill).remove)
             stack.callback(module.register_forward_hook(unit.drop, always_call=True).remove)
-        if loader.int8_inputs:
+        if loader.rounded_inputs:
             stack.enter_context(RoundedInputs(loader.input_rounding, jitter))
         for path in taps:
             stack.callback(model.get_submodule(path).register_forward_hook(_tap(tapped, path)).remove)
@@ -232,7 +254,7 @@ class _Loader:
 
     def __init__(self, weights: WeightSource, module: torch.nn.Module) -> None:
         self._weights = weights
-        self.int8_inputs: Mapping[str, InputRounding] = getattr(weights, "int8_inputs", {})
+        self.rounded_inputs: Mapping[str, InputRounding] = getattr(weights, "rounded_inputs", {})
         self._held: dict[int, InputRounding] = {}  # by storage, of those of them that are in use
         first: dict[int, str] = {}
         self._canonical = {
@@ -253,7 +275,7 @@ class _Loader:
 
     def hold(self, name: str, tensor: torch.Tensor, held: bool) -> None:
         """Note that a weight is in use from now on, or no more."""
-        rounding = self.int8_inputs.get(self.canonical(name))
+        rounding = self.rounded_inputs.get(self.canonical(name))
         if rounding is None:
             return
         storage = tensor.untyped_storage().data_ptr()

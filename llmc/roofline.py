@@ -14,7 +14,7 @@ from llmc.artifact import Manifest
 from llmc.inspect import KernelFigures, kernel_figures
 from llmc.kernel_work import Workload
 from llmc.limits import MachineLimits
-from llmc.quant.schemes import SCHEMES
+from llmc.quant.schemes import SCHEMES, Code
 from llmc.runtime.profile import StepTimes
 
 # words in the class of kernels that multiply matrices
@@ -136,12 +136,12 @@ def _row(
 def multiplies_in(kind: str, dtype: str, limits: MachineLimits) -> str:
     """The operand type whose peak a kernel of this class is held against; "" for one that multiplies no matrices.
 
-    int8 where activations are quantized, the model's 16-bit type where the machine multiplies it, else float32.
+    int8 where activations are integers, the model's 16-bit type where the machine multiplies it, else float32.
     """
     if not any(word in kind for word in _MATRIX):
         return ""
     scheme = SCHEMES.get(kind.rpartition(" ")[2])
-    if scheme is not None and scheme.activation_bits == 8 and "int8" in limits.multiply:
+    if scheme is not None and scheme.activations is Code.INT and "int8" in limits.multiply:
         return "int8"
     if dtype == "bfloat16" and "bf16" in limits.multiply:
         return "bf16"

@@ -35,7 +35,7 @@ OPTIONAL_PASSES = (
 
 
 class DType(str, Enum):
-    """Element type of weights, activations or cache pages."""
+    """Element type of weights and activations."""
 
     F32 = "float32"
     F16 = "float16"
@@ -52,6 +52,29 @@ class DType(str, Enum):
                 "unknown-dtype",
                 f"A dtype must be one of f32, f16, bf16; found {text!r}.",
                 hint="Use --dtype bf16.",
+            ) from None
+
+
+class KVDType(str, Enum):
+    """Element type of cache pages; with the last two, pages hold codes and a scale per token and cached head."""
+
+    F32 = "float32"
+    F16 = "float16"
+    BF16 = "bfloat16"
+    INT8 = "int8"
+    FP8 = "float8_e4m3fn"
+
+    @staticmethod
+    def parse(text: str) -> KVDType:
+        """Accept ``f32 f16 bf16 int8 fp8`` and the long names."""
+        short = {"f32": KVDType.F32, "f16": KVDType.F16, "bf16": KVDType.BF16, "fp8": KVDType.FP8}
+        try:
+            return short.get(text) or KVDType(text)
+        except ValueError:
+            raise LlmcError(
+                "unknown-kv-dtype",
+                f"The dtype of the KV cache must be one of f32, f16, bf16, int8, fp8; found {text!r}.",
+                hint="Use --kv-dtype int8, or leave it out: pages are then in --dtype.",
             ) from None
 
 
@@ -72,7 +95,7 @@ class CompileSpec:
         target: ``cpu`` or a preset such as ``cpu/x86-64-v4`` or ``cpu/aarch64``; several are joined with commas
             (``cpu/x86-64-v3,x86-64-v4-bf16``, ``cuda/sm_80,sm_90``); ``cpu/x86-64`` is all levels of x86-64.
         dtype: of weights and activations; None = the checkpoint's.
-        kv_dtype: of the cache pages; None = the same as dtype.
+        kv_dtype: of the cache pages; None = the same as dtype. int8 and fp8 take half of the memory of 16-bit pages.
         page_size: tokens per cache page, a multiple of 16.
         max_seq_len: longest sequence (prompt + new tokens); None = the checkpoint's limit.
         max_batch: most sequences in one step.
@@ -103,7 +126,7 @@ class CompileSpec:
     model: str
     target: str = "cpu"
     dtype: DType | None = None
-    kv_dtype: DType | None = None
+    kv_dtype: KVDType | None = None
     page_size: int = 32
     max_seq_len: int | None = None
     max_batch: int = 16
@@ -314,9 +337,9 @@ class CompileSpec:
                 "spec-without-model", "The spec needs a key 'model'.", hint='Add model = "FOLDER".'
             )
         out = dict(values)
-        for key in ("dtype", "kv_dtype"):
+        for key, parse_dtype in (("dtype", DType.parse), ("kv_dtype", KVDType.parse)):
             if out.get(key) is not None:
-                out[key] = DType.parse(out[key])
+                out[key] = parse_dtype(out[key])
         for key in ("max_kl", "max_ppl_increase"):
             if out.get(key) is not None:
                 out[key] = _number(key, out[key], percent=key == "max_ppl_increase")

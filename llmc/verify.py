@@ -18,6 +18,7 @@ import torch
 from llmc.artifact import QualityReport
 from llmc.errors import LlmcError
 from llmc.frontend.graph import SourceModel
+from llmc.kv_plan import is_coded
 from llmc.reference import ReferenceResult, reference_logits
 from llmc.spec import Verify
 from llmc.verify_compare import (
@@ -104,7 +105,8 @@ def verify(
         reference: what runs the source model; None = reference_logits.
 
     Raises:
-        LlmcError: "verify-failed" with the first diverging layer; "source-not-finite" if the source itself gives NaN.
+        LlmcError: "verify-failed" with the first diverging layer; "source-not-finite" if the source itself gives NaN;
+            "kv-dtype-unchecked" if the source's cache cannot be rounded to 8 bits.
     """
     if mode is Verify.OFF:
         return QualityReport(mode=mode.value, note="not checked against the source model")
@@ -130,9 +132,11 @@ def verify(
         exact = _finite(run(source, prompt.ids, "float32").logits, source, "float32")
         rounded = None
         if coarse != "float32":
-            rounded = run(source, prompt.ids, dtype, kv_dtype=kv_dtype).logits
-            rounded = _finite(rounded, source, coarse)
-        elif getattr(source.weights, "int8_inputs", None):
+            result = run(source, prompt.ids, dtype, kv_dtype=kv_dtype)
+            if is_coded(kv_dtype or dtype) and not result.cache_rounded:
+                raise _no_yardstick(source, kv_dtype or dtype)
+            rounded = _finite(result.logits, source, coarse)
+        elif getattr(source.weights, "rounded_inputs", None):
             rounded = run(source, prompt.ids, dtype, jitter=_JITTER).logits
         runs.append(_Rows(prompt, np.asarray(logits, np.float32), exact, rounded))
     comparison = _compare(runs, source, coarse)
@@ -154,6 +158,15 @@ def verify(
     if unquantized is not None:
         report = _with_distance(report, runs, unquantized, run)
     return replace(report, seconds=round(time.perf_counter() - start, 3))
+
+
+def _no_yardstick(source: SourceModel, kv_dtype: str) -> LlmcError:
+    return LlmcError(
+        "kv-dtype-unchecked",
+        f"A KV cache in {kv_dtype} cannot be checked for {source.name}: what rounding keys and values costs is measured on "
+        "the source model, and this one does its attention without transformers' AttentionInterface.",
+        hint="Use a cache of 16 bits, or --verify off.",
+    )
 
 
 def _with_distance(
@@ -301,7 +314,7 @@ def compare_layers(
     rounded = None
     if coarse != "float32":
         rounded = reference_logits(source, token_ids, dtype, kv_dtype=kv_dtype, taps=paths).taps
-    elif getattr(source.weights, "int8_inputs", None):
+    elif getattr(source.weights, "rounded_inputs", None):
         rounded = reference_logits(source, token_ids, dtype, jitter=_JITTER, taps=paths).taps
     return layer_errors(paths, taps, exact, rounded, dtype=coarse, routed=is_routed(source))
 

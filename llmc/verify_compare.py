@@ -19,7 +19,14 @@ ROW_FACTOR = 6.0
 # share of rows that may be ruined by a router that picks another expert because of rounding
 ROUTED_OUTLIERS = 0.25
 
-EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+EPSILON = {
+    "float32": 2.0**-23,
+    "float16": 2.0**-10,
+    "bfloat16": 2.0**-7,
+    # of cache pages; int8 has even steps below the largest element of a key or value
+    "int8": 2.0**-7,
+    "float8_e4m3fn": 2.0**-4,
+}
 # part of the dtype's epsilon that is allowed even if the source happens to have no rounding error at all
 _FLOOR = 0.125
 

@@ -17,7 +17,7 @@ from llmc.passes.step_module import LoweredGraph
 from llmc.passes.weight_layouts import WeightLayouts
 from llmc.quant.schemes import by_name
 from llmc.schedules.choice import ByRows
-from llmc.schedules.experts import ExpertConfig
+from llmc.schedules.experts import ExpertConfig, SortConfig, plan_size
 from llmc.schedules.kernels import builders
 from llmc.schedules.layout import BlockedLayout, linear_layout, own_vectors
 from llmc.schedules.qexperts import QuantExpertConfig
@@ -31,6 +31,11 @@ class LowerExperts:
 
     before: y = llmc.expert_linear(x[n,d], ids[n], w[e,o,d], b?)
     after:  y = call_tir(expert_linear, x, ids, w'[e, o/nb, d/kp, nb, kp], b?)
+
+    On a machine with threads rows are sorted once for all expert linears of the same ids:
+
+    after:  plan = call_tir(sort_experts, ids)
+            y = call_tir(expert_linear, x, plan, w'[e, o/nb, d/kp, nb, kp], b?)
 
     Runs beside LowerLinear, before LegalizeOps, which does not know the op.
     """
@@ -53,6 +58,7 @@ class LowerExperts:
         decided: dict[
             tuple[Any, bool], dict[str, int]
         ] = {}  # about the layout, by the first kernel of a weight
+        plans: dict[tuple[Any, int], Any] = {}
         changed = False
         for binding in graph.bindings:
             match = ir.match_opaque(binding.value, EXPERT_LINEAR)
@@ -90,10 +96,11 @@ class LowerExperts:
                 quantized = QuantExpertConfig(experts, packing, **common)
                 build_it = builders(self.caps)
                 builder = build_it.int_expert_linear if packing.quads else build_it.quant_expert_linear
+                chosen = self.tuned.apply(quantized)
                 kernel = kernels.get(
-                    quantized,
+                    chosen,
                     f"expert_linear_{info.scheme}_{n}_{k}",
-                    partial(builder, quantized, self.caps),
+                    partial(builder, chosen, self.caps),
                 )
             else:
                 config = ExpertConfig(experts=experts, n=n, k=k, weight_dtype=dtype, **common)
@@ -129,16 +136,29 @@ class LowerExperts:
                         transposed=attrs.transposed,
                     )
                 )
-            args = [x, ids, packed_vars[key], *operands[3:]]
+            if (ids, experts) not in plans:
+                plans[ids, experts] = self._plan(kernels, build, ids, experts)
+            args = [x, plans[ids, experts], packed_vars[key], *operands[3:]]
             build.bind(binding.var, relax.call_tir(kernel, args, binding.var.ty))
         if not changed:
             return lowered
         new = build.function(params, func.body.body, func.attrs, symbol="main")
         return LoweredGraph(update_function(module, "main", new), tuple(infos))
 
+    def _plan(self, kernels: Kernels, build: Builder, ids: Any, experts: int) -> Any:
+        """What the kernels take for ids: themselves, or their rows in order."""
+        sort = builders(self.caps).sort_experts
+        if sort is None:
+            return ids
+        config = SortConfig(experts, str(ids.ty.dtype))
+        kernel = kernels.get(config, f"sort_experts_{experts}", partial(sort, config, self.caps))
+        shape = [plan_size(ids.ty.shape[0], experts)]
+        return build.emit(relax.call_tir(kernel, [ids], ir.tensor_type(shape, "int32")), "plan")
+
     def _schedules(self, config: ExpertConfig, shared: dict[str, int] | None) -> ByRows[ExpertSchedule]:
         """Tuned schedules, or the default for any number of rows."""
         kernel = self.tuned.apply(config, shared=shared)
         if isinstance(kernel, ExpertKernel):
             return kernel.schedule
-        return ByRows((ExpertSchedule(**(shared or {})),))
+        decided: dict[str, Any] = shared or {}
+        return ByRows((ExpertSchedule(**decided),))

@@ -12,8 +12,10 @@ from llmc.caps import Capabilities
 from llmc.ops import NORM, NormAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels, update_function
 from llmc.passes.step_module import LoweredGraph
+from llmc.schedules.costs import kernel_cost
 from llmc.schedules.kernels import builders
 from llmc.schedules.norm import NormConfig
+from llmc.schedules.tuned_choice import Tuned
 
 
 class LowerNorm:
@@ -25,8 +27,8 @@ class LowerNorm:
     Runs after the passes that make and widen the ops; before LegalizeOps, which does not know them.
     """
 
-    def __init__(self, caps: Capabilities) -> None:
-        self.caps = caps
+    def __init__(self, caps: Capabilities, tuned: Tuned | None = None) -> None:
+        self.caps, self.tuned = caps, tuned or Tuned()
 
     def __call__(self, lowered: LoweredGraph) -> LoweredGraph:
         func = lowered.module["main"]
@@ -51,7 +53,9 @@ class LowerNorm:
                 attrs=attrs,
             )
             name = f"{_name(attrs)}_{config.shape[-1]}"
-            gvar = kernels.get(config, name, partial(builders(self.caps).norm, config, self.caps))
+            tuned = self.tuned.apply(config)
+            build_it = partial(builders(self.caps).norm, tuned, self.caps)
+            gvar = kernels.get(tuned, name, build_it, kernel_cost(config))
             call: Any = relax.call_tir(gvar, operands, types if len(types) > 1 else types[0])
             build.bind(binding.var, call)
         if not changed:

@@ -130,8 +130,8 @@ class MakeStepFunction:
             v = group.v_shape(1, self.plan.page_size)[1:]
             out.append(
                 (
-                    relax.Var(f"k_pool_{g}", ir.tensor_type([pages, *k], group.dtype)),
-                    relax.Var(f"v_pool_{g}", ir.tensor_type([pages, *v], group.dtype)),
+                    relax.Var(f"k_pool_{g}", ir.tensor_type([pages, *k], group.storage_dtype)),
+                    relax.Var(f"v_pool_{g}", ir.tensor_type([pages, *v], group.storage_dtype)),
                 )
             )
         return out

@@ -88,7 +88,7 @@ def kernel_phase(
     `tuned` has measured schedules, `layouts` how weights lie that are packed already.
     """
     passes: list[GraphPass] = [
-        ("LowerNorm", LowerNorm(caps)),
+        ("LowerNorm", LowerNorm(caps, tuned)),
         ("LowerLinear", LowerLinear(caps, tuned, layouts)),
         ("LowerExperts", LowerExperts(caps, tuned, layouts)),
         ("LowerTopK", LowerTopK(caps)),

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmc.errors import LlmcError
 from llmc.ir import match_opaque
-from llmc.kv_plan import KVGroup, KVKind, KVPlan
+from llmc.kv_plan import KV_DTYPES, KVGroup, KVKind, KVPlan
 from llmc.ops import ATTENTION, AttentionAttrs
 from llmc.passes.rewrite import Graph
 from llmc.passes.step_module import LoweredGraph
@@ -48,9 +48,10 @@ class PlanKVCache:
                     key_of_owner[owner] = widened
                 continue
             dtype = self.kv_dtype or str(k.ty.dtype)
-            if dtype not in ("float32", "float16", "bfloat16"):
+            if dtype not in KV_DTYPES:
                 raise LlmcError(
-                    "kv-dtype", f"The KV cache must be f32, f16 or bf16; layer {attrs.layer} has {dtype}."
+                    "kv-dtype",
+                    f"The KV cache must be f32, f16, bf16, int8 or fp8; layer {attrs.layer} has {dtype}.",
                 )
             key = (kind, window, int(k.ty.shape[1]), int(k.ty.shape[3]), int(v.ty.shape[3]), dtype)
             owner_of[operands] = attrs.layer

@@ -14,7 +14,7 @@ from llmc.ops import EXPERT_LINEAR
 from llmc.passes.lower_linear import weight_behind
 from llmc.passes.rewrite import Graph
 from llmc.passes.step_module import LoweredGraph, PackedParam
-from llmc.quant.schemes import NONE, QuantRules, by_name, parse
+from llmc.quant.schemes import NONE, Code, QuantRules, by_name, parse, rounding_activations
 from llmc.spec import CompileSpec
 
 _SMALLEST = 32  # narrower weights gain nothing
@@ -46,7 +46,7 @@ class QuantizeWeights:
         head: scheme of the output projection; None = the rules' default.
         embedding: scheme of an untied token embedding; None = not quantized.
         stored: parameter -> scheme that the checkpoint has it in already; only a pattern that matches changes that,
-            or a default that is the same but for int8 activations.
+            or a default that is the same but for its activations; one with e4m3 activations rounds those of every e4m3 weight.
     """
 
     def __init__(
@@ -114,10 +114,13 @@ class QuantizeWeights:
     def _kept(self, stored: str) -> str:
         """The scheme of a weight that is stored in one."""
         default = parse(self.rules.default)
-        if default is not None and default == replace(
-            by_name(stored), name=default.name, activation_bits=default.activation_bits
-        ):
+        if default is None:
+            return stored
+        known = by_name(stored)
+        if default == replace(known, name=default.name, activation_bits=default.activation_bits):
             return default.name
+        if default.activations is Code.E4M3 and known.code is Code.E4M3:  # its groups may be others
+            return rounding_activations(known).name
         return stored
 
     def _check_patterns(self, params: tuple[PackedParam, ...]) -> None:

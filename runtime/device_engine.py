@@ -117,7 +117,7 @@ class DeviceEngine:
         plan, pools = self._place.plan, []
         for group, count in zip(plan.groups, pages, strict=True):
             for shape in (group.k_shape(count, plan.page_size), group.v_shape(count, plan.page_size)):
-                pools.append(self._memory.empty(shape, group.dtype, "the KV cache"))
+                pools.append(self._memory.empty(shape, group.storage_dtype, "the KV cache"))
         return pack(pools)
 
     def room(self) -> int:

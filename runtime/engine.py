@@ -113,11 +113,10 @@ class CompiledEngine:
         self._pools: list[Bytes] = []
         tensors: list[Any] = []
         for group, count in zip(plan.groups, pages, strict=True):
-            item = 4 if group.dtype == "float32" else 2
             for shape in (group.k_shape(count, plan.page_size), group.v_shape(count, plan.page_size)):
-                raw = _allocate(int(np.prod(shape)) * item)
+                raw = _allocate(int(np.prod(shape)) * group.item_bytes)
                 self._pools.append(raw)
-                tensors.append(tensor_view(raw, shape, group.dtype))
+                tensors.append(tensor_view(raw, shape, group.storage_dtype))
         self._tail = (pack(tensors), pack(weights.tensors))
 
     def run(self, function: str, inputs: StepInputs) -> Floats:

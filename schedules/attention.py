@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
+from llmc.kv_plan import ITEM_BYTES
 from llmc.schedules import emit as e
+from llmc.schedules.attention_bytes import BytesTile, takes_bytes
+from llmc.schedules.attention_codes import CodedTile, CodedUnitTile
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
-from llmc.schedules.attention_pages import ITEM_BYTES
+from llmc.schedules.attention_pools import Pools
 from llmc.schedules.attention_tile import Operands, Tile, can_be_direct, first_visible
+from llmc.schedules.kv_codes import HeadWriter
+from llmc.schedules.norm import along
 from llmc.schedules.rope import RopeConfig, RopeOperands, append_all
 from llmc.schedules.tile_attention import UnitTile, attention_unit
 from llmc.schedules.vmath import exp_nonpositive
@@ -29,43 +35,41 @@ def kv_append(cfg: AttentionConfig, caps: Capabilities) -> Any:
 
     Token t goes to page slot[t] // page_size at offset slot[t] % page_size.
     """
-    hk, dk, dv, ps, layers = cfg.kv_heads, cfg.key_dim, cfg.value_dim, cfg.page_size, cfg.layers
+    hk, dk, dv = cfg.kv_heads, cfg.key_dim, cfg.value_dim
     built: list[Any] = []
     with e.kernel(built):
         t, pages = e.dim("T"), e.dim("P")
         k = e.tensor("k", [1, hk, t, dk], cfg.dtype)
         v = e.tensor("v", [1, hk, t, dv], cfg.dtype)
         slot = e.tensor("slot", [t], "int32")
-        k_pool = e.tensor("k_pool", [pages, layers, hk, dk, ps], cfg.kv_dtype)
-        v_pool = e.tensor("v_pool", [pages, layers, hk, ps, dv], cfg.kv_dtype)
+        k_pool = e.tensor("k_pool", [pages, cfg.layers, hk, *cfg.k_page], cfg.pool_dtype)
+        v_pool = e.tensor("v_pool", [pages, cfg.layers, hk, *cfg.v_page], cfg.pool_dtype)
         layer = e.scalar_arg("layer")
         with e.root():
             kf, vf = e.flat(k, hk * t * dk), e.flat(v, hk * t * dv)
             slots = e.flat(slot, t)
-            kp, vp = (
-                e.flat(k_pool, pages * layers * hk * dk * ps),
-                e.flat(v_pool, pages * layers * hk * ps * dv),
-            )
-            lanes = caps.lanes_f32
+            pools = Pools(cfg, pages, k_pool, v_pool)
 
             def convert(value: Any, n: int) -> Any:
                 if cfg.dtype == cfg.kv_dtype:
                     return value
                 return e.narrow(e.let(e.widen(value, cfg.dtype, n)), cfg.kv_dtype, n, caps)
 
+            def keep(line: Any, source: Any, base: Any, at: Any, n: int) -> None:
+                e.store(line, at, e.widen(e.some(source, base + at, n), cfg.dtype, n), n)
+
             def head_of_token(head: Any, token: Any) -> None:
-                where = e.let(e.i64(slots[token]))
-                part = e.let((where // ps * layers + layer) * hk + head)
+                to = HeadWriter(cfg, caps, pools, e.let(e.i64(slots[token])), layer, head)
                 row = e.let(head * t + token)
-                with e.loop(dk) as d:
-                    e.store(kp, (part * dk + d) * ps + where % ps, convert(kf[row * dk + d], 1), 1)
-                to = e.let((part * ps + where % ps) * dv)
-                with e.loop(dv // lanes) as i:
-                    value = convert(e.load(vf, row * dv + i * lanes, lanes), lanes)
-                    e.store(vp, to + i * lanes, value, lanes)
-                if dv % lanes:
-                    with e.loop(dv // lanes * lanes, dv) as d:
-                        e.store(vp, to + d, convert(vf[row * dv + d], 1), 1)
+                if cfg.coded:
+                    for source, dim, write in ((kf, dk, to.coded_key), (vf, dv, to.coded_value)):
+                        line = e.workspace(dim)
+                        along(dim, caps, partial(keep, line, source, row * dim))
+                        write(line)
+                    return
+                to.key(lambda d: convert(kf[row * dk + d], 1))
+                value = lambda at, n: convert(e.some(vf, row * dv + at, n), n)  # noqa: E731
+                to.value(lambda store: along(dv, caps, lambda at, n: store(at, value(at, n), n)))
 
             with T.If(t <= _SERIAL_TOKENS):
                 # the annotation of a parallel loop brings in the conversion functions; a serial loop needs it too
@@ -115,9 +119,9 @@ def _prefill(cfg: AttentionConfig, caps: Capabilities, args: Operands, schedule:
         used = e.let(T.min(e.i64(tokens), length - first))
         position = e.let(e.i64(args.context_len[sequence]) - length + first)
         if unit is None:
-            tile = Tile(cfg, caps, args, tokens, pages, schedule, direct=False)
+            tile = (CodedTile if cfg.coded else Tile)(cfg, caps, args, tokens, pages, schedule, direct=False)
         else:
-            tile = UnitTile(unit, cfg, caps, args, tokens, pages, schedule)
+            tile = (CodedUnitTile if cfg.coded else UnitTile)(unit, cfg, caps, args, tokens, pages, schedule)
         tile.start(e.let(start + first), kv_head, e.let(used * group))
         low = e.let(first_visible(cfg, position) // cfg.page_size * cfg.page_size)
         high = e.let(position + used)
@@ -179,7 +183,7 @@ def attention_decode(cfg: AttentionConfig, caps: Capabilities, rope: RopeConfig 
             width = _partial_width(cfg)
             part = e.flat(partial, b * cfg.kv_heads * cfg.splits * group * width)
             if ops is not None and args.slots is not None:
-                append_all(ops, args.slots, args.k, args.v, args.layer)
+                append_all(ops, args.slots, args.pools, args.layer)
             cfg.decode.emit(b, lambda schedule, _: _decode(cfg, caps, args, schedule, part, width))
     return built[0]
 
@@ -197,7 +201,8 @@ def _decode(
     wanted = e.let(T.Select(args.b == 1, e.i64(caps.threads if even else several), e.i64(several)))
     most = e.let(T.max(e.i64(1), T.min(e.i64(cfg.splits), T.truncdiv(pairs + (wanted - 1), pairs))))
     # neighbouring tasks, which one thread takes, are of different sequences: long ones are shared out
-    with e.parallel(pairs * most, caps) as task:
+    kind = _decode_tile(cfg, caps)
+    with T.parallel(pairs * most, annotations=kind.import_text(caps)) as task:
         sequence = e.let(T.truncmod(task, args.b))
         rest = e.let(T.truncdiv(task, args.b))
         split, kv_head = e.let(T.truncmod(rest, most)), e.let(T.truncdiv(rest, most) * heads)
@@ -205,7 +210,7 @@ def _decode(
         begin = e.let(low + split * per_split)
         end = e.let(T.min(high, begin + per_split))
         with T.If(begin < end), T.Then():
-            tile = Tile(cfg, caps, args, 1, pages, schedule, direct=True, heads=heads)
+            tile = kind(cfg, caps, args, 1, pages, schedule, direct=True, heads=heads)
             table = e.let(sequence * args.width)
             tile.first_head = kv_head
             tile.fetch_first(table, begin, end)
@@ -221,8 +226,14 @@ def _decode(
     with e.loop(args.b * cfg.kv_heads) as i:
         low, per_split, high = _pieces(cfg, args, schedule, e.let(i // cfg.kv_heads), most)
         with T.If(per_split < high - low), T.Then():
-            tile = Tile(cfg, caps, args, 1, pages, schedule, direct=True)
+            tile = kind(cfg, caps, args, 1, pages, schedule, direct=True)
             _merge(tile, part, i, e.let(e.ceildiv(high - low, per_split)), width)
+
+
+def _decode_tile(cfg: AttentionConfig, caps: Capabilities) -> type[Tile]:
+    if not cfg.coded:
+        return Tile
+    return BytesTile if takes_bytes(cfg, caps) else CodedTile
 
 
 def _heads_together(cfg: AttentionConfig, caps: Capabilities) -> int:
@@ -233,7 +244,7 @@ def _heads_together(cfg: AttentionConfig, caps: Capabilities) -> int:
     """
     if not can_be_direct(cfg, caps):
         return 1
-    part = cfg.page_size * cfg.key_dim * ITEM_BYTES[cfg.kv_dtype]
+    part = cfg.k_part * ITEM_BYTES[cfg.kv_dtype]
     fitting = [
         n
         for n in range(1, cfg.kv_heads + 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from llmc.kv_plan import is_coded, key_page, storage_dtype, value_page
 from llmc.schedules.choice import ByRows
 from llmc.schedules.gpu.configs import GpuDecodeSchedule, GpuPrefillSchedule, kind_of
 
@@ -57,7 +59,7 @@ class AttentionConfig:
         heads, kv_heads: query heads and cached heads; query head n reads cached head n // (heads // kv_heads).
         key_dim, value_dim: any.
         dtype: of queries and result.
-        kv_dtype: of the pages.
+        kv_dtype: of the pages; with int8 and float8_e4m3fn they hold codes and scales (kv_plan.py).
         page_size: tokens per page, a multiple of 16.
         layers: layers in the pool.
         scale, window, chunk, softcap, has_sinks, has_alibi: as in AttentionAttrs.
@@ -100,6 +102,36 @@ class AttentionConfig:
             object.__setattr__(self, "sinks_dtype", self.dtype)
 
     @property
+    def coded(self) -> bool:
+        """Whether pages hold codes and scales."""
+        return is_coded(self.kv_dtype)
+
+    @property
+    def pool_dtype(self) -> str:
+        """Of the pools' tensors."""
+        return storage_dtype(self.kv_dtype)
+
+    @property
+    def k_page(self) -> tuple[int, ...]:
+        """Shape of a head's part of a page of keys."""
+        return key_page(self.kv_dtype, self.key_dim, self.page_size)
+
+    @property
+    def v_page(self) -> tuple[int, ...]:
+        """Shape of a head's part of a page of values."""
+        return value_page(self.kv_dtype, self.value_dim, self.page_size)
+
+    @property
+    def k_part(self) -> int:
+        """Elements of a head's part of a page of keys, with scales."""
+        return math.prod(self.k_page)
+
+    @property
+    def v_part(self) -> int:
+        """Elements of a head's part of a page of values, with scales."""
+        return math.prod(self.v_page)
+
+    @property
     def splits(self) -> int:
         """Most pieces that decode cuts one sequence's context into."""
         return self.decode.choices[0].splits
@@ -131,3 +163,5 @@ class LatentConfig(AttentionConfig):
         super().__post_init__()
         if self.kv_heads != 1 or self.value_dim > self.key_dim:
             raise ValueError("latent attention has one cached head, whose values are a part of its keys")
+        if self.coded:
+            raise ValueError(f"latent attention has no pages of {self.kv_dtype}; f32, f16 and bf16 there are")

@@ -83,6 +83,10 @@ class RunningSoftmax:
                     e.store(self.out, at, e.load(self.out, at, lanes) * shrink, lanes)
             self._exponentials(r, after, pairs)
 
+    def _weight_of(self, p: Any, v: Any) -> Any:
+        """What vector v of a row's values is multiplied with."""
+        return p
+
     def _visible(self, r: Any, vectors: Any, low: Any, own: Any, high: Any, top: Any) -> None:
         """The scores of a row with those outside of [low, high) replaced; `top` gets their maximum."""
         cfg, lanes = self.cfg, self.lanes
@@ -98,6 +102,10 @@ class RunningSoftmax:
             if cfg.softcap > 0:
                 s = tanh(e.let(s * e.splat(1.0 / cfg.softcap, lanes)), lanes)
                 s = s * e.splat(float(cfg.softcap), lanes)
+                if slope is not None:  # TVM's analyzer fails on the sum of the two
+                    held = e.scratch(lanes)
+                    e.store(held, 0, s, lanes)
+                    s = e.load(held, 0, lanes)
             if slope is not None:
                 distance = tirx.Cast(e.vec("float32", lanes), column - e.splat(own, lanes))
                 s = s + e.splat(slope, lanes) * distance
@@ -125,7 +133,7 @@ class RunningSoftmax:
             exponent = e.let(s * e.splat(to_exponent, lanes) - e.splat(zero, lanes))
             p = e.let(exp2_nonpositive(exponent, lanes, coarse=self.dot))
             e.store(total, 0, e.load(total, 0, lanes) + p, lanes)
-            return p
+            return self._weight_of(p, v)
 
         if self.dot:
             with e.loop(pairs) as v:

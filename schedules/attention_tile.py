@@ -21,9 +21,11 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
+from llmc.kv_plan import padded
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
 from llmc.schedules.attention_pages import PageReader, in_groups
+from llmc.schedules.attention_pools import Pools
 from llmc.schedules.attention_softmax import LOWEST, RunningSoftmax, first_visible
 from llmc.schedules.matrix_tile import multiply_bf16
 from llmc.schedules.rope import RopeOperands, rotate_query
@@ -38,18 +40,17 @@ class Operands:
     def __init__(
         self, cfg: AttentionConfig, t: Any, b: Any, w: Any, pages: Any, rope: RopeOperands | None = None
     ) -> None:
-        ps, hk, layers = cfg.page_size, cfg.kv_heads, cfg.layers
+        hk, layers = cfg.kv_heads, cfg.layers
         self.t, self.b, self.width, self.cfg = t, b, w, cfg
-        self.k_size = pages * layers * hk * cfg.key_dim * ps
-        self.v_size = pages * layers * hk * ps * cfg.value_dim
+        self._pages = pages
         q_shape = [1, t, cfg.heads, cfg.key_dim] if cfg.token_major else [1, cfg.heads, t, cfg.key_dim]
         self.rope = rope  # takes the place of q
         self._q = e.tensor("q", q_shape, cfg.dtype) if rope is None else None
         appends = rope is not None and rope.cfg.k is not None
         self._slot = e.tensor("slot", [t], "int32") if appends else None
-        self._k = e.tensor("k_pool", [pages, layers, hk, cfg.key_dim, ps], cfg.kv_dtype)
-        v_shape = [pages, layers, hk, ps, cfg.value_dim]
-        self._v = None if cfg.latent else e.tensor("v_pool", v_shape, cfg.kv_dtype)
+        self._k = e.tensor("k_pool", [pages, layers, hk, *cfg.k_page], cfg.pool_dtype)
+        v_shape = [pages, layers, hk, *cfg.v_page]
+        self._v = None if cfg.latent else e.tensor("v_pool", v_shape, cfg.pool_dtype)
         self._start = e.tensor("query_start", [b + 1], "int32")
         self._context = e.tensor("context_len", [b], "int32")
         self._table = e.tensor("block_table", [b, w], "int32")
@@ -67,8 +68,8 @@ class Operands:
             self.q = None
             self.rope.view()
         self.slots = e.flat(self._slot, t) if self._slot is not None else None
-        self.k = e.flat(self._k, self.k_size)
-        self.v = e.flat(self._v, self.v_size) if self._v is not None else None
+        self.pools = Pools(cfg, self._pages, self._k, self._v)
+        self.k, self.v = self.pools.k, self.pools.v
         self.query_start = e.flat(self._start, self.b + 1)
         self.context_len = e.flat(self._context, self.b)
         self.block_table = e.flat(self._table, self.b * self.width)
@@ -114,8 +115,13 @@ class Tile(PageReader, RunningSoftmax):
         self.row_tile = -(-self.rows // groups)
         self.rows_padded = -(-self.rows // self.row_tile) * self.row_tile
         self.pack = 2 if self.dot else 1
-        self.k_steps = -(-cfg.key_dim // self.pack)
+        self.k_steps = -(-(padded(cfg.key_dim) if cfg.coded else cfg.key_dim) // self.pack)
         self.value_width = -(-cfg.value_dim // self.lanes) * self.lanes
+
+    @staticmethod
+    def import_text(caps: Capabilities) -> dict[str, Any]:
+        """Annotations for the loop over tasks."""
+        return e.import_text(caps)
 
     def _allocate(self) -> None:
         """Take scratch memory from the task's thread."""
@@ -360,7 +366,7 @@ class Tile(PageReader, RunningSoftmax):
 
 def uses_dot(cfg: AttentionConfig, caps: Capabilities) -> bool:
     """True if both products run on bf16 pairs; queries of a wider type are not rounded for that."""
-    return caps.has_bf16_dot and cfg.dtype == cfg.kv_dtype == "bfloat16"
+    return caps.has_bf16_dot and cfg.dtype == "bfloat16" and (cfg.coded or cfg.kv_dtype == "bfloat16")
 
 
 def can_be_direct(cfg: AttentionConfig, caps: Capabilities) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from tvm.tirx.script import builder as T
 
@@ -84,6 +84,21 @@ class ByRows(Generic[S]):
                     rest(i + 1)
 
         rest(0)
+
+
+class Scheduled(NamedTuple):
+    """A kernel with schedules by rows.
+
+    Attributes:
+        config: of the kernel; its own schedule fields do not count.
+        schedule: what counts.
+    """
+
+    config: Any
+    schedule: ByRows[Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.config.to_json(), "schedule": self.schedule.to_json()}
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ import tvm
 from tvm import tirx
 
 from llmc.kernel_work import Formula, KernelCost, smaller
+from llmc.kv_plan import entry_bytes
 from llmc.ops import NormAttrs
 from llmc.schedules.attention_config import AttentionConfig
+from llmc.schedules.choice import Scheduled
 from llmc.schedules.experts import ExpertConfig
 from llmc.schedules.gather import EmbeddingConfig, GatherConfig
 from llmc.schedules.gpu.topk import TopKConfig
@@ -25,8 +27,6 @@ from llmc.schedules.qgather import QuantEmbeddingConfig
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.rope import RopeConfig
 from llmc.schedules.rules import visit
-from llmc.schedules.tune_experts import ExpertKernel
-from llmc.schedules.tune_qlinear import QuantKernel
 
 COST = "llmc.cost"  # attribute of a PrimFunc: KernelCost.as_text()
 
@@ -38,12 +38,7 @@ def kernel_cost(config: Any) -> KernelCost:
 
 
 @kernel_cost.register
-def _(config: QuantKernel) -> KernelCost:
-    return kernel_cost(config.config)
-
-
-@kernel_cost.register
-def _(config: ExpertKernel) -> KernelCost:
+def _(config: Scheduled) -> KernelCost:
     return kernel_cost(config.config)
 
 
@@ -119,8 +114,9 @@ def attention_cost(config: AttentionConfig, rope: RopeConfig | None = None) -> K
     """Of attention_prefill, and of attention_decode with or without a rotation in it."""
     window = config.window or config.chunk
     cached, pairs = (f"{s}{window or ''}" for s in "CP")
-    size = itemsize(config.kv_dtype)
-    keys, values = (config.kv_heads * dim * size for dim in (config.key_dim, config.value_dim))
+    keys, values = (
+        config.kv_heads * entry_bytes(config.kv_dtype, dim) for dim in (config.key_dim, config.value_dim)
+    )
     operations = Formula.of(2 * config.heads * (config.key_dim + config.value_dim), pairs)
     at, kind = 1, "attention"
     written: tuple[tuple[int, Formula], ...] = ()
@@ -222,5 +218,7 @@ def _rotation(config: RopeConfig) -> Formula:
 
 
 def _appended(config: AttentionConfig, at: int) -> tuple[tuple[int, Formula], ...]:
-    size = itemsize(config.kv_dtype) * config.kv_heads
-    return ((at, Formula.of(config.key_dim * size, "T")), (at + 1, Formula.of(config.value_dim * size, "T")))
+    keys, values = (
+        config.kv_heads * entry_bytes(config.kv_dtype, dim) for dim in (config.key_dim, config.value_dim)
+    )
+    return ((at, Formula.of(keys, "T")), (at + 1, Formula.of(values, "T")))

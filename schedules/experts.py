@@ -24,6 +24,7 @@ class ExpertConfig:
         has_bias: a bias [experts, n] of in_dtype follows the weight.
         prefetch: bytes that the weight stream is asked for ahead of its use.
         rows_tile, unroll: see LinearSchedule.
+        by_expert: tasks of an expert are neighbours; else those of a block of outputs are, see expert_task.
     """
 
     experts: int
@@ -38,6 +39,7 @@ class ExpertConfig:
     prefetch: int = 2304
     rows_tile: int = 0
     unroll: int = 0
+    by_expert: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,6 +48,25 @@ class ExpertConfig:
     def from_json(values: dict[str, Any]) -> ExpertConfig:
         layout = values.get("layout")
         return ExpertConfig(**{**values, "layout": BlockedLayout(**layout) if layout else None})
+
+
+@dataclass(frozen=True)
+class SortConfig:
+    """A sort of rows by `ids` [N], int32 or int64 in [0, experts), where expert kernels share it.
+
+    Its result, the *plan*, is one int32 tensor: where the rows of each expert begin [experts + 1], then the rows in order [N].
+    """
+
+    experts: int
+    ids_dtype: str = "int64"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan_size(count: Any, experts: int) -> Any:
+    """Elements of the plan of `count` rows."""
+    return count + (experts + 1)
 
 
 def expert_linear(cfg: ExpertConfig, caps: Capabilities) -> Any:
@@ -75,11 +96,8 @@ def expert_linear(cfg: ExpertConfig, caps: Capabilities) -> Any:
             order, begin, active, count = sort_rows(e.flat(ids, rows), rows, experts)
             micro = MicroKernel(caps, layout, cfg.in_dtype, k, xf, wf, cfg.prefetch, cfg.unroll)
             tile = cfg.rows_tile or micro.max_rows()
-            # neighbouring tasks share a block number, not an expert: contiguous pieces of the task range then
-            # hold the same share of every expert's rows
             with e.parallel(count * blocks, caps) as task:
-                block = e.let(task // count)
-                expert = e.let(active[task % count])
+                block, expert = expert_task(task, blocks, active, count, cfg.by_expert)
                 first, end = e.let(begin[expert]), e.let(begin[expert + 1])
 
                 def tile_of(size: int, start: Any) -> None:
@@ -96,6 +114,19 @@ def expert_linear(cfg: ExpertConfig, caps: Capabilities) -> Any:
                     with T.If(T.bitwise_and(rest, e.i64(size)) != 0), T.Then():
                         tile_of(size, e.let(done + T.bitwise_and(rest, e.i64(~(2 * size - 1)))))
     return built[0]
+
+
+def expert_task(task: Any, blocks: int, active: Any, count: Any, by_expert: bool) -> tuple[Any, Any]:
+    """(block of outputs, expert) of a task; a thread has a contiguous piece of the tasks.
+
+    Args:
+        active, count: from sort_rows.
+        by_expert: each thread reads long runs of few experts' weights; which pays where all of them have about as many
+            rows. Else neighbours share a block number, so that each thread has the same share of every expert's rows.
+    """
+    if by_expert:
+        return e.let(task % blocks), e.let(active[task // blocks])
+    return e.let(task // count), e.let(active[task % count])
 
 
 def sort_rows(ids: Any, rows: Any, experts: int) -> tuple[Any, Any, Any, Any]:

@@ -108,7 +108,7 @@ def quantize_rows(
                 column = e.let(outliers.column(j))
                 e.store(kept, r * layout.outliers + j, e.widen(source[column], in_dtype, 1), 1)
                 e.store(source, column, tirx.const(0, str(x.dtype)), 1)
-        inverse = _scale(caps, in_dtype, source, begin, padded, scales, r)
+        inverse = scale_of(caps, in_dtype, source, begin, padded, scales, r)
         with e.loop(groups) as g:
             at = e.let(g * layout.group)
             first = e.let(r * stride + at)
@@ -128,8 +128,17 @@ def quantize_rows(
     return IntActivations(flat, stride // 4, scales, starts, kept)
 
 
-def _scale(caps: Capabilities, in_dtype: str, source: Any, begin: Any, size: int, scales: Any, r: Any) -> Any:
-    """Store the row's scale; 127 / magnitude, or 0.
+def scale_of(
+    caps: Capabilities,
+    in_dtype: str,
+    source: Any,
+    begin: Any,
+    size: int,
+    scales: Any,
+    r: Any,
+    top: float = 127.0,
+) -> Any:
+    """Store the scale of `size` elements to scales[r], largest magnitude / top; returns top / magnitude, or 0.
 
     Magnitudes are compared as bits: those of NaN are above those of infinity, and no NaN gets lost.
     """
@@ -142,8 +151,8 @@ def _scale(caps: Capabilities, in_dtype: str, source: Any, begin: Any, size: int
         magnitude = T.bitwise_and(bits, e.const("int32", 0x7FFFFFFF, lanes))
         e.store(largest, 0, T.max(e.load(largest, 0, lanes), magnitude), lanes)
     most = e.let(T.reinterpret("float32", e.let(e.fold(e.load(largest, 0, lanes), lanes, T.max, "int32"))))
-    e.store(scales, r, most / e.f32(127.0), 1)
-    return e.let(tirx.Select(most > e.f32(SMALLEST), e.f32(127.0) / most, e.f32(0.0)))
+    e.store(scales, r, most / e.f32(top), 1)
+    return e.let(tirx.Select(most > e.f32(SMALLEST), e.f32(top) / most, e.f32(0.0)))
 
 
 def _round_group(

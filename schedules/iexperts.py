@@ -9,12 +9,10 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.epilogue import Epilogue
-from llmc.schedules.experts import sort_rows
+from llmc.schedules.experts import expert_task, sort_rows
 from llmc.schedules.ilinear import int_blocks
 from llmc.schedules.isums import Vectors
 from llmc.schedules.qexperts import QuantExpertConfig
-
-_ROWS = 240  # rows of an expert that are taken together
 
 
 def int_expert_linear(cfg: QuantExpertConfig, caps: Capabilities) -> Any:
@@ -40,16 +38,15 @@ def int_expert_linear(cfg: QuantExpertConfig, caps: Capabilities) -> Any:
             work = int_blocks(caps, layout, w, experts, cfg.prefetch)
             rounded = work.prepare(cfg.in_dtype, e.flat(x, rows * k), rows)
             with work.parallel(count * blocks) as task:
-                block = e.let(task // count)
-                expert = e.let(active[task % count])
+                block, expert = expert_task(task, blocks, active, count, cfg.by_expert)
                 first, end = e.let(begin[expert]), e.let(begin[expert + 1])
                 base = e.let(expert * work.copy_bytes + block * work.block_bytes)
 
                 def write(acc: Vectors, at: list[Any]) -> None:
                     epilogue.store_held(acc, at, block, yf, caps, bf, None, expert * n)
 
-                with e.loop((end - first + (_ROWS - 1)) // _ROWS) as part:
-                    start = e.let(first + part * _ROWS)
-                    size = e.let(T.min(e.i64(_ROWS), end - start))
-                    work.rows(rounded, size, _ROWS, base, lambda r: order[start + r], write)
+                with e.loop((end - first + (cfg.t_block - 1)) // cfg.t_block) as part:
+                    start = e.let(first + part * cfg.t_block)
+                    size = e.let(T.min(e.i64(cfg.t_block), end - start))
+                    work.rows(rounded, size, cfg.t_block, base, lambda r: order[start + r], write)
     return built[0]

@@ -10,13 +10,12 @@ from llmc.caps import Capabilities
 from llmc.schedules import (
     attention,
     gather,
-    iexperts,
     norm,
-    qexperts,
     qgather,
     rope,
     tile_linear,
     tune_experts,
+    tune_qexperts,
     tune_qlinear,
 )
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule
@@ -28,7 +27,7 @@ from llmc.schedules.gpu import linear as gpu_linear
 from llmc.schedules.gpu import norm as gpu_norm
 from llmc.schedules.gpu import qlinear as gpu_qlinear
 from llmc.schedules.gpu import rope as gpu_rope
-from llmc.schedules.gpu import topk
+from llmc.schedules.gpu import sort_experts, topk
 
 # (configuration, capabilities) -> PrimFunc
 Builder = Callable[[Any, Capabilities], Any]
@@ -43,6 +42,7 @@ class Builders:
     expert_linear: Builder
     quant_expert_linear: Builder
     int_expert_linear: Builder
+    sort_experts: Builder | None  # None: expert kernels take ids, and sort rows by themselves
     norm: Builder
     embedding: Builder
     quant_embedding: Builder
@@ -54,17 +54,13 @@ class Builders:
     attention_decode: Callable[[Any, Capabilities, Any], Any]
 
 
-def _default(build: Builder) -> Builder:
-    """A builder of what tuning would choose schedules for, where there are none to choose from."""
-    return lambda kernel, caps: build(kernel.config, caps)
-
-
 _LOOPS = Builders(
     linear=tile_linear.linear_by_rows,
     quant_linear=tune_qlinear.quant_linear_by_rows,
     expert_linear=tune_experts.expert_linear_by_rows,
-    quant_expert_linear=qexperts.quant_expert_linear,
-    int_expert_linear=iexperts.int_expert_linear,
+    quant_expert_linear=tune_qexperts.quant_expert_linear_by_rows,
+    int_expert_linear=tune_qexperts.quant_expert_linear_by_rows,
+    sort_experts=None,
     norm=norm.norm,
     embedding=gather.embedding,
     quant_embedding=qgather.quant_embedding,
@@ -78,9 +74,10 @@ _LOOPS = Builders(
 _THREADS = Builders(
     linear=gpu_linear.linear,
     quant_linear=gpu_qlinear.quant_linear,
-    expert_linear=_default(gpu_experts.expert_linear),
+    expert_linear=gpu_experts.expert_linear,
     quant_expert_linear=gpu_experts.quant_expert_linear,
     int_expert_linear=gpu_experts.quant_expert_linear,
+    sort_experts=sort_experts.sort_experts,
     norm=gpu_norm.norm,
     embedding=gpu_gather.embedding,
     quant_embedding=gpu_gather.quant_embedding,

@@ -12,8 +12,8 @@ from tvm.tirx.script import builder as T
 from llmc.schedules import emit as e
 from llmc.schedules.qcodes import QuantCodes
 
-_SERIAL_ROWS = 4  # a parallel launch costs more than preparing this many rows
-_APART = 64  # bytes between rows: those of a tile would fall into the same few sets of a cache
+SERIAL_ROWS = 4  # a parallel launch costs more than preparing this many rows
+APART = 64  # bytes between rows: those of a tile would fall into the same few sets of a cache
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,20 @@ class Activations:
         stride: elements of it per row.
         dot: bf16 pairs for a two-way dot product.
         sums: sum over each piece of columns, float32 [rows, pieces]; for weights with zero points or offsets.
+        scales: what data has to be multiplied with, float32 [rows, groups]; None = nothing, they are not rounded.
+        groups: of a row.
     """
 
     data: Any
     stride: int
     dot: bool
     sums: Any | None
+    scales: Any | None = None
+    groups: int = 1
+
+    def scale(self, row: Any, p: Any, pieces: int) -> Any:
+        """Of piece p of a row, which has `pieces` of them."""
+        return self.scales[row * self.groups + p // (pieces // self.groups)]
 
 
 def prepare(
@@ -68,10 +76,10 @@ class _Prepare:
     def run(self, dot: bool) -> Activations:
         padded, rows = self.layout.padded_k, self.rows
         item = 2 if dot else 4
-        stride = padded + _APART // item
+        stride = padded + APART // item
         sums = e.workspace(rows * self.pieces) if self.codes.has_shift else None
         data = e.workspace(rows * stride, "uint16" if dot else "float32")
-        with T.If(rows <= _SERIAL_ROWS):
+        with T.If(rows <= SERIAL_ROWS):
             with T.Then(), e.loop(rows) as r:
                 self._prepare_row(r, data, stride, sums)
             with T.Else(), e.parallel(rows, self.codes.caps) as r:

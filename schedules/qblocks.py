@@ -15,6 +15,7 @@ from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
+from llmc.schedules.factivations import round_rows
 from llmc.schedules.layout import BlockedLayout
 from llmc.schedules.matrix_tile import multiply_bf16
 from llmc.schedules.micro_kernel import MicroKernel, for_tiles
@@ -85,14 +86,18 @@ class QuantBlocks:
         self.pieces = layout.padded_k // layout.piece
         # steps of a piece
         self.steps = self.codes.steps * layout.piece // UNIT
-        self.dot = in_dtype == "bfloat16" and self.codes.by_pairs
+        # rounded to e4m3, activations of any type are exact in bf16
+        self.rounds = layout.of.activations is not None
+        self.dot = (in_dtype == "bfloat16" or self.rounds) and self.codes.by_pairs
 
     def parallel(self, extent: Any) -> Any:
         """e.parallel with the functions that unpacking needs."""
         return T.parallel(e.i64(extent), annotations=self.codes.import_text())
 
     def prepare(self) -> Activations:
-        """x, converted, padded and reordered if need be."""
+        """x, converted, padded and reordered if need be; or rounded."""
+        if self.rounds:
+            return round_rows(self.caps, self.layout, self.in_dtype, self.x, self.rows, self.dot)
         return prepare(self.codes, self.x, self.rows, self.in_dtype, self.dot, self._order_of)
 
     def _order_of(self, r: Any) -> Any:
@@ -219,7 +224,10 @@ class QuantBlocks:
                 scale = e.let(codes.scale(place.scales, output, lanes, place.tops))
                 shift = e.let(codes.shift(place, output, lanes, scale)) if x.sums is not None else None
                 for r, number in enumerate(rows):
-                    value = e.load(total[r, v], 0, lanes) + e.load(part[r, v], 0, lanes) * scale
+                    product = e.load(part[r, v], 0, lanes) * scale
+                    if x.scales is not None:
+                        product = product * e.splat(x.scale(number, p, self.pieces), lanes)
+                    value = e.load(total[r, v], 0, lanes) + product
                     if shift is not None:
                         value = value + shift * e.splat(x.sums[number * self.pieces + p], lanes)
                     e.store(total[r, v], 0, value, lanes)
@@ -326,7 +334,10 @@ class QuantBlocks:
             scale = e.let(e.load(kept.scales, to, lanes))
             shift = None if kept.shifts is None else e.let(e.load(kept.shifts, to, lanes))
             for r, row in enumerate(rows):
-                value = e.load(total[r], 0, lanes) + e.load(part[r], 0, lanes) * scale
+                product = e.load(part[r], 0, lanes) * scale
+                if x.scales is not None:
+                    product = product * e.splat(x.scale(row, kept.first + q, self.pieces), lanes)
+                value = e.load(total[r], 0, lanes) + product
                 if shift is not None:
                     number = row * self.pieces + kept.first + q
                     value = value + shift * e.splat(x.sums[number], lanes)

@@ -16,11 +16,10 @@ from llmc.caps import Capabilities
 from llmc.quant.schemes import SCALE_BYTES, Code
 from llmc.quant.weight import TABLES
 from llmc.schedules import emit as e
+from llmc.schedules.kv_codes import CODE_FACTOR, E4M3, code_values
 from llmc.schedules.lookup import Lookup
 from llmc.schedules.qlayout import UNIT, QuantLayout
 
-# an e4m3 number moved into a float16 is this many times too small (exponent biases 7 and 15)
-_E4M3_IN_F16 = 2.0**8
 PAIRS = UNIT // 2  # column pairs of a unit
 
 
@@ -52,9 +51,12 @@ class QuantCodes:
         layout: of the weight.
         w: the packed bytes, as declared.
         size: their number.
+        as_stored: codes are multiplied as they are; else e4m3 numbers are moved into wider floats.
     """
 
-    def __init__(self, caps: Capabilities, layout: QuantLayout, w: Any, size: int) -> None:
+    def __init__(
+        self, caps: Capabilities, layout: QuantLayout, w: Any, size: int, as_stored: bool = False
+    ) -> None:
         self.caps, self.layout, self.lanes = caps, layout, caps.lanes_f32
         if layout.n_block % self.lanes:
             raise ValueError(f"n_block {layout.n_block} is not a multiple of {self.lanes} lanes")
@@ -71,7 +73,7 @@ class QuantCodes:
         self.half = float(1 << (scheme.bits - 1)) if scheme.code is Code.INT else 0.0
         self.lookup = lookup_for(layout)
         # a power of two that the values lack; it is put into the scales
-        self._factor = _E4M3_IN_F16 if scheme.code is Code.E4M3 else 1.0
+        self._factor = CODE_FACTOR[E4M3] if scheme.code is Code.E4M3 and not as_stored else 1.0
         self.each = 1 if self.in_bytes else 16 // max(layout.planes)
         self.steps = PAIRS // self.each
         self.has_shift = layout.shift_bytes > 0
@@ -214,12 +216,7 @@ class QuantCodes:
         return tirx.Cast(e.vec("float32", lanes), codes - e.const("int32", int(self.half), lanes))
 
     def of_bytes(self, codes: Any, lanes: int) -> Any:
-        if self.layout.of.code is Code.INT:
-            return tirx.Cast(e.vec("float32", lanes), tirx.Cast(e.vec("int32", lanes), codes))
-        wide = T.shift_left(tirx.Cast(e.vec("int16", lanes), codes), e.const("int16", 7, lanes))
-        # the sign was extended into the bit below the float16's sign as well
-        half = T.bitwise_and(wide, e.const("int16", -0x4001, lanes))
-        return tirx.Cast(e.vec("float32", lanes), T.reinterpret(e.vec("float16", lanes), half))
+        return code_values(codes, "int8" if self.layout.of.code is Code.INT else E4M3, lanes)
 
 
 class Step:

@@ -9,12 +9,10 @@ from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
-from llmc.schedules.experts import sort_rows
+from llmc.schedules.experts import expert_task, sort_rows
 from llmc.schedules.micro_kernel import MicroKernel, write_rows
 from llmc.schedules.qblocks import QuantBlocks
 from llmc.schedules.qlayout import QuantLayout
-
-_ROWS = 240  # rows of an expert that are taken together
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,8 @@ class QuantExpertConfig:
         ids_dtype: int32 or int64.
         has_bias: a bias [experts, n] follows the weight.
         prefetch: bytes that the weight stream is asked for ahead of its use.
+        t_block: rows of an expert that are taken together.
+        by_expert: see expert_task in experts.py.
     """
 
     experts: int
@@ -36,6 +36,12 @@ class QuantExpertConfig:
     ids_dtype: str = "int64"
     has_bias: bool = False
     prefetch: int = 2304
+    t_block: int = 240
+    by_expert: bool = False
+
+    @property
+    def n(self) -> int:
+        return self.layout.n
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,16 +84,15 @@ def quant_expert_linear(cfg: QuantExpertConfig, caps: Capabilities) -> Any:
             )
             values = work.prepare()
             with work.parallel(count * blocks) as task:
-                block = e.let(task // count)
-                expert = e.let(active[task % count])
+                block, expert = expert_task(task, blocks, active, count, cfg.by_expert)
                 first, end = e.let(begin[expert]), e.let(begin[expert + 1])
                 base = e.let(expert * work.copy_bytes + block * work.block_bytes)
 
                 def write(micro: MicroKernel, acc: list[list[Any]], at: list[Any]) -> None:
                     write_rows(micro, acc, at, block, n, bf, cfg.in_dtype, yf, cfg.out_dtype, expert * n)
 
-                with e.loop((end - first + (_ROWS - 1)) // _ROWS) as part:
-                    start = e.let(first + part * _ROWS)
-                    size = e.let(T.min(e.i64(_ROWS), end - start))
-                    work.multiply(values, size, _ROWS, base, lambda r: order[start + r], write)
+                with e.loop((end - first + (cfg.t_block - 1)) // cfg.t_block) as part:
+                    start = e.let(first + part * cfg.t_block)
+                    size = e.let(T.min(e.i64(cfg.t_block), end - start))
+                    work.multiply(values, size, cfg.t_block, base, lambda r: order[start + r], write)
     return built[0]

@@ -80,7 +80,7 @@ class QuantLayout:
     @property
     def quads(self) -> bool:
         """Whether four columns of a row lie in a lane, for integer dot products."""
-        return self.of.activation_bits > 0 or self.in_quads
+        return self.of.activations is Code.INT or self.in_quads
 
     @property
     def _flipped(self) -> bool:
@@ -428,7 +428,8 @@ def quant_layout(scheme: Scheme, n: int, k: int, caps: Capabilities, *, gated: b
     Raises:
         LlmcError: more inputs than integer sums of the scheme hold.
     """
-    if scheme.activation_bits and not scheme.group_size and k > INT_COLUMNS:
+    integers = scheme.activations is Code.INT
+    if integers and not scheme.group_size and k > INT_COLUMNS:
         raise LlmcError(
             "scheme-too-wide",
             f"{scheme.name} sums products of bytes in 32 bits, which holds up to {INT_COLUMNS} inputs; found {n} x {k}.",
@@ -436,7 +437,7 @@ def quant_layout(scheme: Scheme, n: int, k: int, caps: Capabilities, *, gated: b
         )
     n_block = WARP_ROWS if caps.simt else usual_vectors(caps) * caps.lanes_f32
     rows = -(-n // (n_block // 2)) * n_block if gated else n
-    in_quads = caps.simt and scheme.bits == 8 and not scheme.activation_bits
+    in_quads = caps.simt and scheme.bits == 8 and not integers
     return QuantLayout(scheme.any_order.name, n_block, rows, k, in_quads)
 
 

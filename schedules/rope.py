@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -12,6 +13,8 @@ from llmc.caps import Capabilities
 from llmc.ops import HeadsAttrs, Run
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig
+from llmc.schedules.attention_pools import Pools
+from llmc.schedules.kv_codes import HeadWriter
 from llmc.schedules.norm import along, sum_along
 
 _SERIAL_TOKENS = 4  # so few tokens cost less than a parallel launch
@@ -176,38 +179,49 @@ class RopeOperands:
         return e.widen(e.load(buffer, at, lanes) if lanes > 1 else buffer[at], dtype, lanes)
 
 
-def append_token(
-    ops: RopeOperands, slots: Any, k_pool: Any, v_pool: Any, layer: Any, token: Any, head: Any
-) -> None:
+def append_token(ops: RopeOperands, slots: Any, pools: Pools, layer: Any, token: Any, head: Any) -> None:
     """Write one cached head of a token: its rotated key and its value."""
     cfg, caps = ops.cfg.attention, ops.caps
-    hk, dk, dv, ps, layers = cfg.kv_heads, cfg.key_dim, cfg.value_dim, cfg.page_size, cfg.layers
-    where = e.let(e.i64(slots[token]))
-    part = e.let((where // ps * layers + layer) * hk + head)
-    k_base, v_base = e.let(part * dk * ps + where % ps), e.let((part * ps + where % ps) * dv)
-    line = e.workspace(dk)  # keys are dim-major: the rotated head is scattered
+    to = HeadWriter(cfg, caps, pools, e.let(e.i64(slots[token])), layer, head)
+    if cfg.coded:
+        for which, dim, write in ((1, cfg.key_dim, to.coded_key), (2, cfg.value_dim, to.coded_value)):
+            line = e.workspace(dim)
+            ops.rotate(which, token, head, partial(_keep_rounded, cfg, caps, line))
+            write(line)
+        return
+    line = e.workspace(cfg.key_dim)  # keys are dim-major: the rotated head is scattered
 
-    def keep(first: Any, value: Any, lanes: int) -> None:
-        e.store(line, first, value, lanes)
-
-    def put(first: Any, value: Any, lanes: int) -> None:
-        e.store(v_pool, v_base + first, e.narrow(value, cfg.kv_dtype, lanes, caps), lanes)
-
-    ops.rotate(1, token, head, keep)
-    with e.loop(dk) as d:
+    def element(d: Any) -> Any:
         value = line[d]
         if cfg.dtype != "float32" and cfg.dtype != cfg.kv_dtype:  # as if the key had been stored in between
             value = e.widen(e.let(e.narrow(e.let(value), cfg.dtype, 1, caps)), cfg.dtype, 1)
-        e.store(k_pool, k_base + d * ps, e.narrow(e.let(value), cfg.kv_dtype, 1, caps), 1)
-    ops.rotate(2, token, head, put)
+        return e.narrow(e.let(value), cfg.kv_dtype, 1, caps)
+
+    ops.rotate(1, token, head, lambda first, value, lanes: e.store(line, first, value, lanes))
+    to.key(element)
+
+    def narrowed(store: Callable[[Any, Any, int], None]) -> None:
+        ops.rotate(
+            2, token, head, lambda first, value, n: store(first, e.narrow(value, cfg.kv_dtype, n, caps), n)
+        )
+
+    to.value(narrowed)
 
 
-def append_all(ops: RopeOperands, slots: Any, k_pool: Any, v_pool: Any, layer: Any) -> None:
+def _keep_rounded(
+    cfg: AttentionConfig, caps: Capabilities, line: Any, first: Any, value: Any, lanes: int
+) -> None:
+    """Elements of a head in float32, as if they had been stored in the model's type."""
+    value = e.let(value)
+    if cfg.dtype != "float32":
+        value = e.widen(e.let(e.narrow(value, cfg.dtype, lanes, caps)), cfg.dtype, lanes)
+    e.store(line, first, value, lanes)
+
+
+def append_all(ops: RopeOperands, slots: Any, pools: Pools, layer: Any) -> None:
     """append_token for every token and cached head."""
     hk = ops.cfg.attention.kv_heads
-    each_token(
-        ops.t, hk, ops.caps, lambda token, head: append_token(ops, slots, k_pool, v_pool, layer, token, head)
-    )
+    each_token(ops.t, hk, ops.caps, lambda token, head: append_token(ops, slots, pools, layer, token, head))
 
 
 def each_token(t: Any, heads: int, caps: Capabilities, body: Callable[[Any, Any], None]) -> None:
@@ -226,15 +240,15 @@ def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
     Rotates q to its own tensor, and, with k and v, appends them to the pools in place.
     """
     a = cfg.attention
-    hk, dk, dv, ps = a.kv_heads, a.key_dim, a.value_dim, a.page_size
+    dk = a.key_dim
     built: list[Any] = []
     with e.kernel(built):
         t, pages = e.dim("T"), e.dim("P")
         ops = RopeOperands(cfg, caps, t)
         if cfg.k is not None:
             slot = e.tensor("slot", [t], "int32")
-            k_pool = e.tensor("k_pool", [pages, a.layers, hk, dk, ps], a.kv_dtype)
-            v_pool = e.tensor("v_pool", [pages, a.layers, hk, ps, dv], a.kv_dtype)
+            k_pool = e.tensor("k_pool", [pages, a.layers, a.kv_heads, *a.k_page], a.pool_dtype)
+            v_pool = e.tensor("v_pool", [pages, a.layers, a.kv_heads, *a.v_page], a.pool_dtype)
             layer = e.scalar_arg("layer")
         q = e.tensor("q", [1, t, a.heads, dk], a.dtype)
         with e.root():
@@ -242,9 +256,7 @@ def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
             out = e.flat(q, t * a.heads * dk)
             if cfg.k is not None:
                 slots = e.flat(slot, t)
-                kp = e.flat(k_pool, pages * a.layers * hk * dk * ps)
-                vp = e.flat(v_pool, pages * a.layers * hk * ps * dv)
-                append_all(ops, slots, kp, vp, layer)
+                append_all(ops, slots, Pools(a, pages, k_pool, v_pool), layer)
 
             def query(token: Any, head: Any) -> None:
                 base = e.let((token * a.heads + head) * dk)

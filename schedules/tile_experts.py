@@ -9,7 +9,7 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities, TileUnit
 from llmc.schedules import emit as e
 from llmc.schedules.epilogue import Epilogue
-from llmc.schedules.experts import ExpertConfig, sort_rows
+from llmc.schedules.experts import ExpertConfig, expert_task, sort_rows
 from llmc.schedules.layout import linear_layout
 from llmc.schedules.tile_linear import Moved, PairSums, pack_rows
 from llmc.schedules.tile_product import PAIR, Rows, TileProduct, TileSchedule
@@ -61,10 +61,8 @@ def tile_expert_linear(cfg: ExpertConfig, caps: Capabilities) -> Any:
             left = pack_rows(caps, packed, e.flat(x, rows * k), rows, k, moved)
             product = TileProduct(caps, _SCHEDULE, TileDot.BF16, nb, _SCHEDULE.rows, packed, left)
             tiles = product.tiles()
-            # as in expert_linear, neighbouring tasks share a block number
             with tiles.launch(count * blocks, text) as number:
-                block = e.let(number // count)
-                expert = e.let(active[number % count])
+                block, expert = expert_task(number, blocks, active, count, cfg.by_expert)
                 first, end = e.let(begin[expert]), e.let(begin[expert + 1])
                 with e.loop((end - first + (product.most - 1)) // product.most) as part:
                     done = e.let(part * product.most)

@@ -12,6 +12,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities, TileUnit
+from llmc.quant.schemes import Code
 from llmc.schedules import emit as e
 from llmc.schedules.epilogue import Epilogue
 from llmc.schedules.qcodes import QuantCodes
@@ -28,10 +29,11 @@ _STEP = 32  # columns of a left operand
 def quant_tiles_from(config: QuantLinearConfig, caps: Capabilities, schedule: Any) -> int:
     """The least number of rows that take tiles; 0 = none.
 
-    Integers go through bytes; other codes only if activations are bf16 and stand in the weight's order.
+    Integers go through bytes; other codes only if activations are bf16, not rounded, and stand in the weight's order.
     """
     layout = config.layout
-    if layout.outliers:  # columns that the vector kernel adds in floating point
+    # columns that the vector kernel adds in floating point; scales that it applies to float32 sums
+    if layout.outliers or layout.of.activations is Code.E4M3:
         return 0
     usable = layout.quads or (config.in_dtype == "bfloat16" and not layout.of.order)
     return int(schedule.tiles_from) if usable and caps.tiles is not TileUnit.NONE else 0

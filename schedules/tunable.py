@@ -12,16 +12,14 @@ import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-import ml_dtypes
 import numpy as np
 
 from llmc.caps import Capabilities
 from llmc.schedules.choice import ByRows
-
-Array = np.ndarray[Any, Any]
+from llmc.schedules.tune_data import Array
 
 
 @dataclass(frozen=True)
@@ -89,9 +87,9 @@ class Space:
 
     def _is_own(self, schedule: Any) -> bool:
         knobs = {knob.name: knob.values for knob in self.knobs}
-        for field in fields(self.default):
-            value = getattr(schedule, field.name)
-            if value not in knobs.get(field.name, (getattr(self.default, field.name),)):
+        for own in fields(self.default):
+            value = getattr(schedule, own.name)
+            if value not in knobs.get(own.name, (getattr(self.default, own.name),)):
                 return False
         return bool(schedule == self.default or self.valid(schedule))
 
@@ -171,11 +169,13 @@ class Arguments:
         cold: indices of arrays that a model reads from memory, not from a cache (weights, pages); the tuner cycles
             over copies of them.
         out: index of the result that is checked.
+        others: index -> further arrays for this argument, which calls after the checked one take in turn.
     """
 
     values: tuple[Any, ...]
     cold: tuple[int, ...]
     out: int
+    others: Mapping[int, tuple[Array, ...]] = field(default_factory=dict)
 
 
 class Tunable(ABC):
@@ -308,10 +308,14 @@ def code_of(tunable: Tunable, caps: Capabilities) -> str:
     """What the kernel class generates, in 16 hexadecimal digits: measurements of other code do not count.
 
     It stands for the TIR of the sample tasks with the default schedule and, since a template's other paths matter as well,
-    with one schedule per knob that differs in that knob. Comments, names and the machine's number of threads leave it as it
-    is; a change of loops, of a default or of a knob does not. "" for a class without samples, which has only its version.
+    of the first two of them with one schedule per knob that differs in that knob. Comments, names and the machine's number
+    of threads leave it as it is; a change of loops, of a default or of a knob does not. "" for a class without samples,
+    which has only its version.
     """
     return _code_of(type(tunable), replace(caps, threads=2))
+
+
+_VARIED = 2  # sample tasks whose schedules are varied
 
 
 @functools.cache
@@ -319,9 +323,10 @@ def _code_of(kind: type[Tunable], caps: Capabilities) -> str:
     import tvm_ffi
 
     tunable, hashes = kind(), []
-    for task in tunable.samples(caps):
+    for number, task in enumerate(tunable.samples(caps)):
         for bucket in tunable.sampled_buckets(task):
-            for schedule in tunable.space(task, bucket, caps).representatives():
+            space = tunable.space(task, bucket, caps)
+            for schedule in space.representatives() if number < _VARIED else [space.default]:
                 func = tunable.candidate(task, schedule, None, caps)
                 hashes.append(tvm_ffi.structural_hash(func, map_free_vars=True))
     return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16] if hashes else ""
@@ -345,34 +350,3 @@ def balance(tasks: float, threads: int) -> float:
     """How much longer the busiest thread works than the average one, with equal tasks."""
     per_thread = -(-tasks // threads)
     return per_thread * threads / tasks
-
-
-NUMPY_TYPES: dict[str, Any] = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-}
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_PERIOD = 1_000_003  # random numbers repeat after a prime, so that no two rows of a weight are alike
-
-
-def random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
-    """Standard normal numbers; large arrays repeat a piece of them."""
-    size = int(np.prod(shape))
-    piece = rng.standard_normal(min(size, _PERIOD), np.float32).astype(NUMPY_TYPES[dtype])
-    return np.resize(piece, shape) if size > _PERIOD else piece.reshape(shape)
-
-
-def empty_result(shape: tuple[int, ...], dtype: str) -> Array:
-    """An output full of NaN, so that what a kernel does not write shows."""
-    return np.full(shape, np.nan, NUMPY_TYPES[dtype])
-
-
-def multiply(x: Array, weight: Array) -> Array:
-    """x[rows, k] @ weight[n, k].T in float32, a piece of the weight at a time."""
-    left = x.astype(np.float32)
-    out = np.empty((x.shape[0], weight.shape[0]), np.float32)
-    step = max(1, (32 << 20) // max(1, weight.shape[1]))
-    for i in range(0, weight.shape[0], step):
-        out[:, i : i + step] = left @ weight[i : i + step].astype(np.float32).T
-    return out

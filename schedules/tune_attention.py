@@ -9,23 +9,23 @@ from typing import Any, ClassVar
 import numpy as np
 
 from llmc.caps import Capabilities
+from llmc.kv_plan import entry_bytes
 from llmc.schedules.attention import attention_decode, attention_prefill, partial_shape
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
 from llmc.schedules.choice import ByRows
+from llmc.schedules.kv_arrays import coded_part, decoded
+from llmc.schedules.layout import usual_vectors
 from llmc.schedules.tunable import (
     BUCKETS,
-    ITEM_BYTES,
     Arguments,
-    Array,
     Bucket,
     Knob,
     Space,
     Tunable,
     Work,
-    balance,
-    empty_result,
-    random_array,
 )
+from llmc.schedules.tune_data import ITEM_BYTES, Array, empty_result, random_array
+from llmc.schedules.tune_weights import register_terms, register_tile_fits, task_terms
 
 _CONTEXT = 1024  # keys per sequence that decode is tuned on
 _REGISTER_TILES = (2, 3, 4, 6, 8)
@@ -47,12 +47,14 @@ class _TunableAttention(Tunable):
         )
 
     def samples(self, caps: Capabilities) -> tuple[AttentionConfig, ...]:
-        kinds = (("bfloat16", 0), ("float32", 256))
-        made = [AttentionConfig(4, 2, 64, 64, t, t, 16, 1, 0.125, window=window) for t, window in kinds]
+        kinds = (("bfloat16", "bfloat16", 0), ("float32", "float32", 256), ("bfloat16", "int8", 0))
+        made = [AttentionConfig(4, 2, 64, 64, t, kv, 16, 1, 0.125, window=w) for t, kv, w in kinds]
         return tuple(self.task(config) for config in made)
 
     def tolerance(self, task: AttentionConfig) -> float:
-        narrowest = task.dtype if ITEM_BYTES[task.dtype] < ITEM_BYTES[task.kv_dtype] else task.kv_dtype
+        # coded pages are read exactly, or as bfloat16, which holds the codes
+        pages = task.dtype if task.coded else task.kv_dtype
+        narrowest = task.dtype if ITEM_BYTES[task.dtype] < ITEM_BYTES[pages] else pages
         return {"float32": 2e-5, "float16": 8e-3, "bfloat16": 4e-2}[narrowest]
 
     @abstractmethod
@@ -62,10 +64,17 @@ class _TunableAttention(Tunable):
     def inputs(self, task: AttentionConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
         sequences, new, keys = self.batch(rows)
         q_shape = (sequences * new, task.heads, task.key_dim)
+
+        def cached(dim: int) -> Array:
+            shape = (sequences, task.kv_heads, keys, dim)
+            if task.coded:
+                return decoded(random_array(rng, shape, "float32"), task.kv_dtype)
+            return random_array(rng, shape, task.kv_dtype)
+
         return {
             "q": random_array(rng, q_shape, task.dtype),
-            "k": random_array(rng, (sequences, task.kv_heads, keys, task.key_dim), task.kv_dtype),
-            "v": random_array(rng, (sequences, task.kv_heads, keys, task.value_dim), task.kv_dtype),
+            "k": cached(task.key_dim),
+            "v": cached(task.value_dim),
             "order": rng.permutation(sequences * -(-keys // task.page_size)).astype(np.int32),
         }
 
@@ -88,8 +97,12 @@ class _TunableAttention(Tunable):
             padded = np.zeros((sequences, heads, width * ps, source.shape[3]), source.dtype)
             padded[:, :, :keys] = source
             split = padded.reshape(sequences, heads, width, ps, -1).transpose(0, 2, 1, 3, 4)
-            part = split.swapaxes(3, 4) if dims_first else split
-            pool = np.zeros((pages, 1, *part.shape[2:]), source.dtype)
+            if task.coded:
+                bytes_of = coded_part(split, task.kv_dtype, keys=dims_first)
+                part = bytes_of.reshape(*split.shape[:3], *(task.k_page if dims_first else task.v_page))
+            else:
+                part = split.swapaxes(3, 4) if dims_first else split
+            pool = np.zeros((pages, 1, *part.shape[2:]), part.dtype)
             pool[table.reshape(-1), 0] = part.reshape(sequences * width, *part.shape[2:])
             pools.append(pool)
         new = case["q"].shape[0] // sequences
@@ -131,25 +144,26 @@ class _TunableAttention(Tunable):
         visible = min(task.window, keys) if task.window else keys
         dims = task.key_dim + task.value_dim
         pairs = sequences * new * (visible - (new - 1) / 2 if not task.window else visible)
-        moved = sequences * visible * task.kv_heads * dims * ITEM_BYTES[task.kv_dtype]
+        cached = entry_bytes(task.kv_dtype, task.key_dim) + entry_bytes(task.kv_dtype, task.value_dim)
+        moved = sequences * visible * task.kv_heads * cached
         moved += sequences * new * task.heads * dims * ITEM_BYTES[task.dtype]
-        return Work(float(moved), 2.0 * pairs * task.heads * dims, task.kv_dtype)
+        return Work(
+            float(moved), 2.0 * pairs * task.heads * dims, task.dtype if task.coded else task.kv_dtype
+        )
 
     def _register_terms(self, schedule: Any, rows: int, caps: Capabilities) -> dict[str, float]:
-        vectors = schedule.vectors or (4 if caps.vector_registers >= 32 else 2)
         tile = -(-rows // -(-rows // schedule.row_tile))
-        return {
-            "registers": (tile * vectors + vectors + 1) / caps.vector_registers,
-            "updates_per_load": tile * vectors / (tile + vectors),
-        }
+        return register_terms(tile, schedule.vectors or usual_vectors(caps), caps)
 
     def _fits(self, schedule: Any, caps: Capabilities) -> bool:
         """The register tile is not the default's, or fits into the registers."""
-        usual = 4 if caps.vector_registers >= 32 else 2
-        vectors = schedule.vectors or usual
-        if schedule.vectors == usual:
-            return False
-        return bool(schedule.row_tile * vectors + vectors + 1 <= caps.vector_registers)
+        usual = usual_vectors(caps)
+        fits = register_tile_fits(schedule.row_tile, schedule.vectors or usual, caps)
+        return fits and schedule.vectors != usual
+
+
+def _vectors(caps: Capabilities) -> Knob:
+    return Knob("vectors", (1, 2, 0, 6) if usual_vectors(caps) == 4 else (1, 0, 4))
 
 
 class TunablePrefill(_TunableAttention):
@@ -165,12 +179,11 @@ class TunablePrefill(_TunableAttention):
         return 1, rows, rows
 
     def space(self, task: AttentionConfig, bucket: Bucket, caps: Capabilities) -> Space:
-        usual = 4 if caps.vector_registers >= 32 else 2
         knobs = (
             Knob("tile_rows", (16, 32, 48, 64, 96, 128, 192)),
             Knob("keys", (32, 64, 128, 256)),
             Knob("row_tile", _REGISTER_TILES),
-            Knob("vectors", (1, 2, 0, 6) if usual == 4 else (1, 0, 4)),
+            _vectors(caps),
         )
         return Space(self.default(task, caps), knobs, lambda s: self._fits(s, caps))
 
@@ -192,8 +205,7 @@ class TunablePrefill(_TunableAttention):
         dims = task.key_dim + task.value_dim
         return {
             **self._register_terms(schedule, tokens * group, caps),
-            "tasks": tasks / caps.threads,
-            "balance": balance(tasks, caps.threads),
+            **task_terms(tasks, caps),
             "tile": float(tokens * group * (task.value_dim + 2 * schedule.keys) * 4),
             "block": float(schedule.keys * dims * ITEM_BYTES[task.kv_dtype]),
             "relayouts": tokens * group / schedule.tile_rows,
@@ -215,13 +227,12 @@ class TunableDecode(_TunableAttention):
         return rows, 1, _CONTEXT
 
     def space(self, task: AttentionConfig, bucket: Bucket, caps: Capabilities) -> Space:
-        usual = 4 if caps.vector_registers >= 32 else 2
         knobs = (
             Knob("splits", (1, 2, 4, 8, 16)),
             Knob("keys", (32, 64, 128, 256, 512)),
             Knob("least_keys", (64, 128, 256, 512)),
             Knob("row_tile", _REGISTER_TILES),
-            Knob("vectors", (1, 2, 0, 6) if usual == 4 else (1, 0, 4)),
+            _vectors(caps),
         )
         return Space(self.default(task, caps), knobs, lambda s: self._fits(s, caps))
 
@@ -247,8 +258,7 @@ class TunableDecode(_TunableAttention):
         group = task.heads // task.kv_heads
         return {
             **self._register_terms(schedule, group, caps),
-            "tasks": tasks / caps.threads,
-            "balance": balance(tasks, caps.threads),
+            **task_terms(tasks, caps),
             "block": float(schedule.keys * dims * ITEM_BYTES[task.kv_dtype]),
             "blocks": _CONTEXT / pieces / schedule.keys,
             "merged": float(pieces if pieces > 1 else 0),

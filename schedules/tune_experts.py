@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
-from llmc.schedules.choice import ByRows, segments
+from llmc.schedules.choice import ByRows, Scheduled, segments
 from llmc.schedules.experts import ExpertConfig, expert_linear
 from llmc.schedules.layout import BlockedLayout, linear_layout, usual_vectors
 from llmc.schedules.tile_experts import expert_tiles_from, tile_expert_linear
-from llmc.schedules.tunable import (
-    BUCKETS,
-    ITEM_BYTES,
-    Arguments,
-    Array,
-    Bucket,
-    Knob,
-    Space,
-    Tunable,
-    Work,
-    balance,
-    empty_result,
-    multiply,
-    random_array,
+from llmc.schedules.tunable import BUCKETS, Bucket, Knob, Space, Work
+from llmc.schedules.tune_data import ITEM_BYTES, Array, multiply, random_array
+from llmc.schedules.tune_weights import (
+    TunableWeight,
+    register_terms,
+    register_tile_fits,
+    rows_bytes,
+    task_terms,
+    too_wide,
+    usual_tile,
+    vector_counts,
 )
+
+_ONE_TOKEN = 8  # up to so many rows are taken for one token's, whose experts are all different
+_SETS = 15  # of experts that calls take in turn
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,20 @@ class ExpertSchedule:
     rows_tile: int = 0
     unroll: int = 0
     prefetch: int = 2304
+    by_expert: bool = False
 
 
-class ExpertKernel(NamedTuple):
-    """A kernel with schedules by rows: its config, whose own schedule fields do not count, and the schedules."""
+class ExpertKernel(Scheduled):
+    """An ExpertConfig and its schedules by rows."""
 
-    config: ExpertConfig
-    schedule: ByRows[ExpertSchedule]
+    __slots__ = ()
 
     def configs(self, caps: Capabilities) -> list[ExpertConfig]:
         """The config of each schedule."""
         out = []
         for choice in self.schedule.choices:
-            layout = _layout(self.config, choice, caps)
-            fields: dict[str, Any] = dict(
-                rows_tile=choice.rows_tile, unroll=choice.unroll, prefetch=choice.prefetch
-            )
-            out.append(replace(self.config, layout=layout, **fields))
+            fields = {name: value for name, value in vars(choice).items() if name != "vectors"}
+            out.append(replace(self.config, layout=_layout(self.config, choice, caps), **fields))
         return out
 
 
@@ -75,17 +72,17 @@ def expert_linear_by_rows(kernel: ExpertKernel, caps: Capabilities) -> Any:
     return e.merged("N", [part.most for part in parts[:-1]], builders)
 
 
-class TunableExperts(Tunable):
+class TunableExperts(TunableWeight):
     """y[r] = x[r] @ weight[ids[r]].T, weights in their own dtype."""
 
     name = "experts"
     config_type = ExpertConfig
-    schedule_type = ExpertSchedule
-    shared = ("vectors",)
+    schedule_type: ClassVar[type] = ExpertSchedule
+    shared: ClassVar[tuple[str, ...]] = ("vectors",)
 
     def task(self, config: ExpertConfig) -> ExpertConfig:
-        plain = ExpertSchedule()
-        return replace(config, rows_tile=plain.rows_tile, unroll=plain.unroll, prefetch=plain.prefetch)
+        plain = {name: value for name, value in vars(ExpertSchedule()).items() if name != "vectors"}
+        return replace(config, **plain)
 
     def parsed(self, values: dict[str, Any]) -> dict[str, Any]:
         return {**values, "layout": BlockedLayout(**values["layout"]) if values.get("layout") else None}
@@ -97,19 +94,18 @@ class TunableExperts(Tunable):
         return BUCKETS
 
     def space(self, task: ExpertConfig, bucket: Bucket, caps: Capabilities) -> Space:
-        registers, usual = caps.vector_registers, usual_vectors(caps)
-
         def valid(schedule: ExpertSchedule) -> bool:
-            vectors, tile = schedule.vectors or usual, schedule.rows_tile
-            auto = min(6, (registers - vectors - 2) // vectors)
-            too_wide = vectors * caps.lanes_f32 > max(task.n, usual * caps.lanes_f32)
-            return not (too_wide or tile == auto or (tile and tile * vectors + vectors + 1 > registers))
+            vectors, tile = schedule.vectors or usual_vectors(caps), schedule.rows_tile
+            if too_wide(vectors, task.n, caps) or tile == usual_tile(vectors, caps):
+                return False
+            return not tile or register_tile_fits(tile, vectors, caps)
 
         knobs = (
-            Knob("vectors", (0,) if task.layout else (1, 2, 0, 6, 8) if usual == 4 else (1, 0, 3, 4)),
+            Knob("vectors", (0,) if task.layout else vector_counts(caps)),
             Knob("rows_tile", (0, 1, 2, 3, 4, 5, 6, 8, 12) if bucket.high != 1 else (0,)),
             Knob("unroll", (0, 2, 4, 8)),
             Knob("prefetch", (0, 512, 1024, 2304, 4096, 8192)),
+            Knob("by_expert", (False, True)),
         )
         return Space(self.default(task, caps), knobs, valid)
 
@@ -119,7 +115,8 @@ class TunableExperts(Tunable):
     def schedules_of(self, config: Any) -> ByRows[Any]:
         if isinstance(config, ExpertKernel):
             return config.schedule
-        return ByRows((ExpertSchedule(0, config.rows_tile, config.unroll, config.prefetch),))
+        own = {f.name: getattr(config, f.name) for f in fields(ExpertSchedule) if f.name != "vectors"}
+        return ByRows((ExpertSchedule(**own),))
 
     def build(self, config: ExpertKernel, caps: Capabilities) -> Any:
         return expert_linear_by_rows(config, caps)
@@ -135,27 +132,13 @@ class TunableExperts(Tunable):
         return made
 
     def inputs(self, task: ExpertConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
-        ids = rng.integers(0, task.experts, rows).astype(task.ids_dtype)
-        return {"x": random_array(rng, (rows, task.k), task.in_dtype), "ids": ids}
+        x = random_array(rng, (rows, task.k), task.in_dtype)
+        return {"x": x, **expert_ids(task.experts, rows, task.ids_dtype, rng)}
 
     def pack(
         self, task: ExpertConfig, schedule: ExpertSchedule, weights: dict[str, Array], caps: Capabilities
     ) -> Array:
         return _layout(task, schedule, caps).pack(weights["weight"])
-
-    def arguments(
-        self,
-        task: ExpertConfig,
-        schedule: ExpertSchedule,
-        case: dict[str, Array],
-        caps: Capabilities,
-        packed: Array | None = None,
-    ) -> Arguments:
-        packed = self.pack(task, schedule, case, caps) if packed is None else packed
-        y = empty_result((case["x"].shape[0], task.n), task.out_dtype)
-        extra = [case["bias"]] if "bias" in case else []
-        values = (case["x"], case["ids"], packed, *extra, y)
-        return Arguments(values, (2,), len(values) - 1)
 
     def reference(self, task: ExpertConfig, case: dict[str, Array]) -> Array:
         out = np.empty((case["x"].shape[0], task.n), np.float32)
@@ -167,27 +150,45 @@ class TunableExperts(Tunable):
         return out
 
     def work(self, task: ExpertConfig, rows: int) -> Work:
-        # experts that some row goes to, if all are equally likely
-        active = task.experts * (1 - (1 - 1 / task.experts) ** rows)
-        moved = active * task.n * task.k * ITEM_BYTES[task.weight_dtype]
-        moved += rows * (task.k * ITEM_BYTES[task.in_dtype] + task.n * ITEM_BYTES[task.out_dtype])
-        return Work(moved, 2.0 * rows * task.n * task.k, task.weight_dtype)
+        read = active_experts(task.experts, rows) * task.n * task.k * ITEM_BYTES[task.weight_dtype]
+        return Work(read + rows_bytes(task, rows, task.k), 2.0 * rows * task.n * task.k, task.weight_dtype)
 
     def terms(
         self, task: ExpertConfig, schedule: ExpertSchedule, rows: int, caps: Capabilities
     ) -> dict[str, float]:
         layout = _layout(task, schedule, caps)
         vectors = layout.n_block // caps.lanes_f32
-        auto = max(1, min(6, (caps.vector_registers - vectors - 2) // vectors))
-        active = task.experts * (1 - (1 - 1 / task.experts) ** rows)
-        tile = min(schedule.rows_tile or auto, max(1, round(rows / active)))
-        tasks = -(-task.n // layout.n_block) * active
+        active = active_experts(task.experts, rows)
+        tile = min(schedule.rows_tile or usual_tile(vectors, caps), max(1, round(rows / active)))
+        blocks = -(-task.n // layout.n_block)
         return {
+            **register_terms(tile, vectors, caps),
+            **task_terms(blocks * active, caps),
             "rows_per_expert": rows / active,
-            "tasks": tasks / caps.threads,
-            "balance": balance(tasks, caps.threads),
-            "registers": (tile * vectors + vectors + 1) / caps.vector_registers,
-            "updates_per_load": tile * vectors / (tile + vectors),
-            "padding": -(-task.n // layout.n_block) * layout.n_block / task.n,
+            "padding": blocks * layout.n_block / task.n,
             "steps_ahead": schedule.prefetch / (layout.n_block * ITEM_BYTES[task.weight_dtype]),
+            "uneven": active % caps.threads / active if schedule.by_expert else 0.0,
         }
+
+
+def active_experts(experts: int, rows: int) -> float:
+    """How many experts some row goes to, if all are equally likely."""
+    if rows <= _ONE_TOKEN:
+        return float(min(rows, experts))
+    return float(experts * (1 - (1 - 1 / experts) ** rows))
+
+
+def expert_ids(experts: int, rows: int, dtype: str, rng: np.random.Generator) -> dict[str, Array]:
+    """Which experts rows go to: ids [rows], and other_ids [sets, rows] for the calls that follow the first one.
+
+    One token's experts are a small part of the weight, which a cache would hold from one call to the next. The number of
+    sets is odd: two kernels that are called in turns get all of them.
+    """
+    sets = min(_SETS, int(experts / active_experts(experts, rows))) // 2 * 2 + 1
+    if rows <= min(_ONE_TOKEN, experts):
+        order = rng.permutation(experts)
+        made = np.stack([np.roll(order, -i * rows)[:rows] for i in range(sets)])
+    else:
+        made = rng.integers(0, experts, (sets, rows))
+    made = made.astype(dtype)
+    return {"ids": made[0], "other_ids": made[1:]}

@@ -15,27 +15,24 @@ from llmc.schedules.layout import BlockedLayout, usual_vectors
 from llmc.schedules.linear import LinearConfig, LinearSchedule
 from llmc.schedules.qlayout import turns
 from llmc.schedules.tile_linear import linear_by_rows, tiles_from
-from llmc.schedules.tunable import (
-    BUCKETS,
-    ITEM_BYTES,
-    Arguments,
-    Array,
-    Bucket,
-    Knob,
-    Space,
-    Tunable,
-    Work,
-    balance,
-    empty_result,
-    multiply,
-    random_array,
-)
+from llmc.schedules.tunable import BUCKETS, Bucket, Knob, Space, Work
+from llmc.schedules.tune_data import ITEM_BYTES, Array, multiply, random_array, random_rows
 from llmc.schedules.tune_tiles import with_tiles
+from llmc.schedules.tune_weights import (
+    TunableWeight,
+    register_terms,
+    register_tile_fits,
+    rows_bytes,
+    task_terms,
+    too_wide,
+    usual_tile,
+    vector_counts,
+)
 
 _WHOLE = 1 << 20  # a k_block that no weight reaches
 
 
-class TunableLinear(Tunable):
+class TunableLinear(TunableWeight):
     """y = x @ weight.T with its epilogue, weights in their own dtype."""
 
     name = "linear"
@@ -59,25 +56,25 @@ class TunableLinear(Tunable):
         return BUCKETS
 
     def space(self, task: LinearConfig, bucket: Bucket, caps: Capabilities) -> Space:
-        registers, usual = caps.vector_registers, usual_vectors(caps)
-        most = bucket.high or _WHOLE
+        usual, most = usual_vectors(caps), bucket.high or _WHOLE
         large = most > 16
-        vectors = (1, 2, 0, 6, 8) if usual == 4 else (1, 0, 3, 4)
+
+        def blocks_fit(schedule: LinearSchedule) -> bool:
+            vectors = schedule.vectors or usual
+            return not (too_wide(vectors, task.n, caps) or (task.gated and vectors % 2))
 
         def valid(schedule: LinearSchedule) -> bool:
-            vectors = schedule.vectors or usual
-            tile = schedule.rows_tile
-            if vectors * caps.lanes_f32 > max(task.n, usual * caps.lanes_f32) or (task.gated and vectors % 2):
+            vectors, tile = schedule.vectors or usual, schedule.rows_tile
+            if not blocks_fit(schedule) or tile == usual_tile(vectors, caps):
                 return False
-            auto = min(6, (registers - vectors - 2) // vectors)
-            if tile == auto or (tile and tile * vectors + vectors + 1 > registers):
+            if tile and not register_tile_fits(tile, vectors, caps):
                 return False
             # one task takes all rows: the order of tasks is then one and the same
             return not (schedule.block_fast and schedule.t_block >= most)
 
         knobs = (
             # a layout that is given: the blocks suit another machine
-            Knob("vectors", (0,) if task.layout else vectors),
+            Knob("vectors", (0,) if task.layout else vector_counts(caps)),
             Knob("rows_tile", (0, *(r for r in (1, 2, 3, 4, 5, 6, 8, 12) if r <= most))),
             Knob("k_block", self._pieces(task.k)),
             Knob("t_block", (24, 48, 96, 144, 240, 384, 520) if large else (240,)),
@@ -88,13 +85,7 @@ class TunableLinear(Tunable):
         space = Space(self.default(task, caps), knobs, valid)
         if not tiles_from(task, caps, space.default):
             return space
-
-        def fits(schedule: LinearSchedule) -> bool:
-            vectors = schedule.vectors or usual
-            narrow = vectors * caps.lanes_f32 <= max(task.n, usual * caps.lanes_f32)
-            return narrow and not (task.gated and vectors % 2)
-
-        return with_tiles(space, bucket, task.k, (knobs[0],), fits)
+        return with_tiles(space, bucket, task.k, (knobs[0],), blocks_fit)
 
     def _pieces(self, k: int) -> tuple[int, ...]:
         """k_block values that differ for k columns, the default among them."""
@@ -118,9 +109,7 @@ class TunableLinear(Tunable):
         return made
 
     def inputs(self, task: LinearConfig, rows: int, rng: np.random.Generator) -> dict[str, Array]:
-        x = random_array(rng, (rows, task.k), task.in_dtype)
-        # sums of about one: activations are then tested where they bend
-        made = {"x": (x.astype(np.float32) / math.sqrt(task.k)).astype(x.dtype)}
+        made = {"x": random_rows(rng, rows, task.k, task.in_dtype)}
         if task.has_residual:
             made["residual"] = random_array(rng, (rows, task.n), task.in_dtype)
         return made
@@ -136,29 +125,13 @@ class TunableLinear(Tunable):
             weight[index < 0] = 0
         return layout.pack(weight)
 
-    def arguments(
-        self,
-        task: LinearConfig,
-        schedule: LinearSchedule,
-        case: dict[str, Array],
-        caps: Capabilities,
-        packed: Array | None = None,
-    ) -> Arguments:
-        packed = self.pack(task, schedule, case, caps) if packed is None else packed
-        extra = [case[name] for name in ("bias", "residual") if name in case]
-        y = empty_result((case["x"].shape[0], task.n), task.out_dtype)
-        values = (case["x"], packed, *extra, y)
-        return Arguments(values, (1,), len(values) - 1)
-
     def reference(self, task: LinearConfig, case: dict[str, Array]) -> Array:
         return finish(task, multiply(case["x"], case["weight"]), case)
 
     def work(self, task: LinearConfig, rows: int) -> Work:
         held = 2 * task.n if task.gated else task.n
-        item = ITEM_BYTES[task.weight_dtype]
-        moved = held * task.k * item + rows * task.k * ITEM_BYTES[task.in_dtype]
-        moved += rows * task.n * (ITEM_BYTES[task.out_dtype] + item * task.has_residual)
-        return Work(moved, 2.0 * rows * held * task.k, task.weight_dtype)
+        read = held * task.k * ITEM_BYTES[task.weight_dtype]
+        return Work(read + rows_bytes(task, rows, task.k), 2.0 * rows * held * task.k, task.weight_dtype)
 
     def terms(
         self, task: LinearConfig, schedule: LinearSchedule, rows: int, caps: Capabilities
@@ -166,16 +139,13 @@ class TunableLinear(Tunable):
         scheduled = replace(task, schedule=ByRows((schedule,)))
         blocks, _, nb, _ = scheduled.packed_shape(caps)
         vectors = nb // caps.lanes_f32
-        auto = max(1, min(6, (caps.vector_registers - vectors - 2) // vectors))
-        tile = min(schedule.rows_tile or auto, rows)
+        tile = min(schedule.rows_tile or usual_tile(vectors, caps), rows)
         piece, rows_of_task = min(schedule.k_block, task.k), min(schedule.t_block, rows)
         tasks = blocks * -(-rows // rows_of_task)
         item = ITEM_BYTES[task.weight_dtype]
         return {
-            "tasks": tasks / caps.threads,
-            "balance": balance(tasks, caps.threads),
-            "registers": (tile * vectors + vectors + 1) / caps.vector_registers,
-            "updates_per_load": tile * vectors / (tile + vectors),
+            **task_terms(tasks, caps),
+            **register_terms(tile, vectors, caps),
             "tail_rows": rows_of_task % tile / rows_of_task,
             "weight_piece": float(piece * nb * item),
             "x_piece": float(piece * rows_of_task * item),

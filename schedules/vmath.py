@@ -84,7 +84,7 @@ def exp2_nonpositive(x: Any, lanes: int, *, coarse: bool = False) -> Any:
             coefficients = _EXP2_COARSE if coarse else _EXP2
             return _share(t - n, lambda f: _scale(_polynomial(coefficients, f, lanes), n, lanes))
 
-        return _share(_round_even(t, lanes), split)
+        return _share(round_even(t, lanes), split)
 
     # the constant comes first: a NaN in the second operand survives the comparison
     return _share(T.max(e.splat(-127.0, lanes), x), reduced)
@@ -100,13 +100,13 @@ def exp(x: Any, lanes: int) -> Any:
 
             def assemble(f: Any) -> Any:
                 # in two factors, as 2**128 and 2**-149 do not fit into one exponent
-                half = _round_even(n * e.splat(0.5, lanes), lanes)
+                half = round_even(n * e.splat(0.5, lanes), lanes)
                 p = _polynomial(_EXP2, f, lanes)
                 return _share(half, lambda h: p * _power2(h, lanes) * _power2(n - h, lanes))
 
             return _share(f, assemble)
 
-        return _share(_round_even(x * e.splat(_LOG2E, lanes), lanes), split)
+        return _share(round_even(x * e.splat(_LOG2E, lanes), lanes), split)
 
     return _share(T.max(e.splat(-104.0, lanes), T.min(e.splat(89.0, lanes), x)), bounded)
 
@@ -204,7 +204,7 @@ def _power2(n: Any, lanes: int) -> Any:
     return T.reinterpret(e.vec("float32", lanes), T.shift_left(bits, e.const("int32", 23, lanes)))
 
 
-def _round_even(x: Any, lanes: int) -> Any:
+def round_even(x: Any, lanes: int) -> Any:
     name = T.llvm_lookup_intrinsic_id("llvm.roundeven")
     return T.call_llvm_pure_intrin(e.vec("float32", lanes), name, x)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from llmc.schedules.tunable import Arguments, Work
+from llmc.schedules.tune_data import Array
 
 
 @dataclass(frozen=True)
@@ -68,3 +70,24 @@ class Runner(ABC):
     @abstractmethod
     def seconds(self, kernel: Any, placed: Sequence[Any]) -> float:
         """Wall time of one call."""
+
+
+def argument_lists(
+    arguments: Arguments, cold: Mapping[int, Sequence[Any]], tensor: Callable[[Array], Any]
+) -> list[list[Any]]:
+    """What Runner.place gives: lists that go through all copies of the cold arrays and all that takes turns with a value.
+
+    Args:
+        cold: index of each cold array -> its copies.
+        tensor: makes an argument of an array.
+    """
+    held: list[Sequence[Any]] = []
+    for i, value in enumerate(arguments.values):
+        if i in cold:
+            held.append(cold[i])
+        elif isinstance(value, int):
+            held.append([value])
+        else:
+            held.append([tensor(array) for array in (value, *arguments.others.get(i, ()))])
+    count = math.lcm(*(len(values) for values in held))
+    return [[values[n % len(values)] for values in held] for n in range(count)]

@@ -239,13 +239,15 @@ def test_inputs_of_named_weights_are_rounded_to_int8(tmp_path: Path) -> None:
     folder = save(tiny_model("llama"), tmp_path / "model")
     source = open_model(str(folder), dtype=None)
     plain = reference_logits(source, IDS, "float32").logits
-    source.weights.int8_inputs = {"model.layers.0.mlp.up_proj.weight": InputRounding()}
+    source.weights.rounded_inputs = {"model.layers.0.mlp.up_proj.weight": InputRounding()}
     for budget in (1, 1 << 30):
         changed = reference_logits(source, IDS, "float32", budget=budget).logits
         assert 1e-5 < np.abs(changed - plain).max() / np.abs(plain).max() < 0.05
     # the mlp's inputs have 64 columns: with all of them kept nothing is rounded
-    source.weights.int8_inputs = {"model.layers.0.mlp.up_proj.weight": InputRounding(kept=torch.arange(64))}
+    source.weights.rounded_inputs = {
+        "model.layers.0.mlp.up_proj.weight": InputRounding(kept=torch.arange(64))
+    }
     np.testing.assert_array_equal(reference_logits(source, IDS, "float32").logits, plain)
-    source.weights.int8_inputs = {"model.layers.0.mlp.up_proj.weight": InputRounding()}
+    source.weights.rounded_inputs = {"model.layers.0.mlp.up_proj.weight": InputRounding()}
     jittered = reference_logits(source, IDS, "float32", jitter=0.01).logits
     assert 0 < np.abs(jittered - changed).max() < np.abs(plain).max()

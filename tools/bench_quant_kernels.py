@@ -29,7 +29,7 @@ import numpy as np
 from llmc.caps import Capabilities
 from llmc.host import require_permission
 from llmc.limits import MachineLimits, measure
-from llmc.quant.schemes import by_name
+from llmc.quant.schemes import Code, by_name
 from llmc.runtime.library import tensor_view
 from llmc.runtime.memory import huge_zeros
 from llmc.schedules.limits import read_kernel
@@ -159,7 +159,7 @@ def show(bench: Bench, shape: Shape, rows: int, times: dict[str, list[float]], l
         seconds = best[scheme]
         bandwidth = bench.nbytes((scheme, shape)) / seconds
         rate = 2 * rows * shape[0] * shape[1] / seconds
-        kind = "int8" if scheme != "bf16" and by_name(scheme).activation_bits else "bf16"
+        kind = "int8" if scheme != "bf16" and by_name(scheme).activations is Code.INT else "bf16"
         peak = limits.multiply.get(kind, limits.multiply["f32"])
         cells = [
             f"{shape[0]} x {shape[1]}",

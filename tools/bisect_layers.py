@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llmc.errors import LlmcError
-from llmc.spec import CompileSpec, DType
+from llmc.spec import CompileSpec, DType, KVDType
 from llmc.verify_compare import LayerError, first_divergence
 
 
@@ -59,7 +59,7 @@ def spec_of(options: argparse.Namespace) -> CompileSpec:
         model=options.model,
         target=options.target,
         dtype=DType.parse(options.dtype) if options.dtype else None,
-        kv_dtype=DType.parse(options.kv_dtype) if options.kv_dtype else None,
+        kv_dtype=KVDType.parse(options.kv_dtype) if options.kv_dtype else None,
     )
 
 

@@ -200,8 +200,8 @@ def _quantized(s: Session, section: str, name: str, rows: int) -> tuple[Call, Ca
     ours = [kernels(name, x, w, y) for w in d.copies(stored)]
     ours[0]()
     expected = (x.float() @ some.T).repeat(1, n // some.shape[0])
-    # activations are rounded to 8 bits too
-    most = 3e-2 if told["integers"] else _WRONG
+    # activations are rounded to 8 bits too, of which 4 are an exponent
+    most = 6e-2 if "fp8a8" in told["scheme"] else 3e-2 if told["integers"] else _WRONG
     error = _checked(section, f"{name}, {rows} rows", y, expected, most)
     plain = d.copies(d.random(n, k))
     theirs = lambda turn: x @ plain[turn % len(plain)].T  # noqa: E731
@@ -229,7 +229,8 @@ def quant(s: Session) -> Iterator[Row]:
 
 
 def integers(s: Session) -> Iterator[Row]:
-    """Weights and activations as integers: share of the bandwidth for one row, against torch's bfloat16 for many."""
+    """Weights and activations of 8 bits: share of the bandwidth for one row, against torch's bfloat16 for many; e4m3 against
+    torch's product of e4m3 too, whose operands are rounded before."""
     for name in s.about("integers"):
         for rows in (1, s.device.sizes.many):
             ours_call, theirs_call, error, size = _quantized(s, "integers", name, rows)
@@ -239,6 +240,28 @@ def integers(s: Session) -> Iterator[Row]:
                 yield Row("integers", what, size / ours / s.bandwidth, "of copy", facts=facts)
             else:
                 yield Row("integers", what, theirs / ours, "x torch", facts=facts)
+                told = s.about("integers")[name]
+                fp8 = _scaled_mm(s.device, told, rows) if "fp8a8" in told["scheme"] else None
+                if fp8 is not None:
+                    ours, theirs = s.device.times(ours_call, fp8, turns=8)
+                    facts = _facts(ours, theirs, error)
+                    yield Row("integers", what, theirs / ours, "x torch fp8", facts=facts)
+
+
+def _scaled_mm(d: Device, told: dict[str, Any], rows: int) -> Call | None:
+    """torch's product of e4m3 with a scale per row and output; None if this torch or device has none."""
+    n, k = told["n"], told["k"]
+    try:
+        x, w = (d.random(size, k).to(torch.float8_e4m3fn) for size in (rows, n))
+        scales = (torch.ones(rows, 1, device=d.where), torch.ones(1, n, device=d.where))
+
+        def call(turn: int) -> Any:
+            return torch._scaled_mm(x, w.T, *scales, out_dtype=torch.bfloat16)
+
+        call(0)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+    return call
 
 
 def experts(s: Session) -> Iterator[Row]:
@@ -251,7 +274,8 @@ def experts(s: Session) -> Iterator[Row]:
     for rows in d.sizes.expert_rows:
         x, y = d.random(rows, k), d.empty(rows, n)
         ids = torch.randint(0, count, (rows,), device=d.where)
-        ours = kernels("experts", x, ids, packed, y)
+        plan = d.empty(count + 1 + rows, dtype=torch.int32)
+        sort, multiply = kernels("sort", ids, plan), kernels("experts", x, plan, packed, y)
 
         def theirs(_: int, x: torch.Tensor = x, ids: torch.Tensor = ids, rows: int = rows) -> torch.Tensor:
             out = torch.empty(rows, n, device=d.where, dtype=x.dtype)
@@ -259,12 +283,18 @@ def experts(s: Session) -> Iterator[Row]:
                 out[ids == e] = x[ids == e] @ weight[e].T
             return out
 
-        ours()
+        sort()
+        if not torch.equal(plan[count + 1 :].long(), torch.argsort(ids, stable=True)):
+            raise WrongResult(f"experts, {rows} rows: they are not in the order of their experts")
+        multiply()
         error = _checked("experts", f"{rows} rows", y, theirs(0))
-        took, other = d.times(lambda _, ours=ours: ours(), theirs, turns=8)
+        took, sorting, other = d.times(
+            lambda _, call=multiply: call(), lambda _, call=sort: call(), theirs, turns=8
+        )
         used = int(torch.unique(ids).numel())
         share = 2 * used * n * k / took / s.bandwidth
         note = f"{2 * rows * n * k / took / s.peak:.0%} of the matmul peak, {other / took:.2f} x a loop over experts"
+        note += f"; sorted in {1e6 * sorting:.1f} us"
         yield Row(
             "experts",
             f"{rows} rows of {count}",

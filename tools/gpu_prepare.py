@@ -37,15 +37,19 @@ SCHEMES = (
     "mxfp4",
     "w8a8",
     "w4a8",
+    "fp8a8",
+    "fp8a8g128",
 )
 TINY_MODELS = ("llama", "gemma2", "gpt2")
 QUANT = ("q4g128", "q4g32", "q8", "fp8")
-INTEGERS = ("w8a8", "w4a8")
+INTEGERS = ("w8a8", "w4a8", "fp8a8")
 _RUNTIME = ("libtvm_runtime.so", "libtvm_runtime_cuda.so", "libtvm_runtime_extra.so")
 _ALLOWED = {
     "w8a8": 6e-2,
     "w4a8": 6e-2,
-}  # relative error of logits: int8 activations are rounded anew at each layer
+    "fp8a8": 1e-1,
+    "fp8a8g128": 1e-1,
+}  # relative error of logits: activations are rounded anew at each layer
 Told = Callable[[str], None]
 
 
@@ -114,7 +118,7 @@ def _bundles(sizes: Sizes) -> dict[str, Callable[[Any], Kernels]]:
         "linear": lambda caps: {name: _linear(shape, caps) for name, shape in sizes.shapes.items()},
         "quant": lambda caps: _quantized(QUANT, sizes, caps),
         "integers": lambda caps: _quantized(INTEGERS, sizes, caps),
-        "experts": lambda caps: {"experts": _experts(sizes, caps)},
+        "experts": lambda caps: _experts(sizes, caps),
         "attention": lambda caps: _attention(sizes, caps),
     }
 
@@ -155,14 +159,19 @@ def _quantized(schemes: tuple[str, ...], sizes: Sizes, caps: Any) -> Kernels:
     return made
 
 
-def _experts(sizes: Sizes, caps: Any) -> tuple[Any, dict[str, Any]]:
-    from llmc.schedules.experts import ExpertConfig
+def _experts(sizes: Sizes, caps: Any) -> Kernels:
+    from llmc.schedules.experts import ExpertConfig, SortConfig
     from llmc.schedules.gpu.experts import expert_linear, layout_of
+    from llmc.schedules.gpu.sort_experts import sort_experts
 
     count, n, k = sizes.experts
     config = ExpertConfig(count, n, k, "bfloat16", "bfloat16", "bfloat16")
     layout = layout_of("bfloat16")
-    return expert_linear(config, caps), {"block": [layout.n_block, layout.k_pack]}
+    told = {"block": [layout.n_block, layout.k_pack]}
+    return {
+        "sort": (sort_experts(SortConfig(count), caps), {}),
+        "experts": (expert_linear(config, caps), told),
+    }
 
 
 def _attention(sizes: Sizes, caps: Any) -> Kernels:

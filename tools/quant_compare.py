@@ -58,7 +58,7 @@ def perplexity(source: SourceModel, tokens: torch.Tensor, plan: Mapping[str, Sch
             held[name] = loader.load(slot.name, slot.empty.dtype).clone()
         slot.put(held[name])
     roundings = {
-        name: InputRounding(scheme.activation_bits, _outliers(source, name, scheme))
+        name: InputRounding.of(scheme, _outliers(source, name, scheme))
         for name, scheme in plan.items()
         if scheme.activation_bits
     }

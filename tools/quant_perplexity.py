@@ -3,7 +3,7 @@
     python tools/quant_perplexity.py examples/models/stdlib-llama examples/models/stdlib-llama/heldout.txt --windows 8
 
 Linear layers are quantized as `llmc compile --quant SCHEME` would; the head (and a tied embedding) likewise. With
-schemes for int8 activations (w8a8, w4a8) their inputs are rounded as well.
+schemes that round activations (w8a8, w4a8, fp8a8) their inputs are rounded as well.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llmc.quant.rtn import quantize
 from llmc.quant.schemes import parse
 from llmc.spec import CompileSpec
 
-SCHEMES = "none q8 q6g64 q4g32 q4g32a q4g64 q4g64a q4g128 q3g64 nf4 fp8 mxfp4 w8a8 w4a8 w4a8g64 w4a8g128"
+SCHEMES = "none q8 q6g64 q4g32 q4g32a q4g64 q4g64a q4g128 q3g64 nf4 fp8 mxfp4 w8a8 w4a8 w4a8g64 w4a8g128 fp8a8 fp8a8g128"
 
 
 def with_scheme(model: str, name: str, search: bool) -> tuple[torch.nn.Module, float]:
@@ -41,7 +41,7 @@ def with_scheme(model: str, name: str, search: bool) -> tuple[torch.nn.Module, f
             continue
         weight = module.weight.detach()
         if scheme.activation_bits:
-            rounding = InputRounding(scheme.activation_bits)
+            rounding = InputRounding.of(scheme)
             module.register_forward_pre_hook(lambda _, args, rounding=rounding: rounding(args[0]))
         weight.copy_(torch.from_numpy(quantize(weight.numpy(), scheme, search=search).dequantize()))
         bits += scheme.bits_per_weight(weight.shape[1]) * weight.numel()

@@ -64,7 +64,7 @@ def tune(options: argparse.Namespace) -> None:
         jobs, backend, caps, budget=end - time.monotonic(), database=options.file, progress=view
     )
     Console(width=180).print(result_table(result))
-    for line in conclusions(result, "MODEL", options.file):
+    for line in conclusions(result):
         print(line)
 
 

@@ -2,7 +2,7 @@
 
     python tools/tune_report.py collect FILE --trials 150     random candidates of a few tasks of a 1.2B Llama, measured
     python tools/tune_report.py report FILE                   figures from the records of any database
-    python tools/tune_report.py steps UNTUNED TUNED           step times of two artifacts of a model, in turns
+    python tools/tune_report.py steps UNTUNED TUNED           times of whole steps of two artifacts, step by step in turns
 
 The report replays searches on the measured candidates only, so it needs no further measurement: a search that asks for a
 candidate is told what was measured. "Trials" counts candidates until one is within 5 % of the best of all that were measured.
@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llmc.runtime.model import Model, load
+from llmc.runtime.sequence import Sequence as Tokens
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.linear import LinearConfig
 from llmc.schedules.records import Record, RecordFile, Status, read_records
@@ -178,24 +181,75 @@ def replay(job: Job, truth: dict[Any, float], make: Callable[[], CostModel | Non
 
 
 def steps(first: Path, second: Path, rounds: int) -> None:
-    """Median times of decode steps (1 and 8 sequences) and of a prompt of 512 tokens, the artifacts in turns."""
-    from llmc.bench import Sizes, measure_speed
-    from llmc.runtime.model import load
+    """Decode steps (1 and 8 sequences) and prompts of 512 tokens of two artifacts, step by step in turns.
 
+    A step is compared with the other artifact's next to it: what else runs on the machine hits both alike.
+    """
     models = [load(path) for path in (first, second)]
-    for label, sizes, field in (
-        ("decode, 1 sequence", Sizes(128, 24, 1), "decode"),
-        ("decode, 8 sequences", Sizes(128, 12, 1, 8), "decode"),
-        ("prompt of 512 tokens", Sizes(512, 2, 1), "prefill"),
+    print(f"{'':22s} {'median of each':>23s}   pairs: median and middle half of first over second")
+    for label, batch, prompt, calls in (
+        ("decode, 1 sequence", 1, 128, 24),
+        ("decode, 8 sequences", 8, 128, 8),
+        ("prompt of 512 tokens", 1, 512, 0),
     ):
         times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(rounds):
-            for model, kept in zip(models, times, strict=True):
-                kept += getattr(measure_speed(model, sizes), field)
+        for number in range(rounds):
+            sides = [_Side(model, batch, prompt) for model in models]
+            try:
+                for i in range(calls or 2):
+                    order = (0, 1) if (i + number) % 2 == 0 else (1, 0)
+                    for side in order:
+                        seconds = sides[side].decode() if calls else sides[side].prefill()
+                        if i or number:  # the first touches code and pools
+                            times[side].append(seconds)
+            finally:
+                for made in sides:
+                    made.free()
         before, after = (statistics.median(kept) for kept in times)
+        low, middle, high = np.quantile(np.divide(*times), (0.25, 0.5, 0.75))
         print(
-            f"{label:22s} {before * 1e3:9.2f} ms {after * 1e3:9.2f} ms   {before / after:5.2f}x", flush=True
+            f"{label:22s} {before * 1e3:8.2f} ms {after * 1e3:8.2f} ms   {middle:.3f} ({low:.2f} - {high:.2f})"
+            f" of {len(times[0])} pairs",
+            flush=True,
         )
+
+
+class _Side:
+    """Sequences of one artifact.
+
+    Args:
+        batch: how many.
+        prompt: tokens of each that `decode` begins with, or that `prefill` reads.
+    """
+
+    def __init__(self, model: Model, batch: int, prompt: int) -> None:
+        vocabulary = model.manifest.model.vocab_size
+        self._model = model
+        self._live: list[Tokens] = []
+        self._prompts = [
+            [(7919 * (i + 1) + 104729 * b) % vocabulary for i in range(prompt)] for b in range(batch)
+        ]
+
+    def decode(self) -> float:
+        """Seconds of the next step, with the likeliest tokens."""
+        if not self._live:
+            self._live = [self._model.new_sequence() for _ in self._prompts]
+            self._logits = self._model.step(list(zip(self._live, self._prompts, strict=True)))
+        tokens = np.argmax(np.asarray(self._logits), -1)
+        begin = time.perf_counter()
+        self._logits = self._model.step([(s, [int(t)]) for s, t in zip(self._live, tokens, strict=True)])
+        return time.perf_counter() - begin
+
+    def prefill(self) -> float:
+        """Seconds of the prompts."""
+        with self._model.new_sequence() as sequence:
+            begin = time.perf_counter()
+            self._model.step([(sequence, self._prompts[0])])
+            return time.perf_counter() - begin
+
+    def free(self) -> None:
+        for sequence in self._live:
+            sequence.free()
 
 
 def main() -> None:

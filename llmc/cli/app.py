@@ -58,7 +58,9 @@ def compile(
         ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="f32, bf16 or f16 (default: the checkpoint's).")] = None,
-    kv_dtype: Annotated[str | None, typer.Option(help="Of the KV cache (default: --dtype).")] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="Of the KV cache: f32, bf16, f16, int8 or fp8 (default: --dtype).")
+    ] = None,
     page_size: Annotated[int | None, typer.Option(help="Tokens per KV-cache page (default: 32).")] = None,
     max_seq_len: Annotated[int | None, typer.Option(help="Longest sequence (default: the model's).")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Most sequences in one step (default: 16).")] = None,
@@ -88,7 +90,7 @@ def compile(
     quant: Annotated[
         str | None,
         typer.Option(
-            help="Scheme of the weights, e.g. q8, q4g32, q4g64a, nf4, fp8, w8a8, w4a8; auto, auto-a8: see --max-ppl-increase."
+            help="Scheme of the weights, e.g. q8, q4g32, nf4, fp8, w8a8, w4a8, fp8a8; auto, auto-a8: see --max-ppl-increase."
         ),
     ] = None,
     quant_method: Annotated[
@@ -343,7 +345,9 @@ def tune(
         ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="f32, bf16 or f16 (default: the checkpoint's).")] = None,
-    kv_dtype: Annotated[str | None, typer.Option(help="Of the KV cache (default: --dtype).")] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="Of the KV cache: f32, bf16, f16, int8 or fp8 (default: --dtype).")
+    ] = None,
     quant: Annotated[str | None, typer.Option(help="Scheme of the weights, as for llmc compile.")] = None,
     quant_head: Annotated[str | None, typer.Option(help="Of the output projection.")] = None,
     max_seq_len: Annotated[int | None, typer.Option(help="Longest sequence (default: the model's).")] = None,

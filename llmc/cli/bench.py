@@ -175,7 +175,7 @@ def step_table(step: StepRoofline, limits: MachineLimits) -> Table:
     for what, seconds in around:
         table.add_row(what, "", "", _time(seconds), _percent(seconds / step.wall))
     outside = step.vm_seconds + step.python_seconds
-    table.add_row("outside of kernels", "", "", _time(outside), _percent(step.overhead))
+    table.add_row("outside of kernels", "", "", _time(outside), _percent(outside / step.wall))
     lost = step.wall - outside - step.kernel_seconds
     if lost > _LOST * step.wall:
         table.add_row("lost to other programs", "", "", _time(lost), _percent(lost / step.wall))

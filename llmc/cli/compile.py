@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -80,9 +81,11 @@ def run_compile(
             tune_progress=view,
         )
     if view is not None and view.result is not None and not quiet:
-        from llmc.cli.tune_view import result_table
+        from llmc.cli.tune_view import conclusions, result_table
 
         console.print(result_table(view.result))
+        for line in conclusions(view.result):
+            console.print(line, soft_wrap=True)
     if result is not None and result.search is not None:
         show_search(result.search, console, plot, quiet=quiet)
     if quiet:
@@ -131,7 +134,8 @@ def spec_table(spec: CompileSpec, output: Path | None) -> Table:
     }
     table = grid(f"spec {spec.hash()}")
     for key, value in spec.to_json().items():
-        table.add_row(key, absent.get(key, "") if value is None else str(value))
+        shown = f"{value:g} s" if key == "tune" and value is not None else str(value)
+        table.add_row(key, absent.get(key, "") if value is None else shown)
     table.add_row("output", str(output) if output else "none")
     return table
 
@@ -148,7 +152,8 @@ def summary_table(output: Path, finished: list[Timing]) -> Table:
     table.add_row("target", manifest.target.preset)
     for level in manifest.lower_levels:
         table.add_row("and", f"{level.target.preset}: {quality_text(level.quality)}")
-    code = sum(size for name, size in sizes.items() if is_library(name))
+    images = {image.file for image in manifest.device.images} if manifest.device else set()
+    code = sum(size for name, size in sizes.items() if is_library(name) or name in images)
     table.add_row(
         "size",
         f"{human_bytes(sum(sizes.values()))} (weights {human_bytes(weights)}, code {human_bytes(code)})",
@@ -160,11 +165,21 @@ def summary_table(output: Path, finished: list[Timing]) -> Table:
         + ", ".join(f"{t.stage} {t.seconds:.1f}" for t in summed(finished))
         + f"), peak memory {human_bytes(max((t.peak_rss for t in finished), default=0))}",
     )
+    table.add_row("schedules", schedules_text(manifest))
     table.add_row("quality", quality_text(manifest.quality))
     if manifest.quality.text is not None:
         table.add_row("on a text", text_quality_text(manifest.quality.text))
     table.add_row("output", str(output))
     return table
+
+
+def schedules_text(manifest: Manifest) -> str:
+    """How many kernels have schedules that were measured."""
+    tasks = {(r["rule"], json.dumps(r["task"], sort_keys=True), r["preset"]) for r in manifest.tuning_records}
+    if not tasks:
+        return "defaults: no tuning record is of a kernel of this model, or none beats the defaults"
+    kernels = f"{len(tasks)} kernel{'s' * (len(tasks) > 1)}"
+    return f"of {kernels} chosen by {len(manifest.tuning_records)} tuning records, else defaults"
 
 
 def quality_text(quality: QualityReport) -> str:

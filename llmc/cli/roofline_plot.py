@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from llmc.errors import LlmcError
@@ -9,6 +10,8 @@ from llmc.limits import MachineLimits
 from llmc.roofline import StepRoofline
 
 _MARKERS = ("o", "s")
+# of the limits, in grey: colours are for the steps
+_DASHES = ("-", "--", "-.", ":")
 # only kernels that take more of the step get their name written
 _NAMED = 0.03
 
@@ -35,12 +38,11 @@ def write_plot(path: Path, steps: tuple[StepRoofline, ...], limits: MachineLimit
         if row.intensity and row.operations and row.seconds
     ]
     left = min([0.1, *(x for x, *_ in points)]) / 2
-    right = max([1000.0, *(x for x, *_ in points)]) * 2
-    for name, peak in limits.multiply.items():
-        ridge = peak / limits.read
-        axes.plot(
-            [ridge, right], [peak / 1e9] * 2, "-", linewidth=1.2, label=f"{name}: {peak / 1e9:.0f} Gop/s"
-        )
+    right = max([1000.0, *(x for x, *_ in points)]) * 4
+    for (name, peak), dashes in zip(limits.multiply.items(), itertools.cycle(_DASHES)):
+        label = f"{name}: {peak / 1e9:.0f} Gop/s"
+        ridge = [peak / limits.read, right]
+        axes.plot(ridge, [peak / 1e9] * 2, dashes, color="0.35", linewidth=1.2, label=label)
     top = max(limits.multiply.values())
     axes.plot(
         [left, top / limits.read],

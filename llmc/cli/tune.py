@@ -13,7 +13,7 @@ from rich.console import Console
 
 from llmc.artifact import MANIFEST
 from llmc.cli.progress import reporter
-from llmc.cli.tune_view import TuneView, conclusions, records_table, result_table
+from llmc.cli.tune_view import TuneView, conclusions, next_step, records_tables, result_table
 from llmc.errors import LlmcError
 from llmc.runtime.levels import choose_level
 from llmc.schedules.records import read_records
@@ -96,7 +96,7 @@ def run_tune(
         added, known = merge(database, action.merge_files)
         console.print(f"{database}: {added} records added, {known} were there already", soft_wrap=True)
     if action.list_records:
-        console.print(records_table(database, read_records(database) if database.exists() else []))
+        console.print(records_tables(database, read_records(database) if database.exists() else []))
     if action.merge_files or action.list_records:
         return
     view = TuneView(Console(stderr=True, highlight=False), live=sys.stderr.isatty(), quiet=quiet)
@@ -117,7 +117,8 @@ def run_tune(
         return
     if not quiet:
         console.print(result_table(view.result))
-    for line in conclusions(view.result, name, database):
+    own = options if name == model and not _is_artifact(model) else {}
+    for line in (*conclusions(view.result), next_step(name, own, database)):
         console.print(line, soft_wrap=True)
 
 

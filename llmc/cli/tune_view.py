@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from llmc.cli.progress import ConsoleReporter
 from llmc.schedules.records import Record, Status
 from llmc.targets.runner import Limits
 from llmc.tune.job import Job, Outcome, schedule_text, task_name
-from llmc.tune.tuner import TuneProgress, TuneResult
+from llmc.tune.result import TuneProgress, TuneResult
+from llmc.tune.scheduler import LEAST_SHARE
+from llmc.tune.sources import Judge
 
 _SHOWN = 16  # jobs in the live table
 
@@ -51,10 +53,13 @@ class TuneView(TuneProgress):
         if self._live is not None:
             self._live.start()
         else:
-            self._print(
-                f"{len(jobs)} tasks; this machine reads {limits.read / 1e9:.1f} GB/s and computes "
-                + ", ".join(f"{v / 1e9:.0f} G {k} operations/s" for k, v in sorted(limits.peak.items()))
-            )
+            self._print(f"{len(jobs)} tasks; limits of this machine: {limits_text(limits)}")
+
+    def note(self, text: str) -> None:
+        if self._reporter is not None:  # whose progress bar has the terminal still
+            self._reporter.note(text)
+        else:
+            self._print(text)
 
     def phase(self, text: str) -> None:
         self._phase = text
@@ -102,7 +107,7 @@ def jobs_table(jobs: Sequence[Job]) -> Table:
     table.add_column("schedule", overflow="fold")
     for job in jobs:
         best = job.best()
-        name, rows = task_name(job.tunable, job.task), str(job.bucket)
+        name, rows = job.short_name, str(job.bucket)
         if job.failure:
             table.add_row(name, rows, "", "failed", "", "", "", str(len(job.measured)), job.failure)
         elif best is None:
@@ -127,11 +132,16 @@ def result_table(result: TuneResult) -> Table:
     jobs = [job for job in result.jobs if job.measured]
     table = jobs_table(sorted(jobs, key=lambda j: -j.share))
     table.title, table.title_justify = "tuned kernels (milliseconds per call)", "left"
+    table.caption_justify = "left"
+    table.caption = (
+        "share: of a step's time with default schedules; roofline: the least possible time over the best; tried: schedules"
+        + (f"\nlimits measured: {limits_text(result.limits)}" if result.limits else "")
+    )
     return table
 
 
-def conclusions(result: TuneResult, model: str, database: Path) -> list[str]:
-    """What a run comes to, and what to do next."""
+def conclusions(result: TuneResult) -> list[str]:
+    """What a run comes to."""
     lines = []
     if result.interrupted:
         lines.append("interrupted; what was measured is kept")
@@ -144,51 +154,88 @@ def conclusions(result: TuneResult, model: str, database: Path) -> list[str]:
     if result.spent and result.seconds:
         parts = (f"{k} {v:.0f} s" for k, v in result.spent.items() if not k.startswith(" ") and v >= 0.5)
         lines.append(f"waited for: {', '.join(parts)}")
-    if small := sum(not job.measured for job in result.jobs):
-        lines.append(
-            f"{small} more tasks together take too small a share of the step, or the budget was too short"
-        )
+    lines += _untouched(result)
     if result.limits is None:
         lines.append("nothing is left to tune: every task is known from the records")
     lines.append(
         f"expected step time: {100 * result.gain:.1f} % of that with default schedules"
         + (f"; 90 % of what was saved was found in {result.seconds_to(0.9):.0f} s" if result.curve else "")
     )
-    lines.append(f"records: {database}; use them with: llmc compile {model} --records {database} -o DIR")
     return lines
 
 
-def records_table(path: Path, records: Sequence[Record]) -> Table:
-    """What a database knows: per task and bucket the best time and how many candidates were tried."""
+def next_step(model: str, options: Mapping[str, Any], database: Path) -> str:
+    """How to use the records: `options` of the compile beside the model, by name; None = not given."""
+    given = [f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None]
+    command = " ".join(["llmc compile", model, *given, f"--records {database} -o DIR"])
+    return f"records: {database}; use them with: {command}"
+
+
+def _untouched(result: TuneResult) -> list[str]:
+    """Why tasks were left alone, and what helps."""
+    idle = [job for job in result.jobs if not job.measured]
+    small = sum(job.share < LEAST_SHARE for job in idle)
+    lines = []
+    if late := len(idle) - small:
+        lines.append(f"{late} tasks were not reached in the time given: a larger --budget goes on from here")
+    elif not result.trials and not result.interrupted and result.limits is not None:
+        lines.append("no schedule was tried in the time given: a larger --budget goes on from here")
+    if small:
+        lines.append(
+            f"{small} more tasks take less than {100 * LEAST_SHARE:.1f} % of a step each: left alone"
+        )
+    return lines
+
+
+def limits_text(limits: Limits) -> str:
+    """What the roofline is made of."""
+    peaks = ", ".join(f"{k} {v / 1e9:.0f} Gop/s" for k, v in sorted(limits.peak.items()))
+    return f"read {limits.read / 1e9:.1f} GB/s; {peaks}"
+
+
+def records_tables(path: Path, records: Sequence[Record]) -> Group:
+    """What a database knows, a table per machine: per task and bucket the best time and schedule."""
     if not records:
-        table = grid(f"{path} holds no tuning records")
-        return table
-    table = Table(
-        title=f"{len(records)} tuning records in {path}", title_justify="left", box=None, pad_edge=False
-    )
-    for column in ("kernel", "task", "rows"):
-        table.add_column(column, overflow="fold")
-    for column in ("best", "speed-up", "tried", "failed"):
-        table.add_column(column, justify="right")
-    for column in ("machine", "TVM"):
-        table.add_column(column, overflow="fold")
-    groups: dict[tuple[str, int, str, str], list[Record]] = {}
+        return Group(grid(f"{path} holds no tuning records"))
+    groups: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
-        groups.setdefault((record.task_key, record.low, record.device, record.tvm), []).append(record)
-    for (_, _, device, tvm), group in sorted(groups.items(), key=lambda item: item[0]):
+        groups.setdefault((record.preset, record.device, record.tvm), []).append(record)
+    parts: list[Any] = [Text(f"{len(records)} tuning records in {path}")]
+    for (preset, device, tvm), group in sorted(groups.items(), key=lambda item: item[0]):
+        parts += [Text(), _machine_table(f"{preset}, {device}, TVM {tvm}", group)]
+    return Group(*parts, Text(), Text(_LEGEND_OF_LIST))
+
+
+_LEGEND_OF_LIST = (
+    "best: milliseconds; gain: over the default schedule; tried, failed: schedules; not used: why a compile "
+    "leaves the records out, though llmc tune begins with the best of them"
+)
+
+
+def _machine_table(title: str, records: Sequence[Record]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("kernel", overflow="fold", min_width=14)
+    for column in ("rows", "best", "gain", "tried", "failed"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("schedule", "not used"):
+        table.add_column(column, overflow="fold")
+    groups: dict[tuple[str, int], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.task_key, record.low), []).append(record)
+    judge = Judge()
+    for (_, _), group in sorted(groups.items(), key=lambda item: item[0]):
         good = [r for r in group if r.status is Status.OK]
         best = min(good, key=lambda r: r.ratio, default=None)
         first = group[0]
         table.add_row(
-            first.rule,
-            " ".join(f"{k}={v}" for k, v in first.task.items()),
+            task_name(first.rule, first.task),
             str(first.bucket),
-            f"{best.seconds * 1e3:.3f} ms" if best else "",
-            f"{1 / best.ratio:.2f}" if best and best.ratio else "",
+            f"{best.seconds * 1e3:.3f}" if best else "",
+            f"{1 / best.ratio:.2f}x" if best and best.ratio else "",
             str(len(group)),
-            str(len(group) - len(good)),
-            f"{first.preset}, {device}",
-            tvm,
+            str(len(group) - len(good)) if len(group) > len(good) else "",
+            judge.schedule_text(best) if best else "",
+            judge.objection(best or first),
         )
     return table
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from llmc.frontend.graph import SourceModel
     from llmc.quant.choose import QuantSearch
     from llmc.schedules.records import Record
-    from llmc.tune.tuner import TuneProgress
+    from llmc.tune.result import TuneProgress
 
 
 @dataclass(frozen=True)

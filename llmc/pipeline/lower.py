@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llmc.caps import Capabilities
+from llmc.pipeline.notes import fp8_note, unrounded_note
 from llmc.pipeline.source import check_tokens, limits_of, open_source
 from llmc.quant.schemes import rotates
 from llmc.spec import CompileSpec
@@ -44,7 +45,10 @@ def rewrite_graph(
 
     quantize = QuantizeWeights.of(spec, stored_schemes(source.weights), untied=bool(source.untied))
     phase = order.rewrite_phase(quantize, spec.disable_passes)
-    return run_passes(runner, "rewrite", phase, LoweredGraph.from_model(graph))
+    rewritten = run_passes(runner, "rewrite", phase, LoweredGraph.from_model(graph))
+    if note := unrounded_note(source.weights, rewritten.params):
+        runner.progress.note(note)
+    return rewritten
 
 
 def lower_graph(
@@ -70,6 +74,8 @@ def lower_graph(
     phase = order.kernel_phase(caps, tuned, spec.disable_passes, layouts)
     lowered = run_passes(runner, "lower", phase, rewritten)
     plan = plan_cache(lowered)
+    if note := fp8_note(lowered.params, caps):
+        runner.progress.note(note)
     step = runner.run_pass("lower", "MakeStepFunction", order.make_step(caps, plan, tuned), lowered)
     bounds = {"T": limits.max_step_tokens, "B": limits.max_batch, "R": limits.max_step_tokens}
     return run_passes(runner, "lower", order.step_phase(caps, target, bounds, spec.disable_passes), step)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmc.passes.weight_layouts import WeightLayouts
     from llmc.schedules.records import Record
     from llmc.schedules.tuned_choice import Tuned
-    from llmc.tune.tuner import TuneProgress
+    from llmc.tune.result import TuneProgress
 
 
 def known_records(
@@ -30,12 +30,14 @@ def known_records(
     Raises:
         LlmcError: there can be no tuning here; the file is corrupt, or has nothing for any of the levels.
     """
+    from llmc.schedules.records import RecordFile
     from llmc.schedules.tuned_choice import shipped_records
     from llmc.tune.session import check_tunable
     from llmc.tune.sources import records_for_compile
 
     if spec.tune is not None:
         check_tunable(backend, level_here(backend, levels) or levels[0])
+        RecordFile(_database(spec))
     if spec.tune is not None or spec.records is None:
         return [shipped_records()]
     found: list[Record] = []
@@ -50,6 +52,13 @@ def known_records(
     if refused is not None and not found:
         raise refused
     return [shipped_records(), found]
+
+
+def _database(spec: CompileSpec) -> Path:
+    """Where the tuner reads and writes."""
+    from llmc.tune.sources import default_database
+
+    return Path(spec.records) if spec.records else default_database()
 
 
 def tuned_choice(
@@ -83,7 +92,6 @@ def tune_graph(
     from llmc.schedules.tuned_choice import shipped_records
     from llmc.tune.extract import kernel_uses
     from llmc.tune.session import tune_kernels
-    from llmc.tune.sources import default_database
 
     assert spec.tune is not None
     caps = level_here(backend, levels) or levels[0]
@@ -99,7 +107,7 @@ def tune_graph(
         layouts = WeightLayouts((param, param.layout_text) for param in best.params)
     step = lowered(caps, None, layouts)
     limits = limits_of(spec, source)
-    database = Path(spec.records) if spec.records else default_database()
+    database = _database(spec)
     result = tune_kernels(
         kernel_uses(step.module),
         backend,

@@ -1,4 +1,4 @@
-"""What a scheme with integer activations does to the outputs of a matrix, on a sample of its inputs."""
+"""What a scheme that rounds activations does to the outputs of a matrix, on a sample of its inputs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def rounded_product(x: torch.Tensor, weight: torch.Tensor, scheme: Scheme) -> to
     if scheme.outlier_share:
         kept = torch.topk(x.abs().amax(dim=0), scheme.outliers(x.shape[1])).indices
     if scheme.activation_bits:
-        x = InputRounding(scheme.activation_bits, kept)(x)
+        x = InputRounding.of(scheme, kept)(x)
     rest = weight if kept is None else weight.index_fill(1, kept, 0)
     grid = plain_grid(rest, scheme)
     values = decode(encode(rest, grid), grid)

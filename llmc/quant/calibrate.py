@@ -164,7 +164,7 @@ class _Run:
     def roundings(self, layer: HeldLayer) -> dict[str, InputRounding]:
         """How the inputs of a quantized layer's weights are rounded."""
         return {
-            name: InputRounding(scheme.activation_bits, self.columns.get(name))
+            name: InputRounding.of(scheme, self.columns.get(name))
             for name, scheme in self.plan.items()
             if scheme.activation_bits and name in layer.parameters
         }

@@ -33,7 +33,8 @@ class Scheme:
         code: what the code stands for.
         group_size: neighbouring inputs that share a scale (and zero point); 0 = a whole row (per output channel).
         symmetric: no zero points; codes are stored with an offset of 2**(bits-1).
-        activation_bits: 0 = activations stay floating point; 8 = int8 per token, quantized on the fly, integer dot products.
+        activation_bits: 0 = activations stay as they are; 8 = they are rounded on the fly to what the codes are: int8 with one
+            scale per token, or e4m3 with one per token and, if the weight has groups, per group. See `activations`.
         scale_dtype: of the stored scales: float32, float16, bfloat16, or e8m0 (a power of two).
         offsets: asymmetric with a floating-point offset per group (of scale_dtype) in place of a zero point.
         super_group: inputs of a super-group, a multiple of group_size; scales (and offsets) are then 8-bit multiples of
@@ -76,6 +77,13 @@ class Scheme:
         return self.bits + kept + (scale + zero) / (self.group_size or inputs)
 
     @property
+    def activations(self) -> Code | None:
+        """What activations are rounded to, INT (int8) or E4M3; None = nothing."""
+        if not self.activation_bits:
+            return None
+        return Code.E4M3 if self.code is Code.E4M3 else Code.INT
+
+    @property
     def any_order(self) -> Scheme:
         """The scheme as a layout needs it: which order of inputs it is does not matter."""
         return replace(self, name=_ORDER.sub("p", self.name), order="p") if self.order else self
@@ -103,6 +111,8 @@ def _table() -> dict[str, Scheme]:
         Scheme("w4a8g128", 4, group_size=128, activation_bits=8),
         Scheme("w8a8o", 8, activation_bits=8, scale_dtype="float32", outlier_share=128),
         Scheme("w4a8o", 4, group_size=32, activation_bits=8, outlier_share=128),
+        Scheme("fp8a8", 8, Code.E4M3, activation_bits=8, scale_dtype="float32"),
+        Scheme("fp8a8g128", 8, Code.E4M3, group_size=128, activation_bits=8, scale_dtype="float32"),
     ]
     return {s.name: s for s in schemes}
 
@@ -224,6 +234,14 @@ def by_name(name: str) -> Scheme:
     )
     if scheme.name != name or not has_layout(scheme):
         raise KeyError(name)
+    return scheme
+
+
+def rounding_activations(scheme: Scheme) -> Scheme:
+    """The scheme of the same weights with activations rounded to 8 bits; the scheme itself if none of SCHEMES is that."""
+    for other in SCHEMES.values():
+        if other.activation_bits == 8 and other == replace(scheme, name=other.name, activation_bits=8):
+            return other
     return scheme
 
 

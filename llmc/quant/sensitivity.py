@@ -185,7 +185,7 @@ class _Dequantized:
     """The source's weights, some of them replaced by what their quantized form stands for.
 
     Attributes:
-        int8_inputs: those whose scheme rounds activations too, for llmc.reference.
+        rounded_inputs: those whose scheme rounds activations too, for llmc.reference.
     """
 
     def __init__(
@@ -196,10 +196,8 @@ class _Dequantized:
     ) -> None:
         self._weights = weights
         self._chosen = chosen
-        self.int8_inputs = {
-            name: InputRounding(scheme.activation_bits)
-            for name, (_, scheme) in chosen.items()
-            if scheme.activation_bits
+        self.rounded_inputs = {
+            name: InputRounding.of(scheme) for name, (_, scheme) in chosen.items() if scheme.activation_bits
         }
         self._quantizer = quantizer
         self._kept: dict[str, torch.Tensor] = {}

@@ -83,12 +83,56 @@ for _name, _kind in (("bf16", ml_dtypes.bfloat16), ("f16", np.float16)):
     FUNCTIONS[f"llmc_pack2_{_name}"] = _pack2
 
 
+def _code_pair(m: Machine, word: Any, picked: Any, codes: str, kind: Any) -> Any:
+    """Two codes of a word of four as numbers: of bytes 0 and 1, or 2 and 3 (see schedules/gpu/code_pairs.py)."""
+    stored = np.ascontiguousarray(m.spread(word).astype(np.uint32)).view(np.uint8).reshape(-1, 4)
+    lower = np.isin(m.spread(picked), (0x4140, 0x1404))
+    pair = np.where(lower[:, None], stored[:, :2], stored[:, 2:])
+    if codes == "int8":
+        return _joined(pair.astype(np.float32) - 128, kind)
+    exponent, mantissa = (pair >> 3 & 15).astype(np.int32), (pair & 7).astype(np.float32)
+    size = np.where(exponent == 0, mantissa * 2.0**-9, np.ldexp(1 + mantissa / 8, exponent - 7))
+    return _joined(np.where(pair & 0x80, -size, size), kind)
+
+
+for _codes in ("int8", "e4m3"):
+    for _name, _kind in (("bf16", ml_dtypes.bfloat16), ("f16", np.float16)):
+        FUNCTIONS[f"llmc_codes_{_codes}_{_name}"] = lambda m, word, picked, codes=_codes, kind=_kind: (
+            _code_pair(m, word, picked, codes, kind)
+        )
+
+
+@model("llmc_and_or")
+def _and_or(m: Machine, a: Any, b: Any, c: Any) -> Any:
+    return (m.spread(a) & m.spread(b)) | m.spread(c)
+
+
 @model("llmc_round_byte")
 def _round_byte(m: Machine, value: Any, factor: Any) -> Any:
     """The lowest byte of the nearest integer; a product of float32 is exact in float64."""
     with np.errstate(invalid="ignore", over="ignore"):
         moved = m.spread(value).astype(np.float64) * m.spread(factor).astype(np.float64) + 12582912.0
         return moved.astype(np.float32).view(np.int32).astype(np.int8)
+
+
+@model("llmc_to_e4m3")
+def _to_e4m3(m: Machine, value: Any, factor: Any) -> Any:
+    with np.errstate(invalid="ignore", over="ignore"):
+        scaled = m.spread(value).astype(np.float32) * m.spread(factor).astype(np.float32)
+        kept = np.clip(scaled, -448, 448)  # saturates; NaN stays
+        return kept.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+
+
+@model("llmc_multiply")
+def _multiply(m: Machine, a: Any, b: Any) -> Any:
+    with np.errstate(invalid="ignore", over="ignore"):
+        return m.spread(a).astype(np.float32) * m.spread(b).astype(np.float32)
+
+
+@model("llmc_add")
+def _add(m: Machine, a: Any, b: Any) -> Any:
+    with np.errstate(invalid="ignore", over="ignore"):
+        return m.spread(a).astype(np.float32) + m.spread(b).astype(np.float32)
 
 
 # -- asynchronous copies: 16 bytes of a thread, in groups that it waits for ------------------------------------------------
@@ -190,13 +234,21 @@ FUNCTIONS["llmc_ldmatrix_x4"] = lambda m, to, source: _ldmatrix_x4(m, to, source
 FUNCTIONS["llmc_ldmatrix_x4_trans"] = lambda m, to, source: _ldmatrix_x4(m, to, source, True)
 
 
-def _mma(m: Machine, kind: Any, c: Pointer, *operands: Any) -> None:
-    """m16n8k16 of 16-bit numbers with float32 sums, m16n8k32 of bytes with int32 sums."""
+def added(old: Array, product: Array) -> Array:
+    """Sums of the matrix units: in full precision here, if a test says nothing else."""
+    total: Array = old + product
+    return total
+
+
+def mma(
+    m: Machine, kind: Any, c: Pointer, *operands: Any, add: Callable[[Array, Array], Array] = added
+) -> None:
+    """m16n8k16 of 16-bit numbers with float32 sums, m16n8k32 of bytes with int32 sums, and of e4m3."""
     m.whole_warps("mma")
     _whole_blocks_of_warps(m)
     words = [np.ascontiguousarray(m.spread(o)).reshape(-1, WARP) for o in operands]
     each = 4 // np.dtype(kind).itemsize
-    wide = np.int32 if each == 4 else np.float32
+    wide = np.int32 if kind is np.int8 else np.float32
     parts = [w.view(kind).reshape(*w.shape, each).astype(wide) for w in words]
     warps, lane = parts[0].shape[0], np.arange(WARP)
     row, column = lane // 4, lane % 4 * each
@@ -212,7 +264,7 @@ def _mma(m: Machine, kind: Any, c: Pointer, *operands: Any) -> None:
         value = product[:, row + part // 2 * 8, column + part % 2].reshape(-1)
         at = np.asarray(c.index) + part
         old = m.load(c.memory, c.dtype, at, False)
-        m.store(c.memory, c.dtype, at, old + value, False)
+        m.store(c.memory, c.dtype, at, add(old, value), False)
 
 
 def _whole_blocks_of_warps(m: Machine) -> None:
@@ -222,6 +274,7 @@ def _whole_blocks_of_warps(m: Machine) -> None:
         )
 
 
-FUNCTIONS["llmc_mma_bf16"] = lambda m, *args: _mma(m, ml_dtypes.bfloat16, *args)
-FUNCTIONS["llmc_mma_f16"] = lambda m, *args: _mma(m, np.float16, *args)
-FUNCTIONS["llmc_mma_s8"] = lambda m, *args: _mma(m, np.int8, *args)
+FUNCTIONS["llmc_mma_bf16"] = lambda m, *args: mma(m, ml_dtypes.bfloat16, *args)
+FUNCTIONS["llmc_mma_f16"] = lambda m, *args: mma(m, np.float16, *args)
+FUNCTIONS["llmc_mma_s8"] = lambda m, *args: mma(m, np.int8, *args)
+FUNCTIONS["llmc_mma_e4m3"] = lambda m, *args: mma(m, ml_dtypes.float8_e4m3fn, *args)

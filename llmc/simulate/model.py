@@ -12,6 +12,7 @@ import numpy as np
 from llmc.artifact import Limits
 from llmc.caps import Capabilities
 from llmc.errors import LlmcError
+from llmc.kv_plan import is_coded
 from llmc.passes.step_module import StepModule
 from llmc.runtime.engine import Floats, StepInputs
 from llmc.runtime.pages import PageAllocator
@@ -54,8 +55,9 @@ class SimulatedModel:
         self._pools: list[Any] = []
         for group, count in zip(plan.groups, pages, strict=True):
             for shape in (group.k_shape(count, plan.page_size), group.v_shape(count, plan.page_size)):
-                # an entry that is read before it is written must show
-                self._pools.append(np.full(shape, np.nan, _dtype(group.dtype)))
+                # an entry that is read before it is written must show; as a scale, these bytes are NaN, too
+                unwritten = 0xFF if group.storage_dtype == "uint8" else np.nan
+                self._pools.append(np.full(shape, unwritten, _dtype(group.storage_dtype)))
         self._allocator = PageAllocator(plan, pages, limits.max_seq_len)
         self._stepper = Stepper(self, self._allocator, limits, int(step.output.shape[-1]))
 
@@ -134,9 +136,11 @@ def simulate_model(
     got = simulated.logits([ids], tokens - decode)[0]
     expected = reference_logits(source, ids, "float32").logits
     dtype = spec.dtype.value if spec.dtype else source.dtype
+    kv_dtype = spec.kv_dtype.value if spec.kv_dtype else None
     noise = None
-    if dtype != "float32":
-        noise = float(np.abs(reference_logits(source, ids, dtype).logits - expected).max())
+    if dtype != "float32" or is_coded(kv_dtype or dtype):
+        rounded = reference_logits(source, ids, dtype, kv_dtype=kv_dtype).logits
+        noise = float(np.abs(rounded - expected).max())
     return SimulationReport(
         tokens,
         float(np.abs(got - expected).max()),

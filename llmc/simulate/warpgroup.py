@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from llmc.simulate.errors import failure
-from llmc.simulate.intrinsics import FUNCTIONS, model
+from llmc.simulate.intrinsics import FUNCTIONS, added, model
 from llmc.simulate.machine import Machine, Pointer
 from llmc.simulate.memory import Array, Ints, Memory, Registers
 from llmc.simulate.ordering import Clocks, async_actors
@@ -165,7 +165,7 @@ def _multiply(
     known = clocks.known[clocks.at(active)].reshape(len(groups), GROUP, -1).min(1)
     actors = async_actors(block, clocks.threads + warps, times, visible, known)
     values = []
-    wide = np.int32 if kind == np.int8 else np.float32
+    wide = np.int32 if kind is np.int8 else np.float32
     if len(left) == 4:
         values.append(_held(m, left, kind, groups).astype(wide))
     described = [(right, columns, across)] if values else [(left[0], _ROWS, False), (right, columns, across)]
@@ -203,14 +203,14 @@ def _accumulate(m: Machine, p: Products, sums: Pointer, product: Array, add: Arr
     _, old = p.values.get(id(registers), (registers, registers.data))
     new = old.copy()
     for i, lanes in enumerate(groups):
-        new[:, lanes] = np.where(add[lanes] != 0, old[:, lanes] + found[i], found[i])
+        new[:, lanes] = np.where(add[lanes] != 0, added(old[:, lanes], found[i]), found[i])
         wrong = np.iinfo(np.int32).max // 3 if new.dtype == np.int32 else np.nan
         registers.data[:, lanes] = wrong
     p.values[id(registers)] = (registers, new)
     p.current.append(id(registers))
 
 
-_KINDS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "s8": np.int8}
+_KINDS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "s8": np.int8, "e4m3": ml_dtypes.float8_e4m3fn}
 for _columns in range(8, 257, 8):
     for _name, _kind in _KINDS.items():
         FUNCTIONS[f"llmc_wgmma_{_name}_{_columns}"] = lambda m, *args, k=_kind, c=_columns: _multiply(

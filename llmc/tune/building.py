@@ -6,7 +6,7 @@ import os
 import select
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,31 +52,38 @@ class BuildPool:
     def restarts(self) -> int:
         return sum(worker.restarts for worker in self._workers)
 
-    def build(self, job: Job, schedules: Sequence[Any], *, whole: bool = False) -> dict[Any, Path | Outcome]:
-        """Library of each schedule, or why there is none; for the job's bucket only, or for any number of rows."""
-        waiting = list(dict.fromkeys(schedules))
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return len(self._workers)
+
+    def build(self, job: Job, schedules: Sequence[Any]) -> dict[Any, Path | Outcome]:
+        """Library of each schedule, or why there is none, for the job's bucket only."""
+        bucket = {"low": job.bucket.low, "high": job.bucket.high}
+        return self._build({schedule: {**_question(job, schedule), **bucket} for schedule in schedules})
+
+    def build_defaults(self, jobs: Sequence[Job]) -> list[Path | Outcome]:
+        """Library of each job's default schedule, or why there is none, for any number of rows."""
+        questions = {i: _question(job, job.space.default) for i, job in enumerate(jobs)}
+        built = self._build(questions)
+        return [built[i] for i in questions]
+
+    def _build(self, questions: Mapping[Any, dict[str, Any]]) -> dict[Any, Path | Outcome]:
+        waiting = list(questions)
         done: dict[Any, Path | Outcome] = {}
         busy: dict[Worker, tuple[Any, Path, float]] = {}
         idle = list(self._workers)
         while waiting or busy:
             while waiting and idle:
-                schedule, worker = waiting.pop(0), idle.pop()
+                key, worker = waiting.pop(0), idle.pop()
                 self._number += 1
                 # never a name again: loaders cache
                 path = self.folder / f"candidate-{self._number}.so"
-                bucket = {"low": 0, "high": 0} if whole else {"low": job.bucket.low, "high": job.bucket.high}
-                question = {
-                    "rule": job.tunable.name,
-                    "task": job.values,
-                    "schedule": asdict(schedule),
-                    "path": str(path),
-                    **bucket,
-                }
-                worker.send(question)
-                busy[worker] = (schedule, path, time.monotonic() + self._seconds)
+                worker.send({**questions[key], "path": str(path)})
+                busy[worker] = (key, path, time.monotonic() + self._seconds)
             for worker in _ready(busy):
-                schedule, path, end = busy.pop(worker)
-                done[schedule] = _built(worker, path, max(0.0, end - time.monotonic()))
+                key, path, end = busy.pop(worker)
+                done[key] = _built(worker, path, max(0.0, end - time.monotonic()))
                 idle.append(worker)
         return done
 
@@ -84,6 +91,12 @@ class BuildPool:
         for worker in self._workers:
             worker.close()
         self._work.cleanup()
+
+
+def _question(job: Job, schedule: Any) -> dict[str, Any]:
+    """What a build process is asked, for any number of rows."""
+    of = {"rule": job.tunable.name, "task": job.values, "schedule": asdict(schedule)}
+    return {**of, "low": 0, "high": 0}
 
 
 def _built(worker: Worker, path: Path, seconds: float) -> Path | Outcome:

@@ -62,7 +62,7 @@ def export_candidates(
     try:
         for job, schedules in zip(jobs, chosen, strict=True):
             if not writer.has_default(job):
-                default = pool.build(job, [job.space.default], whole=True)[job.space.default]
+                default = pool.build_defaults([job])[0]
                 if isinstance(default, Outcome):
                     failures[default.note] += 1
                     continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -92,7 +92,12 @@ class Job:
     @property
     def name(self) -> str:
         """A short name for people, e.g. ``linear 8192x2048 bfloat16 silu gated, 65-512 rows``."""
-        return f"{task_name(self.tunable, self.task)}, {self.bucket} rows"
+        return f"{self.short_name}, {self.bucket} row{'s' * (self.bucket.high != 1)}"
+
+    @property
+    def short_name(self) -> str:
+        """The same without the bucket."""
+        return task_name(self.tunable.name, self.values)
 
     def best(self) -> tuple[Any, Outcome] | None:
         """The fastest schedule so far."""
@@ -172,16 +177,16 @@ class Job:
                     self.failure = f"the default schedule {record.status.value}: {record.note}"
 
 
-def task_name(tunable: Tunable, task: Any) -> str:
-    """A task in a few words: sizes first, then what is not the usual."""
-    values = tunable.to_values(task)
+def task_name(rule: str, task: Mapping[str, Any]) -> str:
+    """A task's JSON values in a few words: sizes first, then what is not the usual."""
+    values = dict(task)
     sizes = [str(values.pop(name)) for name in ("experts", "n", "k") if name in values]
     layout = values.pop("layout", None)
     if isinstance(layout, dict):
-        sizes.append(str(layout.get("k", "")))
+        sizes += [str(layout.get(name, "")) for name in (("k",) if "n" in task else ("n", "k"))]
         values["in_dtype"] = layout.get("scheme", "")
     heads = [str(values.pop(name)) for name in ("heads", "kv_heads", "key_dim") if name in values]
-    words = [tunable.name, "x".join(filter(None, sizes)) or "/".join(heads)]
+    words = [rule, "x".join(filter(None, sizes)) or "/".join(heads)]
     words.append(str(values.pop("in_dtype", values.pop("dtype", ""))))
     for name in ("activation", "window", "chunk"):
         if values.get(name):

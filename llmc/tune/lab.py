@@ -34,6 +34,9 @@ class Lab(ABC):
     def limits(self) -> Limits:
         """The machine's limits."""
 
+    def expect(self, jobs: Sequence[Job]) -> None:  # noqa: B027  whoever builds nothing has nothing to do
+        """Told before `default` whose turn it will be, the next one first: what can be done for several at a time, is."""
+
     @abstractmethod
     def default(self, job: Job) -> Outcome:
         """Measure the default schedule."""
@@ -158,7 +161,7 @@ class MeasuringLab(Lab):
 
     def _prepare(self, job: Job) -> Outcome:
         """Have the measuring process ready for the job; the outcome of its default schedule."""
-        key = (key_of({"rule": job.tunable.name, "task": job.values}), job.rows)
+        key = (_key(job), job.rows)
         if self._prepared == key and self._last_default is not None:
             return self._last_default
         with self._waiting("build"):
@@ -231,7 +234,7 @@ class ProcessLab(MeasuringLab):
     ) -> None:
         super().__init__(target, measurer, measure_seconds)
         self._pool = BuildPool(target, builders, build_command, build_seconds)
-        self._defaults: dict[str, Path] = {}
+        self._defaults: dict[str, Path | Outcome] = {}
 
     @property
     def restarts(self) -> int:
@@ -240,15 +243,22 @@ class ProcessLab(MeasuringLab):
     def _libraries(self, job: Job, schedules: Sequence[Any]) -> dict[Any, Path | Outcome]:
         return self._pool.build(job, schedules)
 
-    def _default_library(self, job: Job) -> Path | Outcome:
+    def expect(self, jobs: Sequence[Job]) -> None:
         # for any number of rows: one build serves all buckets
-        key = key_of({"rule": job.tunable.name, "task": job.values})
-        if key not in self._defaults:
-            built = self._pool.build(job, [job.space.default], whole=True)[job.space.default]
-            if isinstance(built, Outcome):
-                return built
-            self._defaults[key] = built
-        return self._defaults[key]
+        missing: dict[str, Job] = {}
+        for job in jobs:
+            if _key(job) not in self._defaults and len(missing) < self._pool.size:
+                missing.setdefault(_key(job), job)
+        # one of several that are needed soon is no reason to build
+        if jobs and _key(jobs[0]) in missing:
+            with self._waiting("build"):
+                built = self._pool.build_defaults(list(missing.values()))
+            self._defaults.update(zip(missing, built, strict=True))
+
+    def _default_library(self, job: Job) -> Path | Outcome:
+        if _key(job) not in self._defaults:
+            (self._defaults[_key(job)],) = self._pool.build_defaults([job])
+        return self._defaults[_key(job)]
 
     def _done_with(self, path: Path) -> None:
         path.unlink(missing_ok=True)
@@ -256,3 +266,8 @@ class ProcessLab(MeasuringLab):
     def close(self) -> None:
         super().close()
         self._pool.close()
+
+
+def _key(job: Job) -> str:
+    """Equal for all buckets of a task."""
+    return key_of({"rule": job.tunable.name, "task": job.values})

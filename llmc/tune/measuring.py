@@ -12,7 +12,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from llmc.schedules.records import Status
-from llmc.schedules.tunable import Arguments, Array, Tunable, key_of
+from llmc.schedules.tunable import Arguments, Tunable, key_of
+from llmc.schedules.tune_data import Array
 from llmc.targets.backend import Backend
 
 _SEED = 20_260_101

@@ -16,6 +16,7 @@ _RECENT = 0.2  # weight of what the last trials brought against the optimistic g
 _WINDOW = 8  # trials that count as the last ones
 _EPSILON = 0.05  # chance of a random job
 _REACHABLE = 0.95  # of the best efficiency that similar jobs reached
+LEAST_SHARE = 0.002  # of the step time: less is not worth a measurement
 SETTLED = 24  # trials without improvement after which a job is left alone
 
 

@@ -17,8 +17,9 @@ from llmc.tune.job import Job
 from llmc.tune.lab import ProcessLab
 from llmc.tune.model import has_xgboost, require_xgboost
 from llmc.tune.remote import RemoteWorker
+from llmc.tune.result import TuneProgress, TuneResult
 from llmc.tune.sources import soft_mismatches, tvm_version
-from llmc.tune.tuner import TuneProgress, Tuner, TuneResult
+from llmc.tune.tuner import Tuner
 
 
 def check_tunable(backend: Backend, caps: Capabilities, *, elsewhere: bool = False) -> None:
@@ -96,7 +97,7 @@ def tune_jobs(
     device = remote.device() if remote is not None else backend.device()
     said = soft_mismatches(list(records), backend, caps, device)
     if said:
-        progress.phase(said)
+        progress.note(said)
     with ProcessLab(caps.preset, measurer=remote) as lab:
         tuner = Tuner(
             jobs,

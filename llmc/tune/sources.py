@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from llmc import knobs
 from llmc.caps import Capabilities
 from llmc.errors import LlmcError
 from llmc.schedules.records import Record, RecordFile, read_records
+from llmc.schedules.tunable import Tunable
 from llmc.schedules.tuned_choice import Tuned, is_current
-from llmc.targets.backend import Backend
+from llmc.targets.backend import Backend, get
+from llmc.tune.job import schedule_text
 
 
 def default_database() -> Path:
@@ -107,6 +110,40 @@ def dropped_note(tuned: Tuned) -> str:
         return ""
     said = ", ".join(f"{count} of {rule}" for rule, count in sorted(tuned.dropped.items()))
     return f"Tuning records that are not used, because the kernels have changed since: {said}."
+
+
+class Judge:
+    """Says of single records what they are worth to a compile with this llmc and TVM."""
+
+    def __init__(self) -> None:
+        self._kernels: dict[str, tuple[Capabilities, dict[str, Tunable]] | None] = {}
+
+    def _of(self, preset: str) -> tuple[Capabilities, dict[str, Tunable]] | None:
+        if preset not in self._kernels:
+            try:
+                backend, caps = get(preset)
+                self._kernels[preset] = caps, {t.name: t for t in backend.tunables()}
+            except LlmcError:
+                self._kernels[preset] = None
+        return self._kernels[preset]
+
+    def objection(self, record: Record) -> str:
+        """Why the record would not count, whatever machine it is compiled for; "" = it would."""
+        known = self._of(record.preset)
+        if known is None or record.rule not in known[1]:
+            return "unknown here"
+        if record.tvm != tvm_version():
+            return "other TVM"
+        return "" if is_current(record, known[1][record.rule], known[0]) else "kernel has changed"
+
+    def schedule_text(self, record: Record) -> str:
+        """What the schedule does otherwise than the default; all its fields, if its kernel class is another by now."""
+        known = self._of(record.preset)
+        if known is not None and record.rule in known[1]:
+            kind = known[1][record.rule].schedule_type
+            with suppress(TypeError):
+                return schedule_text(kind(**record.schedule), kind())
+        return " ".join(f"{k}={v}" for k, v in record.schedule.items())
 
 
 def tvm_version() -> str:

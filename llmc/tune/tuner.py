@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from llmc.caps import Capabilities
-from llmc.schedules.choice import ByRows
 from llmc.schedules.records import Record, RecordFile, Status
-from llmc.schedules.tuned_choice import choose
 from llmc.targets.runner import Limits
 from llmc.tune.extract import shares
 from llmc.tune.job import Job, Outcome
 from llmc.tune.lab import Lab
 from llmc.tune.model import CostModel
-from llmc.tune.scheduler import next_job, settled
+from llmc.tune.result import TuneProgress, TuneResult, choose_for, step_gain
+from llmc.tune.scheduler import LEAST_SHARE, next_job, settled
 from llmc.tune.search import propose
 
 _BATCH = 8
@@ -29,61 +28,7 @@ _DEFAULTS = 0.5  # share of the budget that measuring default schedules may take
 _CONFIRMATIONS = 3
 _CALLS_PER_TRIAL = 15  # of the default's length, at least
 _WORTH_CONFIRMING = 0.98  # ratios above are no gain to speak of
-_LEAST_SHARE = 0.002  # of the step time
 _SEEDS = 3  # from similar tasks
-
-
-class TuneProgress:
-    """Told what the tuner does. This base class is silent."""
-
-    def started(self, jobs: Sequence[Job], limits: Limits, budget: float) -> None:
-        """Jobs are known, nothing is measured yet."""
-
-    def phase(self, text: str) -> None:
-        """What happens now."""
-
-    def measured(self, job: Job, schedule: Any, outcome: Outcome, left: float) -> None:
-        """One more measurement; `left` seconds of the budget remain."""
-
-    def finished(self, result: TuneResult) -> None:
-        """The end."""
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """What a run brought.
-
-    Attributes:
-        jobs: with all that is known about them.
-        trials: candidates tried in this run.
-        known: measurements that were in the database.
-        failures: status -> how many candidates of this run ended so.
-        restarts: processes that had to be replaced.
-        seconds: of this run.
-        interrupted: by Ctrl-C.
-        limits: of the machine.
-        spent: what the run waited for -> seconds; parts of a measurement are indented.
-        curve: (seconds since the start, gain at that time) after each improvement of the search.
-        gain: expected step time under the traffic with what was chosen, over that with default schedules.
-    """
-
-    jobs: tuple[Job, ...]
-    trials: int
-    known: int
-    failures: dict[str, int]
-    restarts: int
-    seconds: float
-    interrupted: bool
-    limits: Limits | None
-    gain: float
-    spent: Mapping[str, float] = field(default_factory=dict)
-    curve: tuple[tuple[float, float], ...] = ()
-
-    def seconds_to(self, share: float) -> float:
-        """When so large a share of the time that the whole run saves was saved; 0 if it saves nothing."""
-        saved = [(t, 1 - gain) for t, gain in self.curve]
-        wanted = share * (1 - self.gain)
-        return next((t for t, s in saved if s >= wanted), self.seconds) if wanted > 0 else 0.0
 
 
 @dataclass
@@ -214,9 +159,11 @@ class Tuner:
         # what is left waits for the next run: without a search the defaults are of no use
         end = self.clock() + _DEFAULTS * (self._end - self.clock())
         while waiting and self.clock() < end:
-            job = waiting.pop(waiting.index(max(waiting, key=lambda j: j.share)))
-            if job.share < _LEAST_SHARE:
+            waiting.sort(key=lambda j: -j.share)
+            if waiting[0].share < LEAST_SHARE:
                 break
+            self.lab.expect([job for job in waiting if job.share >= LEAST_SHARE])
+            job = waiting.pop(0)
             outcome = self.lab.default(job)
             if outcome.status is not Status.OK:
                 job.failure = f"the default schedule {outcome.status.value}: {outcome.note}"
@@ -346,7 +293,7 @@ class Tuner:
             job = next(j for j in group if j.bucket == record.bucket)
             schedule = job.tunable.schedule_type(**record.schedule)
             worth = record.ratio < _WORTH_CONFIRMING and schedule != job.space.default
-            if worth and job.share > _LEAST_SHARE:
+            if worth and job.share > LEAST_SHARE:
                 found.append((job, schedule))
         return found
 
@@ -363,34 +310,6 @@ class Tuner:
 
     def _write(self, job: Job, schedule: Any, outcome: Outcome) -> None:
         self.records.append([self._record(job, schedule, outcome)])
-
-
-def step_gain(jobs: Sequence[Job], caps: Capabilities) -> float:
-    """Step time under the traffic with the chosen schedules over that with the default ones."""
-    groups: dict[str, list[Job]] = {}
-    for job in jobs:
-        if job.default_seconds:
-            groups.setdefault(job.key(caps.preset), []).append(job)
-    total, tuned = 0.0, 0.0
-    for group in groups.values():
-        choice = choose_for(group, caps)[0]
-        for job in group:
-            ratio = 1.0
-            if choice is not None:
-                outcome = job.measured.get(choice.at(job.rows))
-                ratio = outcome.ratio if outcome is not None and outcome.ratio else 1.0
-            total += job.share
-            tuned += job.share * ratio
-    return tuned / total if total else 1.0
-
-
-def choose_for(group: Sequence[Job], caps: Capabilities) -> tuple[ByRows[Any] | None, tuple[Record, ...]]:
-    """What the measurements of all buckets of a task choose, and the records behind it."""
-    own = [
-        job.record(s, outcome, caps.preset, "", "") for job in group for s, outcome in job.measured.items()
-    ]
-    choice = choose(group[0].tunable, group[0].task, own, caps)
-    return (choice.schedule, choice.records) if choice else (None, ())
 
 
 def distance(job: Job, task: Any, rows: int) -> float:

@@ -21,6 +21,7 @@ from llmc.schedules.gpu.attention_tile import (
     heads_per_tile,
     tokens_per_tile,
 )
+from llmc.schedules.gpu.coded_tile import CodedTile
 from llmc.schedules.gpu.configs import GpuPrefillSchedule
 from llmc.schedules.gpu.rope import THREADS as ROPE_THREADS
 from llmc.schedules.gpu.rope import Pages, append
@@ -70,13 +71,18 @@ class _Prefill:
         self.threads = THREADS if self.cut is None else self.cut.threads
 
     def bounds(self) -> Any:
-        """What the launch is said to take: parts of a block exchange registers only if it has a multiprocessor to itself."""
-        return g.at_most_one_block() if isinstance(self.cut, flash_group.GroupShape) else nullcontext()
+        """What the launch is said to take: parts of a block exchange registers only if it has a multiprocessor to itself.
+
+        Tiles of codes would be given too few registers for the same reason as in decode.
+        """
+        alone = isinstance(self.cut, flash_group.GroupShape) or (self.cfg.coded and self.cut is not None)
+        return g.at_most_one_block() if alone else nullcontext()
 
     def make(self, args: Operands, thread: Any, unit: Any) -> Any:
         """The block's tile, which has a method `run`."""
         if self.cut is None:
-            return Tile(self.cfg, self.caps, args, self.tokens, thread, unit)
+            plain = CodedTile if self.cfg.coded else Tile
+            return plain(self.cfg, self.caps, args, self.tokens, thread, unit)
         kind = _PREFILL_TILES[type(self.cut)]
         return kind(self.cfg, self.caps, args, self.cut, thread, unit)
 
@@ -105,7 +111,8 @@ class _Decode:
     def make(self, args: Operands, thread: Any, unit: Any) -> Any:
         """The block's tile, which has methods `decode`, `finish` and `store_partial`."""
         if self.cut is None:
-            return Tile(self.cfg, self.caps, args, 1, thread, unit)
+            plain = CodedTile if self.cfg.coded else Tile
+            return plain(self.cfg, self.caps, args, 1, thread, unit)
         kind = flash_latent.LatentTile if self.cfg.latent else flash_decode.DecodeTile
         return kind(self.cfg, self.caps, args, self.cut, thread, unit)
 
@@ -184,7 +191,7 @@ def attention_decode(cfg: AttentionConfig, caps: Capabilities, rope: RopeConfig 
             if ops is not None and args.slots is not None and not kind.appends:
                 with g.launch(b * cfg.kv_heads, ROPE_THREADS) as (number, thread):
                     token, head = e.let(number // cfg.kv_heads), e.let(number % cfg.kv_heads)
-                    pages = Pages(cfg, args.slots, args.k, args.v, args.layer, caps)
+                    pages = Pages(cfg, args.slots, args.pools, args.layer, caps)
                     append(ops, pages, token, (head, 1), thread)
             most = e.let(_most_pieces(b * units, splits, caps.multiprocessors * kind.resident))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from llmc.kv_plan import QUAD
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.attention_tile import Operands
@@ -20,11 +21,15 @@ from llmc.schedules.gpu import emit as g
 from llmc.schedules.gpu import matrix_unit as unit
 
 PAD = 8  # elements
+CODED_PAD = 8  # words, behind a line of words of codes
 _CHUNK = 8  # elements in 16 bytes
 
 
 def stage_elements(cfg: AttentionConfig, keys: int) -> int:
     """16-bit elements of a tile of keys and of their values (which latent ones are a part of)."""
+    if cfg.coded:
+        words = cfg.key_dim // QUAD * (keys + CODED_PAD) + keys // QUAD * (cfg.value_dim + CODED_PAD)
+        return 2 * words + 2 * keys  # scales of both
     return cfg.key_dim * (keys + PAD) + (0 if cfg.latent else keys * (cfg.value_dim + PAD))
 
 

@@ -10,6 +10,7 @@ as many as there are threads:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -151,17 +152,13 @@ class Tile:
         return e.let(((page * cfg.layers + self.args.layer) * cfg.kv_heads + self.kv_head) * size)
 
     def _score(self, table: Any, first: Any, end: Any, position: Any) -> None:
-        cfg, ps = self.cfg, self.cfg.page_size
+        cfg = self.cfg
         key = e.let(first + self.thread)
         sums = [g.local(1) for _ in range(self.rows)]
         for s in sums:
             e.store(s, 0, e.f32(0.0), 1)
         with g.when(key < end):
-            base = e.let(self._page(table, key, cfg.key_dim * ps) + key % ps)
-            with e.loop(cfg.key_dim) as d:
-                value = e.let(e.widen(self.args.k[base + d * ps], cfg.kv_dtype, 1))
-                for r, s in enumerate(sums):
-                    e.store(s, 0, s[0] + self.query[r * cfg.key_dim + d] * value, 1)
+            self._multiply(table, key, sums)
         for r, s in enumerate(sums):
             where = e.let(position + r // self.share)
             score = e.let(s[0] * e.f32(cfg.scale))
@@ -176,6 +173,21 @@ class Tile:
             if cfg.chunk:
                 seen = T.And(seen, where // cfg.chunk == key // cfg.chunk)
             e.store(self.scores, r * KEYS + self.thread, T.Select(seen, score, e.f32(_LOWEST)), 1)
+
+    def _multiply(self, table: Any, key: Any, sums: list[Any]) -> None:
+        """Add a key's products with the rows to their sums."""
+        cfg, ps = self.cfg, self.cfg.page_size
+        base = e.let(self._page(table, key, cfg.key_dim * ps) + key % ps)
+        with e.loop(cfg.key_dim) as d:
+            value = e.let(e.widen(self.args.k[base + d * ps], cfg.kv_dtype, 1))
+            for r, s in enumerate(sums):
+                e.store(s, 0, s[0] + self.query[r * cfg.key_dim + d] * value, 1)
+
+    def _value(self, table: Any, key: Any) -> Callable[[Any], Any]:
+        """dim -> element of a key's value, float32."""
+        cfg, ps = self.cfg, self.cfg.page_size
+        base = e.let(self._page(table, key, ps * cfg.value_dim) + key % ps * cfg.value_dim)
+        return lambda d: e.widen(self.args.v[base + d], cfg.kv_dtype, 1)
 
     def _softmax(self) -> None:
         warps, per_lane = THREADS // g.WARP, KEYS // g.WARP
@@ -212,7 +224,7 @@ class Tile:
         return e.let(e.i64(self.thread % self.dims)), rows
 
     def _weigh(self, table: Any, first: Any, end: Any) -> None:
-        cfg, ps = self.cfg, self.cfg.page_size
+        cfg = self.cfg
         dim, rows = self._own()
         for row, registers in zip(rows, self.acc, strict=True):
             factor = e.let(self.factor[row])
@@ -221,11 +233,11 @@ class Tile:
         count = e.let(T.min(e.i64(KEYS), end - first))
         with e.loop(count) as i:
             key = e.let(first + i)
-            base = e.let(self._page(table, key, ps * cfg.value_dim) + key % ps * cfg.value_dim)
+            element = self._value(table, key)
             for c in range(self.columns):
                 d = e.let(dim + c * self.dims)
                 with g.when(d < cfg.value_dim):
-                    value = e.let(e.widen(self.args.v[base + d], cfg.kv_dtype, 1))
+                    value = e.let(element(d))
                     for row, registers in zip(rows, self.acc, strict=True):
                         weight = self.scores[e.i64(row * KEYS) + i]
                         e.store(registers[c], 0, registers[c][0] + weight * value, 1)

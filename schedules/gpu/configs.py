@@ -73,13 +73,54 @@ class GpuQuantSchedule:
 
 
 @dataclass(frozen=True)
+class GpuExpertSchedule:
+    """How an expert kernel runs for some numbers of rows.
+
+    Attributes:
+        way: a Way.
+        rows: of THREADS: rows of an expert per block.
+        tiles: of UNITS: tiles of 16 rows of an expert per block.
+        warps: of both, which share the columns out.
+        tile_columns, stages: of WARPGROUPS: warpgroup_gemm.WarpgroupTile.
+        vectors: as in ExpertSchedule; on these machines the layout is the same for all schedules.
+    """
+
+    way: int = Way.UNTUNED
+    rows: int = 0
+    tiles: int = 0
+    warps: int = 0
+    tile_columns: int = 0
+    stages: int = 0
+    vectors: ClassVar[int] = 0
+
+
+@dataclass(frozen=True)
+class GpuNormSchedule:
+    """How a norm's rows are shared out; threads = 0: by the row's length.
+
+    Attributes:
+        threads: of a row.
+        rows: of a block; more than one only of a warp each.
+    """
+
+    threads: int = 0
+    rows: int = 1
+
+
+@dataclass(frozen=True)
 class GpuPrefillSchedule:
-    """How prefill attention is cut on the matrix units: flash.FlashShape; warps = 0: by the heads' size."""
+    """How prefill attention is cut.
+
+    Attributes:
+        warps, tiles, keys, stages: on the matrix units: flash.FlashShape; warps = 0: by the heads' size.
+        groups: of warpgroups that multiply (flash_group.GroupShape, with keys and stages); 0 = warps by themselves.
+    """
 
     warps: int = 0
     tiles: int = 0
     keys: int = 0
     stages: int = 0
+    groups: int = 0
 
 
 @dataclass(frozen=True)

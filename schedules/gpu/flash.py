@@ -16,8 +16,9 @@ from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.gpu import emit as g
 from llmc.schedules.gpu import matrix_unit as unit
-from llmc.schedules.gpu.attention_pages import PageTiles, stage_elements
+from llmc.schedules.gpu.attention_pages import stage_elements
 from llmc.schedules.gpu.attention_tile import final_factor
+from llmc.schedules.gpu.coded_warp import query_place, tiles_of, warp_of
 from llmc.schedules.gpu.configs import GpuPrefillSchedule
 from llmc.schedules.gpu.flash_warp import LN2, HeadTile, WarpTile, query_line
 from llmc.schedules.gpu.flash_warp import takes as takes_heads
@@ -69,6 +70,8 @@ def shape(cfg: AttentionConfig, caps: Capabilities) -> FlashShape | None:
     if isinstance(tuned, GpuPrefillSchedule) and tuned.warps:
         return FlashShape(tuned.warps, tuned.tiles, tuned.keys, tuned.stages)
     shapes = _NARROW if widest <= 128 else _WIDE
+    if cfg.coded and 96 < widest <= 128:  # operands of codes take the registers of the other keys' scores
+        shapes = shapes[1:]
     return next((s for s in shapes if s.shared_bytes(cfg) <= caps.shared_bytes), None)
 
 
@@ -84,7 +87,7 @@ class FlashTile(HeadTile):
         """
         cfg, cut = self.cfg, self.cut
         begin, end, position = (g.held(g.i32(value)) for value in (begin, end, position))
-        pages = PageTiles(
+        pages = tiles_of(cfg)(
             *(cfg, self.args, self.memory, cut.keys, self.kv_head),
             *(g.held(table), end, self.thread, cut.threads),
         )
@@ -101,7 +104,7 @@ class FlashTile(HeadTile):
         warp = e.let(self.thread // g.WARP)
         first_row = e.let(warp * (16 * cut.tiles))
         lane = e.let(self.thread % g.WARP)
-        tile = WarpTile(
+        tile = warp_of(cfg)(
             *(cfg, self.caps, self.args, pages, 0, lane, first_row, position),
             *(self.first_head, self.share, cut.tiles),
         )
@@ -129,6 +132,9 @@ class FlashTile(HeadTile):
 
     def _load_queries(self, first_token: Any, used: Any) -> None:
         cfg, args = self.cfg, self.args
+        if cfg.coded:
+            self._load_words(first_token, used)
+            return
         pieces = cfg.key_dim // _CHUNK
 
         def load(i: Any) -> None:
@@ -141,6 +147,25 @@ class FlashTile(HeadTile):
             unit.copy16(self.memory, e.let(g.i32(self._query_place(row, piece))), args.q, source, True)
 
         g.strided(self.thread, self.cut.rows * pieces, self.cut.threads, load)
+
+    def _load_words(self, first_token: Any, used: Any) -> None:
+        """Queries in the order that words of codes ask for; two elements are neighbours in both."""
+        cfg, args = self.cfg, self.args
+        pairs = cfg.key_dim // 2
+        source = e.flat(args.q, args.t * cfg.heads * pairs, "uint32")
+        target = T.decl_buffer(
+            (self.cut.shared_bytes(cfg) // 4,), "uint32", data=self.memory.data, scope="shared.dyn"
+        )
+
+        def load(i: Any) -> None:
+            row, pair = e.let(i // pairs), e.let(i % pairs)
+            token = e.let(first_token + T.min(row // self.share, used - 1))
+            head = e.let(self.first_head + row % self.share)
+            at = token * cfg.heads + head if cfg.token_major else head * args.t + token
+            place = row * (query_line(cfg) // 2) + query_place(2 * pair) // 2
+            e.store(target, e.let(place), source[e.let(at * pairs + pair)], 1)
+
+        g.strided(self.thread, self.cut.rows * pairs, self.cut.threads, load)
 
     def _store(self, tile: WarpTile, first_token: Any, used: Any) -> None:
         """Normalise and store the rows of real tokens."""

@@ -14,13 +14,15 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
+from llmc.kv_plan import entry_bytes
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.attention_tile import Operands
 from llmc.schedules.gpu import emit as g
 from llmc.schedules.gpu import matrix_unit as unit
-from llmc.schedules.gpu.attention_pages import PageTiles, stage_elements
+from llmc.schedules.gpu.attention_pages import stage_elements
 from llmc.schedules.gpu.attention_tile import final_factor, heads_per_tile
+from llmc.schedules.gpu.coded_warp import query_place, tiles_of, warp_of
 from llmc.schedules.gpu.configs import GpuDecodeSchedule
 from llmc.schedules.gpu.flash_warp import LN2, HeadTile, WarpTile, query_line, takes
 from llmc.schedules.gpu.rope import Pages, append, rotate
@@ -53,6 +55,12 @@ class DecodeShape:
     def shared_bytes(self, cfg: AttentionConfig) -> int:
         return 2 * (_ROWS * query_line(cfg) + self.warps * self.stages * stage_elements(cfg, self.keys))
 
+    def fits(self, cfg: AttentionConfig, caps: Capabilities) -> bool:
+        """Whether a block's shared memory suffices, and a warp's part of it for the warp's result."""
+        own = 2 * self.stages * stage_elements(cfg, self.keys)
+        result = 4 * _ROWS * (cfg.value_dim + _PAD)
+        return self.shared_bytes(cfg) + _STATIC <= caps.shared_bytes and result <= own
+
     def resident(self, cfg: AttentionConfig, caps: Capabilities) -> int:
         """Blocks that fit a multiprocessor's shared memory at a time."""
         whole = caps.shared_bytes + _BLOCK_OVERHEAD
@@ -60,7 +68,7 @@ class DecodeShape:
 
     def bytes_in_flight(self, cfg: AttentionConfig, caps: Capabilities) -> int:
         """Bytes of pages that a multiprocessor waits for while all its warps compute."""
-        tile = 2 * self.keys * (cfg.key_dim + cfg.value_dim)
+        tile = self.keys * sum(entry_bytes(cfg.kv_dtype, dim) for dim in (cfg.key_dim, cfg.value_dim))
         return self.resident(cfg, caps) * self.warps * (self.stages - 1) * tile
 
 
@@ -74,7 +82,7 @@ def shape(cfg: AttentionConfig, caps: Capabilities) -> DecodeShape | None:
     tuned = cfg.decode.choices[0]
     if isinstance(tuned, GpuDecodeSchedule) and tuned.warps:
         return DecodeShape(tuned.warps, tuned.keys, tuned.stages)
-    return next((s for s in _SHAPES if s.shared_bytes(cfg) + _STATIC <= caps.shared_bytes), None)
+    return next((s for s in _SHAPES if s.fits(cfg, caps)), None)
 
 
 def appends(cfg: AttentionConfig) -> bool:
@@ -104,7 +112,7 @@ class DecodeTile(HeadTile):
         lane, warp = e.let(self.thread % g.WARP), e.let(self.thread // g.WARP)
         end, position = g.held(g.i32(end)), g.held(g.i32(position))
         self._append(sequence, end > position)
-        pages = PageTiles(
+        pages = tiles_of(cfg)(
             *(cfg, self.args, self.memory, cut.keys, self.kv_head),
             *(g.held(sequence * self.args.width), end, lane, g.WARP),
         )
@@ -120,7 +128,7 @@ class DecodeTile(HeadTile):
             pages.find(start + (s + 1) * step)
         self._load_queries(sequence)
         g.barrier()
-        tile = WarpTile(
+        tile = warp_of(cfg)(
             *(cfg, self.caps, self.args, pages, 0, lane, g.i32(0), position),
             *(self.first_head, self.share),
         )
@@ -147,7 +155,7 @@ class DecodeTile(HeadTile):
         if args.rope is None or args.slots is None or not appends(self.cfg):
             return
         with g.when(last):
-            pages = Pages(self.cfg, args.slots, args.k, args.v, args.layer, self.caps)
+            pages = Pages(self.cfg, args.slots, args.pools, args.layer, self.caps)
             append(args.rope, pages, sequence, (self.kv_head, 1), self.thread, self.cut.threads)
             g.device_fence()
             g.barrier()
@@ -156,15 +164,18 @@ class DecodeTile(HeadTile):
         """Rows of heads to shared memory, zeros behind them."""
         cfg, args, line = self.cfg, self.args, query_line(self.cfg)
 
+        def place(d: Any) -> Any:
+            return query_place(d) if cfg.coded else d
+
         def keep(number: Any, d: Any, value: Any) -> None:
             value = g.narrow(e.let(value), cfg.dtype, self.caps)
-            e.store(self.memory, number * line + d, self._bits(value), 1)
+            e.store(self.memory, number * line + place(d), self._bits(value), 1)
 
         def load(i: Any) -> None:
             row, d = e.let(i // cfg.key_dim), e.let(i % cfg.key_dim)
             head = e.let(self.first_head + row)
             at = sequence * cfg.heads + head if cfg.token_major else head * args.t + sequence
-            e.store(self.memory, row * line + d, self._bits(args.q[at * cfg.key_dim + d]), 1)
+            e.store(self.memory, row * line + place(d), self._bits(args.q[at * cfg.key_dim + d]), 1)
 
         if args.rope is not None:
             rotate(args.rope, 0, sequence, (self.first_head, self.share), self.thread, keep, self.cut.threads)

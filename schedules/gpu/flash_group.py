@@ -22,15 +22,16 @@ from llmc.schedules.gpu import emit as g
 from llmc.schedules.gpu import matrix_unit as unit
 from llmc.schedules.gpu import warpgroup as wg
 from llmc.schedules.gpu.attention_pages import PageTiles
+from llmc.schedules.gpu.configs import GpuPrefillSchedule
 from llmc.schedules.gpu.flash import FlashTile
 from llmc.schedules.gpu.flash_warp import Fragment, WarpTile, takes
 
 _CHUNK = 8  # elements in 16 bytes
 _STEP = 16  # elements of a row that one instruction multiplies
-_STAGES = 2
-_GROUPS = 2  # that multiply
 _WARPS = wg.WARPGROUP // g.WARP
-_FETCH_REGISTERS, _MULTIPLY_REGISTERS = 56, 224
+# warpgroups that multiply -> registers of a thread that fetches, of one that multiplies
+_REGISTERS = {1: (56, 240), 2: (56, 224), 3: (32, 160)}
+_BESIDE = 48  # registers of a thread that multiplies, beside sums and weights
 _WIDEST = 256
 _NARROW = (
     128  # up to so many elements the sums of 128 keys' scores fit the registers beside those of the values
@@ -45,17 +46,36 @@ class GroupShape:
 
     Attributes:
         keys: of a tile.
+        groups: warpgroups that multiply.
+        stages: tiles in shared memory.
     """
 
     keys: int
+    groups: int = 2
+    stages: int = 2
 
     @property
     def rows(self) -> int:
-        return _GROUPS * wg.ROWS
+        return self.groups * wg.ROWS
 
     @property
     def threads(self) -> int:
-        return (_GROUPS + 1) * wg.WARPGROUP
+        return (self.groups + 1) * wg.WARPGROUP
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """(of a thread that fetches, of one that multiplies)."""
+        return _REGISTERS[self.groups]
+
+    @property
+    def shares(self) -> bool:
+        """Whether threads that fetch give registers away: a block of two warpgroups has as many as threads can address."""
+        return self.groups > 1
+
+    def fits(self, cfg: AttentionConfig, caps: Capabilities) -> bool:
+        """Whether a multiprocessor has the shared memory, and threads the registers: scores, weights of them, values."""
+        needed = self.keys // 2 + self.keys // 4 + cfg.value_dim // 2 + _BESIDE
+        return self.shared_bytes(cfg) <= caps.shared_bytes and needed <= self.registers[1]
 
     def key_block(self, cfg: AttentionConfig) -> int:
         """Elements from 8 keys to the next 8."""
@@ -74,17 +94,20 @@ class GroupShape:
 
     def barriers_at(self, cfg: AttentionConfig) -> int:
         """Element behind queries and tiles."""
-        return self.rows * cfg.key_dim + _STAGES * self.stage_elements(cfg)
+        return self.rows * cfg.key_dim + self.stages * self.stage_elements(cfg)
 
     def shared_bytes(self, cfg: AttentionConfig) -> int:
-        return 2 * self.barriers_at(cfg) + 2 * _STAGES * bulk.BARRIER_BYTES
+        return 2 * self.barriers_at(cfg) + 2 * self.stages * bulk.BARRIER_BYTES
 
 
 def shape(cfg: AttentionConfig, caps: Capabilities) -> GroupShape | None:
     """The cut for these heads; None = this kernel is not made for them."""
     widest = max(cfg.key_dim, cfg.value_dim)
-    if not caps.has_wgmma or not takes(cfg, caps) or widest > _WIDEST:
+    if not caps.has_wgmma or cfg.coded or not takes(cfg, caps) or widest > _WIDEST:
         return None
+    tuned = cfg.prefill.choices[0]
+    if isinstance(tuned, GpuPrefillSchedule) and tuned.groups:
+        return GroupShape(tuned.keys, tuned.groups, tuned.stages)
     cut = GroupShape(128 if widest <= _NARROW else 64)
     return cut if cut.shared_bytes(cfg) <= caps.shared_bytes else None
 
@@ -168,9 +191,9 @@ class GroupTile(FlashTile):
         begin, end, position = (g.held(g.i32(value)) for value in (begin, end, position))
         count = g.held(T.truncdiv(end - begin + (self.cut.keys - 1), g.i32(self.cut.keys)))
         with g.when(self.thread == 0):
-            for stage in range(_STAGES):
+            for stage in range(self.cut.stages):
                 bulk.init(self._filled(stage), _WARPS)
-                bulk.init(self._free(stage), _GROUPS * _WARPS)
+                bulk.init(self._free(stage), self.cut.groups * _WARPS)
         self._load_queries(first_token, used)
         unit.commit()
         unit.wait(0)
@@ -178,10 +201,12 @@ class GroupTile(FlashTile):
         g.barrier()
         with T.If(self.thread < wg.WARPGROUP):
             with T.Then():
-                bulk.set_registers(_FETCH_REGISTERS, more=False)
+                if self.cut.shares:
+                    bulk.set_registers(self.cut.registers[0], more=False)
                 self._fetch(table, begin, end, count)
             with T.Else():
-                bulk.set_registers(_MULTIPLY_REGISTERS, more=True)
+                if self.cut.shares:
+                    bulk.set_registers(self.cut.registers[1], more=True)
                 self._multiply(first_token, used, begin, end, position, count)
 
     def _address(self, element: Any) -> Any:
@@ -191,7 +216,7 @@ class GroupTile(FlashTile):
         return self._address(self.cut.barriers_at(self.cfg) + stage * (bulk.BARRIER_BYTES // 2))
 
     def _free(self, stage: Any) -> Any:
-        return self._filled(stage + _STAGES)
+        return self._filled(stage + self.cut.stages)
 
     def _query_place(self, row: Any, piece: Any) -> Any:
         pieces = self.cfg.key_dim // _CHUNK
@@ -208,8 +233,8 @@ class GroupTile(FlashTile):
         tiles.find(begin)
         with g.loop(count) as i:
             first = g.held(begin + i * self.cut.keys)
-            stage = g.held(i % _STAGES)
-            bulk.wait(self._free(stage), 1 - i // _STAGES % 2)
+            stage = g.held(i % self.cut.stages)
+            bulk.wait(self._free(stage), 1 - i // self.cut.stages % 2)
             tiles.copy(stage * tiles.size + ring, first)
             unit.commit()
             tiles.find(first + self.cut.keys)
@@ -241,8 +266,8 @@ class GroupTile(FlashTile):
         )
         tile.start()
         with g.loop(count) as i:
-            stage = g.held(i % _STAGES)
-            bulk.wait(self._filled(stage), i // _STAGES % 2)
+            stage = g.held(i % self.cut.stages)
+            bulk.wait(self._filled(stage), i // self.cut.stages % 2)
             tile.visit(stage * cut.stage_elements(cfg), g.held(begin + i * cut.keys), end)
             with g.when(inside % g.WARP == 0):
                 bulk.arrive(self._free(stage))

@@ -30,7 +30,8 @@ def takes(cfg: AttentionConfig, caps: Capabilities) -> bool:
     """Whether heads are of a size and type that the matrix units take."""
     has = {"bfloat16": caps.has_mma_bf16, "float16": caps.has_mma_f16}.get(cfg.dtype, False)
     sizes = cfg.key_dim % 16 == 0 and cfg.value_dim % 16 == 0
-    return has and caps.has_async_copy and cfg.kv_dtype == cfg.dtype and sizes and cfg.scale > 0
+    pages = cfg.kv_dtype == cfg.dtype or (cfg.coded and caps.has_mma_bf16)
+    return has and caps.has_async_copy and pages and sizes and cfg.scale > 0
 
 
 class HeadTile:
@@ -134,6 +135,15 @@ class WarpTile:
         return self.cfg.value_dim
 
     @property
+    def _first_column(self) -> Any:
+        """Key of the thread's first score, from the first of the tile."""
+        return self.lane % 4 * 2
+
+    def _column(self, n: int, j: int) -> int:
+        """Key of score j of the n-th 8 columns, from the thread's first."""
+        return n * 8 + j
+
+    @property
     def steps(self) -> int:
         """Of 16 elements of the key that the warp multiplies."""
         return self.cfg.key_dim // 16
@@ -209,7 +219,7 @@ class WarpTile:
                 if args.alibi is not None:
                     head = self.first_head + self.rows[m][i] % self.share
                     slope = e.let(args.alibi[head] * e.f32(_LOG2E))
-                    ahead = e.let(first + self.lane % 4 * 2 - self.places[m][i])
+                    ahead = e.let(first + self._first_column - self.places[m][i])
                 for n, registers in enumerate(scores[m]):
                     for j in range(2):
                         value = registers[2 * i + j]
@@ -219,7 +229,7 @@ class WarpTile:
                         else:
                             value = value * e.f32(cfg.scale * _LOG2E)
                         if slope is not None:
-                            value = value + slope * T.Cast("float32", ahead + (n * 8 + j))
+                            value = value + slope * T.Cast("float32", ahead + self._column(n, j))
                         registers.put(2 * i + j, value)
 
     def _mask(self, scores: list[list[Fragment]], first: Any, end: Any) -> None:
@@ -234,7 +244,7 @@ class WarpTile:
         with g.when(partly):
             for m in range(self.tiles):
                 for i in range(2):
-                    own, place = e.let(first + self.lane % 4 * 2), self.places[m][i]
+                    own, place = e.let(first + self._first_column), self.places[m][i]
                     high = g.held(T.min(place, end - 1) - own)
                     low = None
                     if cfg.window:
@@ -245,9 +255,10 @@ class WarpTile:
                     low = None if low is None else g.held(low - own)
                     for n, registers in enumerate(scores[m]):
                         for j in range(2):
-                            seen = g.i32(n * 8 + j) <= high
+                            column = g.i32(self._column(n, j))
+                            seen = column <= high
                             if low is not None:
-                                seen = T.And(seen, g.i32(n * 8 + j) >= low)
+                                seen = T.And(seen, column >= low)
                             at = 2 * i + j
                             registers.put(at, T.Select(seen, registers[at], e.f32(_LOWEST)))
 

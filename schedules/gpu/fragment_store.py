@@ -13,6 +13,7 @@ from llmc.schedules.gpu import emit as g
 from llmc.schedules.gpu import fragments
 from llmc.schedules.gpu.epilogue import finish
 from llmc.schedules.gpu.qcodes import pack
+from llmc.schedules.gpu.rows import Rows
 
 _WIDE = 8 * fragments.QUAD  # columns that a quad stores at a time
 
@@ -25,6 +26,9 @@ class FragmentStore:
         lane: of the thread in its warp.
         block_rows: rows of the weight that lie together; in a gated one the first half of them are gates: 8 or 32.
         factor: row of x -> what its sums are multiplied with first, or None.
+
+    Attributes:
+        bias: by row of the weight, or None.
     """
 
     def __init__(
@@ -37,7 +41,7 @@ class FragmentStore:
         factor: Callable[[Any], Any] = lambda row: None,
     ) -> None:
         self.ops, self.caps, self.sums, self.lane = ops, caps, sums, lane
-        self.block_rows, self.factor = block_rows, factor
+        self.block_rows, self.factor, self.bias = block_rows, factor, ops.bias
         self.part = e.let(lane % fragments.QUAD)
         cfg = ops.cfg
         self.narrow = cfg.out_dtype != "float32"
@@ -46,17 +50,22 @@ class FragmentStore:
             e.flat(ops._residual, ops.t * cfg.n // 2, "uint32") if ops.residual is not None else None
         )
 
-    def store(self, first_row: Any, first: Any, count: int) -> None:
-        """`count` fragments of 8 columns of y, from column `first` on, of 16 rows; what is out of range is dropped."""
+    def store(self, rows: Rows, first_row: Any, first: Any, count: int) -> None:
+        """`count` fragments of 8 columns of y, from column `first` on, of 16 rows; what is out of range is dropped.
+
+        Args:
+            first_row: number in `rows` of the first row.
+        """
         self._mine = g.held(first + self.part * 8)  # columns that the thread stores
         self._own = g.held(first + self.part * 2)  # columns whose sums it holds
         self._exact = self.ops.cfg.n % (8 * count) == 0  # no tile reaches behind the last column
         for half in range(2):
-            row = g.held(first_row + self.lane // fragments.QUAD + 8 * half)
-            inside = e.let(row < self.ops.t)
+            number = g.held(first_row + self.lane // fragments.QUAD + 8 * half)
+            inside = e.let(rows.inside(number))
             # rows past the last one are computed like it: all threads of a quad must take part
-            start = g.held(T.min(row, self.ops.t - 1) * self.ops.cfg.n)
-            factor = self.factor(T.min(row, self.ops.t - 1))
+            row = rows.at(number)
+            start = g.held(row * self.ops.cfg.n)
+            factor = self.factor(row)
             for group in range(count // fragments.QUAD):
                 self._store_wide(half, start, inside, group, factor)
 
@@ -93,7 +102,7 @@ class FragmentStore:
             for c, sums in enumerate(self._sums(half, fragment, factor)):
                 # a column behind the last one takes the bias of one that there is
                 known = e.let(at + c if self._exact else T.min(at + c, e.i64(cfg.n - 1)))
-                value = finish(cfg, sums, known, None, ops.bias, None)
+                value = finish(cfg, sums, known, None, self.bias, None)
                 values.append(e.let(value + added[i][c]) if added else value)
             if self.narrow:
                 words.append(pack(values[0], values[1], cfg.out_dtype))

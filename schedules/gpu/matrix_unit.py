@@ -52,6 +52,15 @@ __device__ __forceinline__ void llmc_mma_s8(
     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 """
+_MMA_E4M3 = """
+__device__ __forceinline__ void llmc_mma_e4m3(
+    float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 "
+    "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+    : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+"""
 _TYPES = {"bfloat16": "bf16", "float16": "f16"}
 
 
@@ -100,4 +109,9 @@ def mma_bytes(acc: Any, a: list[Any], b: list[Any]) -> None:
     T.evaluate(g.device_call("llmc_mma_s8", _MMA_BYTES, g.address(acc, 0), *a, *b))
 
 
-__all__ = ["commit", "copy16", "load_x4", "mma", "mma_bytes", "ones", "wait"]
+def mma_e4m3(acc: Any, a: list[Any], b: list[Any]) -> None:
+    """acc[0..3] (float32) += A [16, 32] x B [32, 8] of e4m3 numbers, which lie as in mma_bytes."""
+    T.evaluate(g.device_call("llmc_mma_e4m3", _MMA_E4M3, g.address(acc, 0), *a, *b))
+
+
+__all__ = ["commit", "copy16", "load_x4", "mma", "mma_bytes", "mma_e4m3", "ones", "wait"]

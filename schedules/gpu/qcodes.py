@@ -29,6 +29,14 @@ _E4M3_IN_F32 = 2.0**112
 _TABLE_SIZE = 16
 COLUMNS = 8  # that a thread unpacks at a time, of whole words or parts of one
 
+# one instruction: of two constants, the assembler takes one at a time and makes two of it
+_AND_OR = """
+__device__ __forceinline__ unsigned llmc_and_or(unsigned a, unsigned b, unsigned c) {
+  unsigned d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+"""
 _FMA2 = """
 __device__ __forceinline__ unsigned llmc_fma2_NAME(unsigned a, unsigned b, unsigned c) {
   unsigned d;
@@ -109,13 +117,17 @@ class ThreadCodes(Weights):
         layout: of the weight; 8-bit codes lie in quads.
         w: the packed bytes, as declared.
         size: their number.
+        as_stored: scales are for codes as they are (of `words`), not for what `floats` and `pairs` make of them.
     """
 
-    def __init__(self, caps: Capabilities, layout: QuantLayout, w: Any, size: int) -> None:
+    def __init__(
+        self, caps: Capabilities, layout: QuantLayout, w: Any, size: int, as_stored: bool = False
+    ) -> None:
         scheme = layout.of
         if layout.planes == (8,) and not layout.quads:
             raise ValueError(f"threads read 8-bit codes in words; {layout.as_text()} has them in bytes")
-        self.codes, self.layout, self.code = QuantCodes(caps, layout, w, size), layout, scheme.code
+        self.codes, self.layout = QuantCodes(caps, layout, w, size, as_stored), layout
+        self.code = scheme.code
         self._words = e.flat(w, size // 4, "uint32")
         self._table: Any = None
         self.padded_k, self.chunk = layout.padded_k, max(layout.piece, UNIT)
@@ -235,9 +247,7 @@ class ThreadCodes(Weights):
             number = T.reinterpret("float32", T.bitwise_or(code, _u32(bits)))
             return e.let(number - (zero + e.f32(base)))
         if self.code is Code.E4M3:
-            sign = T.shift_left(T.bitwise_and(code, _u32(0x80)), _u32(24))
-            rest = T.shift_left(T.bitwise_and(code, _u32(0x7F)), _u32(20))
-            return e.let(T.reinterpret("float32", T.bitwise_or(sign, rest)) * e.f32(_E4M3_IN_F32))
+            return e4m3_float(code, _E4M3_IN_F32)
         return e.let(self._table[tirx.Cast("int32", code)])
 
     def pairs(self, words: list[list[Any]], count: int, zero: Any, dtype: str) -> list[Any]:
@@ -251,21 +261,30 @@ class ThreadCodes(Weights):
         one = _u32(_ONE[dtype] * 0x10001)
         out = []
         for i in range(0, count, 2):
-            code, low = None, 0
+            number, low = _u32(bits), 0
             for found, plane in zip(words, self.layout.planes, strict=True):
                 per_word = UNIT // plane
                 mask = ((1 << plane) - 1) << low
                 part = _right(found[i // per_word], plane * (i % per_word // 2) - low)
-                part = _masked(part, mask | mask << 16)
-                code = part if code is None else T.bitwise_or(code, part)
+                number = e.let(
+                    g.device_call(
+                        "llmc_and_or", _AND_OR, part, _u32(mask | mask << 16), number, result="uint32"
+                    )
+                )
                 low += plane
-            number = T.bitwise_or(code, _u32(bits))
             name = _TYPES[dtype]
             source = _FMA2.replace("NAME", name).replace("TYPE", name)
             out.append(
                 e.let(g.device_call(f"llmc_fma2_{name}", source, number, one, subtract, result="uint32"))
             )
         return out
+
+
+def e4m3_float(code: Any, factor: float = 2.0**120) -> Any:
+    """float32 of an e4m3 number, uint32, times `factor` / 2**120."""
+    sign = T.shift_left(T.bitwise_and(code, _u32(0x80)), _u32(24))
+    rest = T.shift_left(T.bitwise_and(code, _u32(0x7F)), _u32(20))
+    return e.let(T.reinterpret("float32", T.bitwise_or(sign, rest)) * e.f32(factor))
 
 
 def pack(low: Any, high: Any, dtype: str) -> Any:

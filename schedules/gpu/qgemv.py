@@ -101,8 +101,10 @@ def _group(
     if not codes.scaled:
         return
     scale, offset = codes.scale_of(place, lane)
-    for r in range(len(tokens)):
-        value = total[r][0] + part[r][0] * scale
+    for r, token in enumerate(tokens):
+        factor = ops.group_scale(token, column)
+        product = part[r][0] * scale
+        value = total[r][0] + (product if factor is None else product * factor)
         if offset is not None:
             value = value + row_sums[r][0] * offset
         e.store(total[r], 0, value, 1)

@@ -17,9 +17,8 @@ from llmc.schedules import emit as e
 from llmc.schedules.gpu import emit as g
 from llmc.schedules.gpu import matrix_unit as unit
 from llmc.schedules.gpu.qcodes import ThreadCodes
-from llmc.schedules.gpu.qgemm import TILES, Tiles, zeros
+from llmc.schedules.gpu.qgemm import TILES, Tiles, launch
 from llmc.schedules.gpu.qoperands import Operands
-from llmc.schedules.gpu.rows import Rows
 from llmc.schedules.iactivations import SMALLEST
 from llmc.schedules.qlayout import UNIT, QuantLayout
 
@@ -67,7 +66,7 @@ def quantize_rows(ops: Operands) -> None:
             e.store(rounded, row * padded + j, tirx.Select(there, byte, tirx.IntImm("int8", 0)), 1)
 
         g.strided(thread, padded, _THREADS, write)
-    ops.rounded, ops.row_scales = rounded, scales
+    ops.rounded, ops.row_scales, ops.rounded_to = rounded, scales, "int8"
 
 
 def _outliers(ops: Operands, thread: Any) -> Any | None:
@@ -88,15 +87,8 @@ def _outliers(ops: Operands, thread: Any) -> Any | None:
 
 
 def gemm(ops: Operands, caps: Capabilities, tiles: int, warps: int) -> None:
-    """One launch over all of y, after quantize_rows; arguments as of qgemm.gemm."""
-    row_blocks = e.ceildiv(ops.t, 16 * tiles)
-    with g.launch(row_blocks * ops.cfg.layout.blocks, warps * g.WARP) as (number, thread):
-        block = e.let(number // row_blocks)
-        rows = Rows(e.let(number % row_blocks * (16 * tiles)), ops.t)
-        codes = ThreadCodes(caps, ops.cfg.layout, ops.packed, ops.size)
-        Block(ops, caps, codes, tiles, warps, thread).run(
-            block, e.let(block * ops.cfg.layout.block_bytes), rows
-        )
+    """One launch over all of y, after quantize_rows; arguments as of qgemm.launch."""
+    launch(ops, caps, Block, tiles, warps)
 
 
 class Block(Tiles):
@@ -113,25 +105,23 @@ class Block(Tiles):
         codes = self.codes
         place = codes.chunk_at(base, number)
         column = e.let(number * codes.chunk)
-        part = [[zeros("int32") for _ in range(TILES)] for _ in range(self.tiles)]
+        part = self.sums("int32")
         with g.loop(codes.chunk // UNIT) as u:
             at = codes.unit_at(place, u)
             word = e.let((column + u * UNIT) // 4 + 2 * self.part)
-            left = []
-            for low, high in tokens:
-                pairs = [g.elements(e.let(e.load(self.x, row + word, 2)), 2) for row in (low, high)]
-                left.append([pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]])
+            x = [g.elements(e.let(e.load(self.x, row + word, 2)), 2) for row in tokens]
             for j in range(TILES):
-                words = codes.words(at, e.let(8 * self.part), 8, e.let(self.row + 8 * j))
-                right = signed_bytes(words[0], self.layout)
+                low, high = (
+                    signed_bytes(codes.words(at, e.let(8 * self.part), 8, row)[0], self.layout)
+                    for row in self.outputs(j)
+                )
                 for i in range(self.tiles):
-                    unit.mma_bytes(part[i][j], left[i], right)
+                    unit.mma_bytes(part[i][j], [low[0], high[0], low[1], high[1]], x[i])
         for j in range(TILES):
-            for c in range(2):
-                row = e.let(8 * j + 2 * self.part + c)
+            for h, row in enumerate(self.outputs(j)):
                 scale, _ = codes.scale_of(place, row)
                 for i in range(self.tiles):
-                    for r in (c, c + 2):
+                    for r in (2 * h, 2 * h + 1):
                         product = tirx.Cast("float32", part[i][j][r]) * scale
                         e.store(total[i][j], r, total[i][j][r] + product, 1)
 

@@ -8,17 +8,18 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from llmc.caps import Capabilities
+from llmc.caps import Capabilities, Fp8Mma
+from llmc.quant.schemes import Code
 from llmc.schedules import emit as e
 from llmc.schedules.choice import ByRows
-from llmc.schedules.gpu import qgemm, qgemv, qint, warpgroup_qgemm
+from llmc.schedules.gpu import qfloat, qgemm, qgemv, qint, warpgroup_qgemm
 from llmc.schedules.gpu.configs import GpuQuantSchedule, Way, emit_by_rows, schedules_in
 from llmc.schedules.gpu.qoperands import Operands, QuantOperands
+from llmc.schedules.gpu.rounded_inputs import round_inputs
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.tune_qlinear import QuantKernel
 
 _SHARED_ROWS = 4  # rows of x that share one pass over the weight, without matrix units
-_MOST_TILES = 4
 
 
 def quant_linear(kernel: QuantKernel | QuantLinearConfig, caps: Capabilities) -> Any:
@@ -33,8 +34,7 @@ def quant_linear(kernel: QuantKernel | QuantLinearConfig, caps: Capabilities) ->
         ops = QuantOperands(cfg, t)
         with e.root():
             ops.view()
-            if cfg.layout.of.activation_bits:
-                qint.quantize_rows(ops)
+            round_inputs(ops, caps)
             emit_by_rows(schedules, t, lambda schedule, most: _run(ops, caps, schedule, most))
     return built[0]
 
@@ -49,9 +49,10 @@ def _run(ops: QuantOperands, caps: Capabilities, schedule: GpuQuantSchedule, mos
     elif schedule.way == Way.THREADS:
         qgemv.gemv(ops, caps, schedule.rows, schedule.warps)
     elif on_units is not None:
-        few = partial(on_units, ops, caps, 1, warps)
-        many = partial(on_units, ops, caps, _MOST_TILES, min(4, warps))
-        _by_rows(ops, few, partial(warpgroup_qgemm.many_rows, ops, caps, many, most), 16, most)
+        fewest, few = (partial(on_units, ops, caps, tiles, warps) for tiles in (0, 1))
+        many = partial(on_units, ops, caps, qfloat.most_tiles(ops.cfg.layout, caps), min(4, warps))
+        rest = partial(warpgroup_qgemm.many_rows, ops, caps, many, most)
+        _by_rows(ops, fewest, partial(_by_rows, ops, few, rest, 16, most), qgemm.ROWS, most)
     else:
         few = partial(qgemv.gemv, ops, caps, 1, warps)
         _by_rows(ops, few, partial(qgemv.gemv, ops, caps, _SHARED_ROWS, warps), 1, most)
@@ -80,7 +81,10 @@ def units_of(cfg: QuantLinearConfig, caps: Capabilities) -> Callable[..., None] 
     """The matmul on the matrix units that takes this weight and these activations, or None."""
     if qgemm.takes(_described(cfg), caps):
         return qgemm.gemm
-    return qint.gemm if cfg.layout.of.activation_bits and caps.has_mma_bytes else None
+    kind = cfg.layout.of.activations
+    if kind is Code.E4M3 and caps.fp8_mma is not Fp8Mma.NONE:
+        return qfloat.gemm
+    return qint.gemm if kind is Code.INT and caps.has_mma_bytes else None
 
 
 def _described(cfg: QuantLinearConfig) -> Operands:

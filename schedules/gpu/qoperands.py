@@ -12,6 +12,7 @@ from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.gpu import emit as g
 from llmc.schedules.gpu.epilogue import finish
+from llmc.schedules.gpu.qcodes import e4m3_float
 from llmc.schedules.gpu.rows import Rows
 from llmc.schedules.qlayout import OUTLIER_BYTES, WARP_ROWS
 from llmc.schedules.qlinear import QuantLinearConfig
@@ -29,7 +30,9 @@ class Operands:
         listed: int32 view of the packed weight if it lists columns: their order, or those that are outliers.
         list_at: where in it the list of this weight begins.
         base: the byte of the packed weight at which this one begins (of several experts).
-        rounded, row_scales: int8 [T, padded_k] and float32 [T], after qint.quantize_rows.
+        rounded, row_scales: [T, padded_k] of rounded_to, and float32 [T] or [T, groups], after rounded_inputs.round_inputs.
+        rounded_to: int8, e4m3 (as uint8), or bfloat16 (as uint16, of e4m3 numbers); "" = x is not rounded.
+        groups: scales of a row.
     """
 
     cfg: QuantLinearConfig
@@ -46,12 +49,30 @@ class Operands:
     base: Any = 0
     rounded: Any = None
     row_scales: Any = None
+    rounded_to: str = ""
+    groups: int = 1
+
+    @property
+    def pairs_dtype(self) -> str:
+        """Of x_pairs."""
+        return self.rounded_to or self.cfg.in_dtype
+
+    @property
+    def columns(self) -> int:
+        """Of a row of x_pairs."""
+        return self.cfg.layout.padded_k if self.rounded_to else self.cfg.layout.k
+
+    def group_scale(self, row: Any, column: Any) -> Any:
+        """What the products of a group of columns are multiplied with, of a row of x; None if that is left for the end."""
+        if self.groups == 1:
+            return None
+        return e.let(self.row_scales[e.i64(row) * self.groups + column // self.cfg.layout.group])
 
     def element(self, token: Any, column: Any) -> Any:
         """x[token, stored column] as float32; 0 past the last column."""
         cfg, layout = self.cfg, self.cfg.layout
         if self.rounded is not None:
-            return tirx.Cast("float32", self.rounded[token * layout.padded_k + column])
+            return _wide(self.rounded[token * layout.padded_k + column], self.rounded_to)
         at = column
         if layout.of.order:
             at = e.i64(self.listed[self.list_at + T.min(column, layout.k - 1)])
@@ -89,7 +110,7 @@ class Operands:
                     found.append(total(r, c + per_block))
                     if cfg.gate_second:
                         found.reverse()
-                if self.row_scales is not None:
+                if self.row_scales is not None and self.groups == 1:
                     found = [e.let(f * self.row_scales[row]) for f in found]
                 if cfg.layout.outliers:
                     halves = (c, c + per_block) if cfg.gated else (c,)
@@ -115,6 +136,13 @@ class Operands:
             weight = e.widen(weights[first + j * layout.n_block], "bfloat16", 1)
             e.store(register, 0, register[0] + x * weight, 1)
         return e.let(register[0])
+
+
+def _wide(value: Any, kind: str) -> Any:
+    """float32 of a rounded element."""
+    if kind == "e4m3":
+        return e4m3_float(tirx.Cast("uint32", value))
+    return tirx.Cast("float32", value) if kind == "int8" else e.widen(value, kind, 1)
 
 
 class QuantOperands(Operands):

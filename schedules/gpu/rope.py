@@ -11,7 +11,9 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.attention_config import AttentionConfig
+from llmc.schedules.attention_pools import Pools
 from llmc.schedules.gpu import emit as g
+from llmc.schedules.gpu.kv_codes import CodeWriter
 from llmc.schedules.rope import RopeConfig, RopeOperands
 
 THREADS = 128
@@ -125,28 +127,27 @@ class Pages:
     """Where a token's keys and values go."""
 
     def __init__(
-        self, cfg: AttentionConfig, slots: Any, k_pool: Any, v_pool: Any, layer: Any, caps: Capabilities
+        self, cfg: AttentionConfig, slots: Any, pools: Pools, layer: Any, caps: Capabilities
     ) -> None:
-        self.cfg, self.slots, self.k_pool, self.v_pool, self.layer = cfg, slots, k_pool, v_pool, layer
-        self.caps = caps
+        self.cfg, self.slots, self.pools, self.layer, self.caps = cfg, slots, pools, layer, caps
 
     def at(self, token: Any) -> None:
         """Find the token's page; before the stores."""
         where = e.let(e.i64(self.slots[token]))
-        self._page = e.let((where // self.cfg.page_size * self.cfg.layers + self.layer) * self.cfg.kv_heads)
-        self._offset = e.let(where % self.cfg.page_size)
+        self.part = e.let((where // self.cfg.page_size * self.cfg.layers + self.layer) * self.cfg.kv_heads)
+        self.offset = e.let(where % self.cfg.page_size)
 
     def store_key(self, head: Any, d: Any, value: Any) -> None:
         """Element d of a head's key, from float32; rounded to the model's type first, as if it had been stored so."""
         cfg = self.cfg
-        at = ((self._page + head) * cfg.key_dim + d) * cfg.page_size + self._offset
-        e.store(self.k_pool, at, self._rounded(value), 1)
+        at = ((self.part + head) * cfg.key_dim + d) * cfg.page_size + self.offset
+        e.store(self.pools.k, at, self._rounded(value), 1)
 
     def store_value(self, head: Any, d: Any, value: Any) -> None:
         """Element d of a head's value, from float32."""
         cfg = self.cfg
-        at = ((self._page + head) * cfg.page_size + self._offset) * cfg.value_dim + d
-        e.store(self.v_pool, at, self._rounded(value), 1)
+        at = ((self.part + head) * cfg.page_size + self.offset) * cfg.value_dim + d
+        e.store(self.pools.v, at, self._rounded(value), 1)
 
     def _rounded(self, value: Any) -> Any:
         cfg = self.cfg
@@ -166,6 +167,11 @@ def append(
     """Keys (rotated) and values of a token, for cached heads (first, how many)."""
     pages.at(token)
     first = heads[0]
+    if pages.cfg.coded:
+        writer = CodeWriter(pages, heads, thread, threads)
+        writer.keys(lambda share, keep: rotate(ops, 1, token, share, thread, keep, threads))
+        writer.values(lambda share, keep: rotate(ops, 2, token, share, thread, keep, threads))
+        return
     rotate(ops, 1, token, heads, thread, lambda n, d, value: pages.store_key(first + n, d, value), threads)
     rotate(ops, 2, token, heads, thread, lambda n, d, value: pages.store_value(first + n, d, value), threads)
 
@@ -173,15 +179,15 @@ def append(
 def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
     """The PrimFunc of llmc.schedules.rope.rope_append, for a machine with threads."""
     a = cfg.attention
-    hk, dk, dv, ps = a.kv_heads, a.key_dim, a.value_dim, a.page_size
+    hk, dk = a.kv_heads, a.key_dim
     built: list[Any] = []
     with e.kernel(built):
         t, pages = e.dim("T"), e.dim("P")
         ops = RopeOperands(cfg, caps, t)
         if cfg.k is not None:
             slot = g.tensor("slot", [t], "int32")
-            k_pool = g.tensor("k_pool", [pages, a.layers, hk, dk, ps], a.kv_dtype)
-            v_pool = g.tensor("v_pool", [pages, a.layers, hk, ps, dv], a.kv_dtype)
+            k_pool = g.tensor("k_pool", [pages, a.layers, hk, *a.k_page], a.pool_dtype)
+            v_pool = g.tensor("v_pool", [pages, a.layers, hk, *a.v_page], a.pool_dtype)
             layer = e.scalar_arg("layer")
         q = g.tensor("q", [1, t, a.heads, dk], a.dtype)
         with e.root():
@@ -189,11 +195,10 @@ def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
             out = e.flat(q, t * a.heads * dk)
             if cfg.k is not None:
                 slots = e.flat(slot, t)
-                kp = e.flat(k_pool, pages * a.layers * hk * dk * ps)
-                vp = e.flat(v_pool, pages * a.layers * hk * ps * dv)
+                pools = Pools(a, pages, k_pool, v_pool)
             with g.launch(t, THREADS) as (token, thread):
                 if cfg.k is not None:
-                    append(ops, Pages(a, slots, kp, vp, layer, caps), token, (e.i64(0), hk), thread)
+                    append(ops, Pages(a, slots, pools, layer, caps), token, (e.i64(0), hk), thread)
 
                 def store(head: Any, d: Any, value: Any) -> None:
                     at = (token * a.heads + head) * dk + d
@@ -205,26 +210,30 @@ def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
 
 def kv_append(cfg: AttentionConfig, caps: Capabilities) -> Any:
     """The PrimFunc of llmc.schedules.attention.kv_append, for a machine with threads; of latents without v and v_pool."""
-    hk, dk, dv, ps, layers = cfg.kv_heads, cfg.key_dim, cfg.value_dim, cfg.page_size, cfg.layers
+    hk, dk, dv, layers = cfg.kv_heads, cfg.key_dim, cfg.value_dim, cfg.layers
     built: list[Any] = []
     with e.kernel(built):
         t, pages = e.dim("T"), e.dim("P")
         k = g.tensor("k", [1, hk, t, dk], cfg.dtype)
         v = None if cfg.latent else g.tensor("v", [1, hk, t, dv], cfg.dtype)
         slot = g.tensor("slot", [t], "int32")
-        k_pool = g.tensor("k_pool", [pages, layers, hk, dk, ps], cfg.kv_dtype)
-        v_pool = None if cfg.latent else g.tensor("v_pool", [pages, layers, hk, ps, dv], cfg.kv_dtype)
+        k_pool = g.tensor("k_pool", [pages, layers, hk, *cfg.k_page], cfg.pool_dtype)
+        v_pool = None if cfg.latent else g.tensor("v_pool", [pages, layers, hk, *cfg.v_page], cfg.pool_dtype)
         layer = e.scalar_arg("layer")
         with e.root():
             slots = e.flat(slot, t)
-            kp = e.flat(k_pool, pages * layers * hk * dk * ps)
-            vp = None if v_pool is None else e.flat(v_pool, pages * layers * hk * ps * dv)
+            pools = Pools(cfg, pages, k_pool, v_pool)
             sources = [(e.flat(k, hk * t * dk), dk)]
             if v is not None:
                 sources.append((e.flat(v, hk * t * dv), dv))
             with g.launch(t, THREADS) as (token, thread):
-                to = Pages(cfg, slots, kp, vp, layer, caps)
+                to = Pages(cfg, slots, pools, layer, caps)
                 to.at(token)
+                if cfg.coded:
+                    writer = CodeWriter(to, (e.i64(0), hk), thread, THREADS)
+                    for (source, dim), write in zip(sources, (writer.keys, writer.values), strict=True):
+                        write(partial(_stored, cfg, source, dim, t, token, thread))
+                    sources = []
                 for (source, dim), put in zip(sources, (to.store_key, to.store_value), strict=False):
 
                     def element(i: Any, source: Any = source, dim: int = dim, put: Any = put) -> None:
@@ -234,6 +243,25 @@ def kv_append(cfg: AttentionConfig, caps: Capabilities) -> Any:
 
                     g.strided(thread, hk * dim, THREADS, element)
     return built[0]
+
+
+def _stored(
+    cfg: AttentionConfig,
+    source: Any,
+    dim: int,
+    t: Any,
+    token: Any,
+    thread: Any,
+    heads: tuple[Any, int],
+    keep: Callable[[Any, Any, Any], None],
+) -> None:
+    """Elements of neighbouring heads of a token, shared among the threads: keep(number, element, float32)."""
+
+    def element(i: Any) -> None:
+        number, d = e.let(i // dim), e.let(i % dim)
+        keep(number, d, e.widen(source[((heads[0] + number) * t + token) * dim + d], cfg.dtype, 1))
+
+    g.strided(thread, heads[1] * dim, THREADS, element)
 
 
 __all__ = ["Pages", "append", "kv_append", "rope_append", "rotate"]

@@ -31,3 +31,18 @@ class Rows:
         """Number of the i-th row; a row past the last one is the last one."""
         number = e.let(T.min(self.first + i, self.end - 1))
         return number if self.order is None else e.let(e.i64(self.order[number]))
+
+
+class Shifted:
+    """A vector among those of several experts.
+
+    Args:
+        buffer: of all, flat.
+        first: element at which this one begins.
+    """
+
+    def __init__(self, buffer: Any, first: Any) -> None:
+        self._buffer, self._first = buffer, first
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._buffer[self._first + index]

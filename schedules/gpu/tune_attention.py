@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from llmc.caps import Capabilities
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.choice import ByRows
-from llmc.schedules.gpu import flash, flash_decode
+from llmc.schedules.gpu import flash, flash_decode, flash_group
 from llmc.schedules.gpu.attention import attention_decode, attention_prefill
 from llmc.schedules.gpu.attention_tile import THREADS, heads_per_tile, shared_bytes
 from llmc.schedules.gpu.configs import GpuDecodeSchedule, GpuPrefillSchedule
@@ -30,7 +30,7 @@ class TunableGpuPrefill(TunablePrefill):
     """Attention of ``step``: one sequence whose tokens are all new."""
 
     schedule_type: ClassVar[type] = GpuPrefillSchedule
-    shared: ClassVar[tuple[str, ...]] = ("warps", "tiles", "keys", "stages")
+    shared: ClassVar[tuple[str, ...]] = ("warps", "tiles", "keys", "stages", "groups")
 
     def space(self, task: AttentionConfig, bucket: Bucket, caps: Capabilities) -> Space:
         usual = None if task.latent else flash.shape(task, caps)
@@ -51,7 +51,8 @@ class TunableGpuPrefill(TunablePrefill):
             return fits and whole and fits_registers(sums, cut.threads)
 
         first = GpuPrefillSchedule(usual.warps, usual.tiles, usual.keys, usual.stages)
-        return OneOf(GpuPrefillSchedule(), (), parts=(Space(first, knobs, valid),))
+        parts = (Space(first, knobs, valid), *_groups(task, caps))
+        return OneOf(GpuPrefillSchedule(), (), parts=parts)
 
     def build(self, config: AttentionConfig, caps: Capabilities) -> Any:
         return attention_prefill(config, caps)
@@ -60,18 +61,23 @@ class TunableGpuPrefill(TunablePrefill):
         return self.build(replace(task, prefill=ByRows((schedule,))), caps)
 
     def terms(self, task: AttentionConfig, schedule: Any, rows: int, caps: Capabilities) -> dict[str, float]:
-        cut = _prefill_cut(schedule) if schedule.warps else flash.shape(task, caps)
+        cut: Any = _prefill_cut(schedule) if schedule.warps else flash.shape(task, caps)
+        if schedule.groups or not schedule.warps:
+            cut = _group_cut(schedule) if schedule.groups else flash_group.shape(task, caps) or cut
         if cut is None:
             return {"rows": float(rows)}
+        on_groups = isinstance(cut, flash_group.GroupShape)
+        tiles = 1 if on_groups else cut.tiles
         share = heads_per_tile(task)
         tokens = cut.rows // share
         blocks = -(-rows // tokens) * (task.heads // share)
-        sums = cut.tiles * (task.value_dim + cut.keys) / 2
+        sums = tiles * (task.value_dim + cut.keys) / 2
         return {
+            "groups": float(on_groups),
             **block_terms(blocks, cut.threads, cut.shared_bytes(task), sums, caps),
             "tokens": float(tokens),
             "keys": float(cut.keys),
-            "reuse": float(cut.tiles),
+            "reuse": float(tiles),
             "stages": float(cut.stages),
             "wasted_keys": cut.keys / (2 * rows),
         }
@@ -103,8 +109,7 @@ class TunableGpuDecode(TunableDecode):
         def valid(schedule: GpuDecodeSchedule) -> bool:
             cut = _decode_cut(schedule)
             sums = (task.value_dim + cut.keys) // 2
-            fits = cut.shared_bytes(task) + _STATIC <= caps.shared_bytes
-            return fits and fits_registers(sums, cut.threads)
+            return cut.fits(task, caps) and fits_registers(sums, cut.threads)
 
         first = replace(default, warps=usual.warps, keys=usual.keys, stages=usual.stages)
         return OneOf(default, (), parts=(Space(first, (*pieces, *knobs), valid),))
@@ -132,6 +137,25 @@ class TunableGpuDecode(TunableDecode):
             "warps": threads / WARP,
             "merged": float(pieces if pieces > 1 else 0),
         }
+
+
+def _groups(task: AttentionConfig, caps: Capabilities) -> tuple[Space, ...]:
+    """Cuts for warpgroups; none where the kernel is not made for the heads."""
+    usual = flash_group.shape(task, caps)
+    if usual is None:
+        return ()
+    knobs = (Knob("keys", (32, 64, 96, 128, 160, 192)), Knob("groups", (1, 2, 3)), Knob("stages", (2, 3, 4)))
+
+    def valid(schedule: GpuPrefillSchedule) -> bool:
+        cut = _group_cut(schedule)
+        return cut.fits(task, caps) and cut.rows % heads_per_tile(task) == 0
+
+    first = GpuPrefillSchedule(keys=usual.keys, stages=usual.stages, groups=usual.groups)
+    return (Space(first, knobs, valid),)
+
+
+def _group_cut(schedule: GpuPrefillSchedule) -> flash_group.GroupShape:
+    return flash_group.GroupShape(schedule.keys, schedule.groups, schedule.stages)
 
 
 def _prefill_cut(schedule: GpuPrefillSchedule) -> flash.FlashShape:

@@ -45,6 +45,7 @@ KINDS = {
     "bfloat16": Kind("bf16", "float32", "f32", "f", ", 1, 1, 0, 0", 16),
     "float16": Kind("f16", "float32", "f32", "f", ", 1, 1, 0, 0", 16),
     "int8": Kind("s8", "int32", "s32", "r", "", 32),
+    "e4m3": Kind("e4m3", "float32", "f32", "f", ", 1, 1", 32),
 }
 
 _DESCRIPTOR = """

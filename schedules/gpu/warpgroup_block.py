@@ -22,8 +22,10 @@ from llmc.schedules import emit as e
 from llmc.schedules.gpu import bulk
 from llmc.schedules.gpu import emit as g
 from llmc.schedules.gpu import matrix_unit as unit
+from llmc.schedules.gpu import rows as tile_rows
 from llmc.schedules.gpu import warpgroup as wg
 from llmc.schedules.gpu.fragment_store import FragmentStore
+from llmc.schedules.gpu.sort_experts import ExpertTiles
 
 CHUNK_BYTES = 16
 CHUNKS = 8  # of a row in a stage
@@ -43,7 +45,8 @@ class WarpgroupTile:
         columns: of the weight's rows, per block; 64 rows of x for each warpgroup that multiplies.
         stages: of 128 bytes of each row.
         warpgroups: that multiply.
-        fetch_registers, multiply_registers: of a thread, by its part; multiples of 8.
+        fetch_registers, multiply_registers: of a thread, by its part; multiples of 8. With a single warpgroup that multiplies
+            every thread has as many as it can address.
     """
 
     columns: int
@@ -99,29 +102,56 @@ class Rows:
         return wg.KINDS[self.dtype].columns // 2
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tile lies.
+
+    Attributes:
+        rows: of x, the tile's first row and all that follow.
+        column: first row of the weight, int32.
+        expert: number of the weight, int64, where there are several.
+    """
+
+    rows: tile_rows.Rows
+    column: Any
+    expert: Any = None
+
+
 class Tiles:
     """Which tiles a block computes, in order: `blocks` apart, neighbours of few columns and a group of rows.
 
     Blocks that run at the same time then share x and the weight in the second-level cache.
+
+    Args:
+        t: rows of x.
+        across: tiles beside each other.
+        down: tiles below each other; None = as many as x has.
     """
 
-    def __init__(self, t: Any, across: int, tile: WarpgroupTile, number: Any, blocks: Any) -> None:
-        self._tile = tile
+    def __init__(
+        self, t: Any, across: int, tile: WarpgroupTile, number: Any, blocks: Any, down: Any = None
+    ) -> None:
+        self._tile, self._t = tile, t
         self._number, self._blocks = g.i32(number), g.i32(blocks)
-        self._down = g.held(g.i32(e.ceildiv(t, tile.rows)))
+        self._down = g.held(g.i32(e.ceildiv(t, tile.rows))) if down is None else down
         self._across = across
         total = self._down * self._across
         self.count = g.held(tirx.truncdiv(total - self._number + self._blocks - 1, self._blocks))
 
-    def at(self, turn: Any) -> tuple[Any, Any]:
-        """(first row of x, first row of the weight) of the block's tile `turn`, int32."""
+    def at(self, turn: Any) -> Place:
+        """The block's tile `turn`."""
+        down, column = self._numbers(turn)
+        return Place(tile_rows.Rows(g.held(down * self._tile.rows), self._t), column)
+
+    def _numbers(self, turn: Any) -> tuple[Any, Any]:
+        """(number of tiles above, first row of the weight) of the block's tile `turn`, int32."""
         index = g.held(self._number + turn * self._blocks)
         per_group = g.i32(_GROUP * self._across)
         first = g.held(tirx.truncdiv(index, per_group) * _GROUP)
         inside = g.held(tirx.truncmod(index, per_group))
         height = g.held(T.min(self._down - first, g.i32(_GROUP)))
-        row = g.held((first + tirx.truncmod(inside, height)) * self._tile.rows)
-        return row, g.held(tirx.truncdiv(inside, height) * self._tile.columns)
+        down = g.held(first + tirx.truncmod(inside, height))
+        return down, g.held(tirx.truncdiv(inside, height) * self._tile.columns)
 
 
 def launch(
@@ -130,6 +160,7 @@ def launch(
     caps: Capabilities,
     tile: WarpgroupTile,
     make: Callable[[Any, Callable[[], Tiles]], Block],
+    experts: tuple[Any, int] | None = None,
 ) -> None:
     """One launch over all of y.
 
@@ -137,11 +168,33 @@ def launch(
         t: rows of x.
         outputs: rows of the weight.
         make: (thread, tiles) -> what the block does.
+        experts: (plan, number of experts) where rows go to several weights (sort_experts.py).
     """
     across = -(-outputs // tile.columns)
-    blocks = T.min(tiles_of(t, outputs, tile), e.i64(caps.multiprocessors))
+    most = tiles_of(t, outputs, tile) + (experts[1] * across if experts else 0)
+    blocks = T.min(most, e.i64(caps.multiprocessors))
     with g.launch(blocks, tile.threads) as (number, thread), g.at_most_one_block():
-        make(thread, lambda: Tiles(t, across, tile, number, blocks)).run()
+
+        def tiles() -> Tiles:
+            if experts is None:
+                return Tiles(t, across, tile, number, blocks)
+            found = ExpertTiles(experts[0], experts[1], tile.rows, thread)
+            return TilesOfExperts(found, t, across, tile, number, blocks)
+
+        make(thread, tiles).run()
+
+
+class TilesOfExperts(Tiles):
+    """Tiles whose rows go to one expert each; neighbours of an expert read its weight together."""
+
+    def __init__(self, found: ExpertTiles, *args: Any) -> None:
+        super().__init__(*args, down=found.total())
+        self._found = found
+
+    def at(self, turn: Any) -> Place:
+        down, column = self._numbers(turn)
+        expert, rows = self._found.find(down)
+        return Place(rows, column, g.held(e.i64(expert)))
 
 
 def tiles_of(t: Any, outputs: int, tile: WarpgroupTile) -> Any:
@@ -184,10 +237,10 @@ class Block:
 
     # -- for subclasses ----------------------------------------------------------------------------------------------
 
-    def begin_tile(self, first: Any) -> None:
-        """The fetching warpgroup turns to a tile; `first` is its first row of the weight."""
+    def begin_tile(self, place: Place) -> None:
+        """The fetching warpgroup turns to a tile."""
 
-    def fetch_weight(self, stage: Any, step: Any, first: Any) -> None:
+    def fetch_weight(self, stage: Any, step: Any, place: Place) -> None:
         """Fill the weight's part of a stage, by the fetching warpgroup."""
         raise NotImplementedError
 
@@ -195,7 +248,7 @@ class Block:
         """The multiplying warpgroups allocate registers."""
         raise NotImplementedError
 
-    def multiply_tile(self, number: Any, first: Any) -> Any:
+    def multiply_tile(self, number: Any, place: Place) -> Any:
         """All stages of a tile, from `number` on; the sums (registers). Every stage must be released."""
         raise NotImplementedError
 
@@ -215,10 +268,12 @@ class Block:
         g.barrier()
         with T.If(self.thread < wg.WARPGROUP):
             with T.Then():
-                bulk.set_registers(tile.fetch_registers, more=False)
+                if tile.warpgroups > 1:
+                    bulk.set_registers(tile.fetch_registers, more=False)
                 self._fetch()
             with T.Else():
-                bulk.set_registers(tile.multiply_registers, more=True)
+                if tile.warpgroups > 1:
+                    bulk.set_registers(tile.multiply_registers, more=True)
                 self._multiply()
 
     def filled(self, stage: Any) -> Any:
@@ -235,15 +290,15 @@ class Block:
     def _fetch(self) -> None:
         tiles = self._tiles()
         with g.loop(tiles.count) as turn:
-            row, first = tiles.at(turn)
-            rows = self._x_rows(row)
-            self.begin_tile(first)
+            place = tiles.at(turn)
+            rows = self._x_rows(place.rows)
+            self.begin_tile(place)
             with g.loop(self.steps) as step:
                 number = e.let(turn * self.steps + step)
                 stage = g.held(number % self.tile.stages)
                 bulk.wait(self._free(stage), 1 - number // self.tile.stages % 2)
                 self._fetch_x(stage, step, rows)
-                self.fetch_weight(stage, step, first)
+                self.fetch_weight(stage, step, place)
                 unit.commit()
                 unit.wait(_BEHIND)
                 with g.when(number >= _BEHIND):
@@ -254,7 +309,7 @@ class Block:
             with g.when(number >= 0):
                 self._announce(number)
 
-    def _x_rows(self, first: Any) -> list[tuple[Any, Any]]:
+    def _x_rows(self, rows: tile_rows.Rows) -> list[tuple[Any, Any]]:
         """(where its row begins in x, whether there is one) of each piece that the thread copies of a stage.
 
         Neighbouring threads take 8 neighbouring rows of a chunk: their 16 bytes are one piece of 128 in the stage.
@@ -263,9 +318,11 @@ class Block:
         per_turn = wg.WARPGROUP // CHUNKS
         for turn in range(self.tile.rows // per_turn):
             group = self.thread // (PIECE_ROWS * CHUNKS)
-            row = e.let(first + turn * per_turn + group * PIECE_ROWS + self.thread % PIECE_ROWS)
-            last = T.min(e.i64(row), self.ops.t - 1)
-            found.append((e.let(last * self.x.columns), e.let(e.i64(row) < self.ops.t)))
+            row = e.let(turn * per_turn + group * PIECE_ROWS + self.thread % PIECE_ROWS)
+            start = e.let(rows.at(row) * self.x.columns)
+            if rows.order is not None:  # it comes from memory: once per tile
+                start = g.held(start)
+            found.append((start, e.let(rows.inside(row))))
         return found
 
     def _fetch_x(self, stage: Any, step: Any, rows: list[tuple[Any, Any]]) -> None:
@@ -298,12 +355,18 @@ class Block:
         self.begin()
         tiles = self._tiles()
         with g.loop(tiles.count) as turn:
-            row, column = tiles.at(turn)
-            sums = self.multiply_tile(e.let(turn * self.steps), column)
-            gated = self.ops.cfg.gated
-            FragmentStore(self.ops, self.caps, sums, self.lane, self._block_rows, self.finish_row).store(
-                e.i64(row + group * wg.ROWS + inside % wg.WARPGROUP // g.WARP * 16),
-                e.let(e.i64(column) // 2 if gated else e.i64(column)),
+            place = tiles.at(turn)
+            # of the warp's 16 rows of x
+            self.first_row = e.i64(group * wg.ROWS + inside % wg.WARPGROUP // g.WARP * 16)
+            sums = self.multiply_tile(e.let(turn * self.steps), place)
+            gated, column = self.ops.cfg.gated, e.i64(place.column)
+            store = FragmentStore(self.ops, self.caps, sums, self.lane, self._block_rows, self.finish_row)
+            if place.expert is not None and self.ops.bias is not None:
+                store.bias = tile_rows.Shifted(self.ops.bias, place.expert * self.ops.cfg.n)
+            store.store(
+                place.rows,
+                self.first_row,
+                e.let(column // 2 if gated else column),
                 self.tile.columns // (16 if gated else 8),
             )
 

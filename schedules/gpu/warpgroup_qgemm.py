@@ -3,11 +3,13 @@
 The warpgroup that fetches unpacks: it loads the codes of a stage while it waits for the one before, and writes them as numbers
 that the matrix units know, 16-bit floats or signed bytes. They carry no scale: the sums of a group are multiplied with
 it in float32 and added up, as the other matmuls of these weights do. With int8 activations (qint.quantize_rows) the sums of a
-group are integers.
+group are integers. With e4m3 activations (qfloat.quantize_rows) codes need no unpacking, and sums leave the matrix units after
+each stage of 128 columns, because these add with fewer bits than float32 has (qfloat.py says more).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +36,7 @@ from llmc.schedules.gpu.warpgroup_block import (
     Tiles,
     WarpgroupTile,
 )
+from llmc.schedules.gpu.warpgroup_block import Place as PlaceOfTile
 from llmc.schedules.qcodes import Place
 from llmc.schedules.qlayout import UNIT, WARP_ROWS, QuantLayout
 
@@ -60,16 +63,21 @@ def takes(ops: Operands, caps: Capabilities) -> bool:
         and layout.k % 8 == 0
         and simple
         and number
-        and (not of.activation_bits or of.symmetric)
+        and (of.activations is None or of.symmetric)
         and _Groups.of(layout, 2 * CHUNKS * _COLUMNS if of.activation_bits else CHUNKS * _COLUMNS) is not None
     )
 
 
-def gemm(ops: Operands, caps: Capabilities) -> None:
-    """One launch over all of y; of weights with int8 activations after qint.quantize_rows."""
+def gemm(ops: Operands, caps: Capabilities, experts: tuple[Any, int] | None = None) -> None:
+    """One launch over all of y; after round_inputs where activations are rounded.
+
+    Args:
+        experts: as of warpgroup_block.launch.
+    """
     outputs = ops.cfg.layout.blocks * WARP_ROWS
-    made = _Bytes if ops.cfg.layout.of.activation_bits else _Pairs
-    warpgroup_block.launch(ops.t, outputs, caps, TILE, lambda thread, tiles: made(ops, caps, thread, tiles))
+    made = _MADE[ops.cfg.layout.of.activations]
+    make = lambda thread, tiles: made(ops, caps, thread, tiles)  # noqa: E731
+    warpgroup_block.launch(ops.t, outputs, caps, TILE, make, experts)
 
 
 def many_rows(ops: Operands, caps: Capabilities, otherwise: Callable[[], None], most: int = 0) -> None:
@@ -120,7 +128,7 @@ class _QuantBlock(Block):
     ) -> None:
         super().__init__(ops, caps, TILE, thread, tiles, x, WARP_ROWS)
         self.layout = ops.cfg.layout
-        self.codes = ThreadCodes(caps, self.layout, ops.packed, ops.size)
+        self.codes = ThreadCodes(caps, self.layout, ops.packed, ops.size, as_stored=x.dtype == "e4m3")
         groups = _Groups.of(self.layout, self.depth)
         assert groups is not None
         self.groups = groups
@@ -137,14 +145,21 @@ class _QuantBlock(Block):
 
     # -- fetching ----------------------------------------------------------------------------------------------------
 
-    def begin_tile(self, first: Any) -> None:
+    def _first_byte(self, place: PlaceOfTile, block: Any) -> Any:
+        """Of a block of the weight of a tile."""
+        first = e.i64(block) * self.layout.block_bytes
+        if place.expert is not None:
+            first = first + place.expert * math.prod(self.layout.packed_shape)
+        return first
+
+    def begin_tile(self, place: PlaceOfTile) -> None:
         """The codes of the first stage."""
         layout = self.layout
         warp = self.thread // g.WARP
         self._row = e.let(self.thread % g.WARP)
         # rows past the last block are those of the last one, and dropped at the end
-        block = e.let(T.min(first // WARP_ROWS + warp, layout.blocks - 1))
-        self._base = e.let(e.i64(block) * layout.block_bytes)
+        block = e.let(T.min(place.column // WARP_ROWS + warp, layout.blocks - 1))
+        self._base = e.let(self._first_byte(place, block))
         count = self.units * (UNIT // _COLUMNS) * self._words
         self._held = g.local(count, "uint32")
         self._zeros = None if layout.of.symmetric else g.local(self.units)
@@ -164,7 +179,7 @@ class _QuantBlock(Block):
                 for j, word in enumerate(flat):
                     e.store(self._held, (u * (UNIT // _COLUMNS) + i) * self._words + j, word, 1)
 
-    def fetch_weight(self, stage: Any, step: Any, first: Any) -> None:
+    def fetch_weight(self, stage: Any, step: Any, place: PlaceOfTile) -> None:
         per_unit = UNIT // _COLUMNS
         for chunk in range(CHUNKS):
             out: list[Any] = []
@@ -201,9 +216,8 @@ class _QuantBlock(Block):
         self._part = g.local(count, wg.KINDS[self.x.dtype].sums)
         self._total = g.local(count)
 
-    def multiply_tile(self, number: Any, first: Any) -> Any:
+    def multiply_tile(self, number: Any, place: PlaceOfTile) -> Any:
         groups, layout = self.groups, self.layout
-        block = g.held(first // WARP_ROWS)
         for i in range(wg.registers_of(TILE.columns)):
             e.store(self._total, i, e.f32(0.0), 1)
         per_step = wg.KINDS[self.x.dtype].columns
@@ -211,18 +225,18 @@ class _QuantBlock(Block):
             tail = groups.columns % self.depth // per_step
             with e.loop_or_once(self.steps // groups.stages) as group:
                 self.sum_stages(self._part, e.let(number + g.i32(group) * groups.stages), groups.stages, tail)
-                self._add(block, group)
+                self._add(place, group)
             return self._total
         several = self.depth // groups.columns
         left = layout.padded_k % self.depth // groups.columns
         with g.loop(self.steps - (left > 0)) as step:
-            self._stage(block, e.let(number + step), e.let(step * several), several)
+            self._stage(place, e.let(number + step), e.let(step * several), several)
         if left:
             last = self.steps - 1
-            self._stage(block, e.let(number + last), g.i32(last * several), left)
+            self._stage(place, e.let(number + last), g.i32(last * several), left)
         return self._total
 
-    def _stage(self, block: Any, number: Any, group: Any, count: int) -> None:
+    def _stage(self, place: PlaceOfTile, number: Any, group: Any, count: int) -> None:
         """A stage of `count` groups, from `group` on."""
         stage = self.wait_filled(number)
         each = self.groups.columns // wg.KINDS[self.x.dtype].columns
@@ -231,25 +245,34 @@ class _QuantBlock(Block):
             wg.wait_for(self._part, TILE.columns, self.x.dtype)
             if i == count - 1:
                 self.release(number)
-            self._add(block, e.let(group + i))
+            self._add(place, e.let(group + i))
 
-    def _add(self, block: Any, group: Any) -> None:
+    def _add(self, tile: PlaceOfTile, group: Any) -> None:
         """The sums of a group, scaled, onto the totals."""
+
+        def added(at: int, scale: Any) -> Any:
+            part = self._part[at]
+            if wg.KINDS[self.x.dtype].sums == "int32":
+                part = tirx.Cast("float32", part)
+            return self._total[at] + part * scale
+
+        self._weigh(tile, group, added)
+
+    def _weigh(self, tile: PlaceOfTile, group: Any, new: Callable[[int, Any], Any]) -> None:
+        """Set each total to new(number of the register, scale of a group of the output)."""
         layout, codes = self.layout, self.codes
+        block = e.let(tile.column // WARP_ROWS)
         chunk = e.let(e.i64(group) * (self.groups.columns // codes.chunk))
         for b in range(TILE.columns // WARP_ROWS):
             there = e.let(T.min(block + b, layout.blocks - 1))
-            place = codes.chunk_at(e.let(e.i64(there) * layout.block_bytes), chunk)
+            place = codes.chunk_at(e.let(self._first_byte(tile, there)), chunk)
             for piece in range(WARP_ROWS // 8):
                 for c in range(2):
                     row = e.let(8 * piece + 2 * (self.lane % 4) + c)
                     scale, _ = codes.scale_of(place, row)
                     for r in (c, c + 2):
                         at = 4 * (b * (WARP_ROWS // 8) + piece) + r
-                        part = self._part[at]
-                        if wg.KINDS[self.x.dtype].sums == "int32":
-                            part = tirx.Cast("float32", part)
-                        e.store(self._total, at, self._total[at] + part * scale, 1)
+                        e.store(self._total, at, new(at, scale), 1)
 
 
 class _Pairs(_QuantBlock):
@@ -277,3 +300,54 @@ class _Bytes(_QuantBlock):
 
     def finish_row(self, row: Any) -> Any:
         return e.let(self.ops.row_scales[row])
+
+
+class _Floats(_QuantBlock):
+    """e4m3 numbers; rows of x have a scale, or one for each group."""
+
+    def __init__(self, ops: Operands, caps: Capabilities, thread: Any, tiles: Callable[[], Tiles]) -> None:
+        layout = ops.cfg.layout
+        super().__init__(
+            ops, caps, thread, tiles, Rows(ops.rounded, "e4m3", layout.padded_k, layout.padded_k)
+        )
+
+    def numbers(self, words: list[list[Any]], zero: Any) -> list[Any]:
+        return words[0]
+
+    def finish_row(self, row: Any) -> Any:
+        return e.let(self.ops.row_scales[row]) if self.ops.groups == 1 else None
+
+    def multiply_tile(self, number: Any, place: PlaceOfTile) -> Any:
+        """As of Block; a stage at a time."""
+        count = wg.registers_of(TILE.columns)
+        for i in range(count):
+            e.store(self._total, i, e.f32(0.0), 1)
+        tail = self.layout.padded_k % self.depth // wg.KINDS[self.x.dtype].columns
+        with g.loop(self.steps - (tail > 0)) as step:
+            self._promote(place, e.let(number + step), step, self.instructions)
+        if tail:
+            last = self.steps - 1
+            self._promote(place, e.let(number + last), g.i32(last), tail)
+        if self.ops.groups == 1:  # one scale for all columns
+            self._weigh(place, g.i32(0), lambda at, scale: self._total[at] * scale)
+        return self._total
+
+    def _promote(self, place: PlaceOfTile, number: Any, step: Any, count: int) -> None:
+        """The sums of a stage of `count` instructions onto the totals."""
+        self.products(self._part, self.wait_filled(number), 0, count, g.i32(0))
+        wg.wait_for(self._part, TILE.columns, self.x.dtype)
+        self.release(number)
+        if self.ops.groups == 1:
+            for i in range(wg.registers_of(TILE.columns)):
+                e.store(self._total, i, self._total[i] + self._part[i], 1)
+            return
+        rows = [place.rows.at(self.first_row + self.lane // 4 + 8 * h) for h in range(2)]
+        factors = [self.ops.group_scale(row, step * self.depth) for row in rows]
+        self._weigh(
+            place,
+            step,
+            lambda at, scale: self._total[at] + self._part[at] * scale * factors[at % 4 // 2],
+        )
+
+
+_MADE = {None: _Pairs, Code.INT: _Bytes, Code.E4M3: _Floats}

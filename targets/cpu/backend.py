@@ -196,10 +196,12 @@ def tunables() -> tuple[Tunable, ...]:
     from llmc.schedules.tune_attention import TunableDecode, TunablePrefill
     from llmc.schedules.tune_experts import TunableExperts
     from llmc.schedules.tune_linear import TunableLinear
+    from llmc.schedules.tune_qexperts import TunableIntExperts, TunableQuantExperts
     from llmc.schedules.tune_qlinear import TunableIntLinear, TunableQuantLinear
 
     linears = (TunableLinear(), TunableQuantLinear(), TunableIntLinear())
-    return (*linears, TunableExperts(), TunablePrefill(), TunableDecode())
+    experts = (TunableExperts(), TunableQuantExperts(), TunableIntExperts())
+    return (*linears, *experts, TunablePrefill(), TunableDecode())
 
 
 def runner(caps: Capabilities) -> Runner:

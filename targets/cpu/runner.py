@@ -17,7 +17,7 @@ from llmc.runtime.library import tensor_view, use_threads
 from llmc.runtime.memory import huge_zeros
 from llmc.schedules.tunable import Arguments
 from llmc.targets.cpu.limits import measure
-from llmc.targets.runner import Limits, Runner
+from llmc.targets.runner import Limits, Runner, argument_lists
 
 _MOST_BYTES = 1 << 30  # of all copies of a cold argument
 _MOST_COPIES = 256
@@ -56,12 +56,7 @@ class CpuRunner(Runner):
         missing = [i for i in arguments.cold if i not in made]
         count = self._count(sum(arguments.values[i].nbytes for i in missing))
         made.update({i: _tensors(arguments.values[i], count) for i in missing})
-        held = [
-            made[i] if i in made else v if isinstance(v, int) else _tensors(v, 1)
-            for i, v in enumerate(arguments.values)
-        ]
-        lists = max((len(v) for v in made.values()), default=1)
-        return [[v if isinstance(v, int) else v[n % len(v)] for v in held] for n in range(lists)]
+        return argument_lists(arguments, made, lambda array: _tensors(array, 1)[0])
 
     def _count(self, size: int) -> int:
         """Copies of `size` bytes that are several times the cache: the next turn finds nothing of the last one in it."""

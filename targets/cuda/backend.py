@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmc import cuda_driver
-from llmc.caps import Capabilities
+from llmc.caps import Capabilities, Fp8Mma
 from llmc.errors import LlmcError
 from llmc.host import architecture
 from llmc.targets.backend import Backend, Built
@@ -92,7 +92,15 @@ def capabilities(preset: str) -> Capabilities:
         has_mma_bytes=least >= 80,
         has_async_copy=least >= 80,
         has_wgmma=set(names) == {"sm_90a"},
+        fp8_mma=min((_fp8_mma(a.number) for a in archs), key=list(Fp8Mma).index),
     )
+
+
+def _fp8_mma(number: int) -> Fp8Mma:
+    """What ptxas 13.0 makes of mma.m16n8k32 with e4m3: QMMA for sm_89 and sm_120, conversions and HMMA for sm_90 and sm_100."""
+    if number < 89:
+        return Fp8Mma.NONE
+    return Fp8Mma.EXPANDED if number // 10 in (9, 10) else Fp8Mma.UNITS
 
 
 def missing(caps: Capabilities) -> tuple[str, ...]:

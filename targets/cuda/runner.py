@@ -15,7 +15,7 @@ from llmc.runtime import cuda
 from llmc.schedules.tunable import Arguments
 from llmc.targets.cuda.clock import CACHE_BYTES, CLOCK_KHZ, MULTIPROCESSORS, DeviceClock
 from llmc.targets.cuda.library import load_library
-from llmc.targets.runner import Limits, Runner
+from llmc.targets.runner import Limits, Runner, argument_lists
 
 _MOST_BYTES = 4 << 30  # of all copies of a cold argument
 _MOST_COPIES = 256
@@ -87,13 +87,8 @@ class CudaRunner(Runner):
         missing = [i for i in arguments.cold if i not in made]
         count = self._count(sum(arguments.values[i].nbytes for i in missing))
         made.update({i: self._tensors(arguments.values[i], count) for i in missing})
-        held = [
-            made[i] if i in made else v if isinstance(v, int) else self._tensors(v, 1)
-            for i, v in enumerate(arguments.values)
-        ]
-        many = max((len(v) for v in made.values()), default=1)
-        lists = [[v if isinstance(v, int) else v[n % len(v)] for v in held] for n in range(many)]
-        return [_Turn(lists, n) for n in range(many)]
+        lists = argument_lists(arguments, made, lambda array: self._tensors(array, 1)[0])
+        return [_Turn(lists, n) for n in range(len(lists))]
 
     def result(self, arguments: Arguments, placed: Sequence[Any]) -> np.ndarray[Any, Any]:
         out = arguments.values[arguments.out]

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 def tunables() -> tuple[Tunable, ...]:
     """The kernel classes whose schedules can be tuned."""
     from llmc.schedules.gpu.tune_attention import TunableGpuDecode, TunableGpuPrefill
+    from llmc.schedules.gpu.tune_experts import TunableGpuExperts
     from llmc.schedules.gpu.tune_linear import TunableGpuLinear
+    from llmc.schedules.gpu.tune_norm import TunableGpuNorm
     from llmc.schedules.gpu.tune_qlinear import TunableGpuIntLinear, TunableGpuQuantLinear
 
     linears = (TunableGpuLinear(), TunableGpuQuantLinear(), TunableGpuIntLinear())
-    return (*linears, TunableGpuPrefill(), TunableGpuDecode())
+    return (*linears, TunableGpuExperts(), TunableGpuNorm(), TunableGpuPrefill(), TunableGpuDecode())
 
 
 def runner(caps: Capabilities) -> Runner:

@@ -92,6 +92,8 @@ def test_compile_reads_a_spec_and_options_win(pipeline: Pipeline, tmp_path: Path
         (["compile"], "no-model"),
         (["compile", "m"], "no-output"),
         (["compile", "m", "-o", "OUT", "--dtype", "int3"], "unknown-dtype"),
+        (["compile", "m", "-o", "OUT", "--dtype", "int8"], "unknown-dtype"),
+        (["compile", "m", "-o", "OUT", "--kv-dtype", "int4"], "unknown-kv-dtype"),
         (["compile", "m", "-o", "OUT", "--verify", "maybe"], "unknown-verify"),
         (["compile", "m", "-o", "OUT", "--quant", "q5"], "unknown-scheme"),
         (["compile", "m", "-o", "OUT", "--quant-head", "int3"], "unknown-scheme"),

@@ -86,6 +86,8 @@ def test_q4_is_checked_against_its_own_weights(tmp_path: Path) -> None:
         ("q6g64", 1.01),
         ("nf4", 1.1),
         ("fp8", 1.02),
+        ("fp8a8", 1.02),
+        ("fp8a8g128", 1.02),
         ("mxfp4", 1.2),
     ],
 )
@@ -129,8 +131,8 @@ def test_integer_activations_keep_the_perplexity(tmp_path: Path, plain: float) -
 
 @pytest.mark.slow(reason="two compiles; kernels and packing of both have tests of their own")
 @pytest.mark.parametrize("name", ["mixtral", "gpt2"])
-@pytest.mark.parametrize("scheme", ["w4a8", "w8a8"])
-def test_experts_with_integer_activations(name: str, scheme: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["w4a8", "w8a8", "fp8a8"])
+def test_experts_with_rounded_activations(name: str, scheme: str, tmp_path: Path) -> None:
     folder = save(tiny_model(name), tmp_path / "model")
     manifest = compiled(folder, tmp_path / "a", quant=scheme, dtype="f32")
     assert manifest.quality.relative_error < manifest.quality.tolerance < 0.2

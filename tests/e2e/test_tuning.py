@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,10 +131,14 @@ def test_shipped_records_are_used_and_said(tmp_path: Path, monkeypatch: pytest.M
         "linear", 1, job.values, 1, 1, 1, schedule, caps.preset, tvm_version(), "a processor, 2 threads",
         code=code_of(job.tunable, caps), seconds=1e-6, ratio=0.5, share=0.1,
     )  # fmt: skip
-    RecordFile(tmp_path / "tuned" / "cpu.jsonl").append([record])
+    more = replace(record, low=2, high=4, rows=4, schedule={**schedule, "prefetch": 512})
+    RecordFile(tmp_path / "tuned" / "cpu.jsonl").append([record, more])
     monkeypatch.setattr(tuned_choice, "SHIPPED", tmp_path / "tuned")
     manifest = compile_model(str(model), tmp_path / "out", spec=spec).manifest
-    assert manifest is not None and manifest.tuning_records == (record.to_json(),)
-    assert read_records(tmp_path / "out" / TUNING) == [record]
-    tuned = [u for u in manifest.tasks if u["config"].get("schedule", {}).get("choices", [{}])[0] == schedule]
-    assert tuned, "the kernel that runs has the record's schedule"
+    assert manifest is not None and manifest.tuning_records == (record.to_json(), more.to_json())
+    assert read_records(tmp_path / "out" / TUNING) == [record, more]
+    chosen = [u["config"]["schedule"] for u in manifest.tasks if "schedule" in u["config"]]
+    tuned = [s for s in chosen if s["choices"][0] == schedule]
+    # the kernel that runs has the records' schedules, and between them thresholds by the number of rows
+    assert tuned and all(s["limits"] == [1, 4] and s["choices"][1] == more.schedule for s in tuned)
+    assert manifest.quality.prefill_max_abs_error is not None  # which a wrong kernel would not pass

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from llmc.errors import LlmcError
 from llmc.kv_plan import KVKind
 from llmc.ops import AttentionAttrs
 from llmc.passes.plan_kv_cache import PlanKVCache
@@ -60,3 +63,13 @@ def test_a_reader_with_a_longer_past_keeps_the_owners_pages():
 def test_kv_dtype_overrides_the_models():
     assert plan(attention_model(), kv_dtype="float16").groups[0].dtype == "float16"
     assert plan(attention_model(), kv_dtype="float16").bytes_per_token() == 2 * 2 * (16 + 16) * 2
+
+
+def test_pages_of_codes_count_their_scales():
+    of = plan(attention_model(), kv_dtype="int8")
+    assert of.bytes_per_token() == 2 * 2 * (16 + 2 + 16 + 2)
+    group = of.groups[0]
+    assert group.k_shape(5, 16) == (5, 2, 2, 16 * 18) and group.storage_dtype == "uint8"
+    assert of.bytes_per_token() == plan(attention_model(), kv_dtype="float8_e4m3fn").bytes_per_token()
+    with pytest.raises(LlmcError, match="must be f32, f16, bf16, int8 or fp8"):
+        plan(attention_model(), kv_dtype="int4")

@@ -7,20 +7,27 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tvm
 from tvm import relax
 
+from llmc import ir
+from llmc.ops import EXPERT_LINEAR, ExpertLinearAttrs
+from llmc.passes.lower_experts import LowerExperts
 from llmc.passes.lower_linear import LowerLinear
 from llmc.passes.rewrite import KERNEL_ATTR
 from llmc.quant.schemes import by_name
 from llmc.schedules import emit as e
 from llmc.schedules import tune_qlinear
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
+from llmc.schedules.choice import ByRows
 from llmc.schedules.layout import BlockedLayout
 from llmc.schedules.linear import LinearConfig, LinearSchedule
+from llmc.schedules.qexperts import QuantExpertConfig
 from llmc.schedules.qlayout import quant_layout
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.records import Record
 from llmc.schedules.tunable import bucket_of, code_of
+from llmc.schedules.tune_qexperts import QuantExpertKernel, quant_expert_linear_by_rows
 from llmc.schedules.tune_qlinear import QuantLinearSchedule
 from llmc.schedules.tuned_choice import Tuned
 from llmc.targets.backend import get
@@ -140,6 +147,36 @@ def test_a_quantized_weight_gets_its_records(monkeypatch):
     assert [c.prefetch for c in seen] == [512, 2304] and len(known.used) == 1
     (name,) = [gv.name_hint for gv in out.module.get_global_vars() if gv.name_hint != "main"]
     assert kernel_config(out.module, name)["layout"]["scheme"] == "q8"
+
+
+@pytest.mark.parametrize("scheme", ["q4g32", "w4a8"])
+def test_quantized_experts_get_their_records(scheme):
+    """Decode of one token with two experts each, and all else by default."""
+    layout = quant_layout(by_name(scheme), 48, 32, CAPS)
+    kind = "int_experts" if scheme == "w4a8" else "quant_experts"
+    tunable = next(t for t in BACKEND.tunables() if t.name == kind)
+    schedule = replace(tunable.schedule_type(), by_expert=True)
+    known = tuned(records(QuantExpertConfig(4, layout, "float32", "float32"), 2, schedule, kind))
+    m = Model()
+    weight, table = m.param("w", 4, 48, 32), m.param("table", 4, 32)
+
+    def body(emit):
+        ids, x = emit(relax.op.astype(m.ids, "int64")), emit(relax.op.take(table, m.ids, axis=0))
+        out = ir.tensor_type([m.tokens, 48], "float32")
+        return emit(ir.opaque_call(EXPERT_LINEAR, [x, ids, weight], ExpertLinearAttrs().to_json(), out))
+
+    graph = m.build(body)
+    infos = (replace(graph.params[0], scheme=scheme), graph.params[1])
+    out = LowerExperts(CAPS, known)(replace(graph, params=infos))
+    func = out.module[f"expert_linear_{scheme}_48_32"]
+    assert len(known.used) == 1
+    assert QuantExpertConfig.from_json(json.loads(func.attrs[KERNEL_ATTR])["config"]).layout == layout
+    kernel = QuantExpertKernel(
+        QuantExpertConfig(4, layout, "float32", "float32"),
+        ByRows((tunable.schedule_type(), schedule, tunable.schedule_type()), (1, 4)),
+    )
+    expected = quant_expert_linear_by_rows(kernel, CAPS)
+    tvm.ir.assert_structural_equal(func.body, expected.body, map_free_vars=True)
 
 
 @pytest.fixture(scope="module")

@@ -70,8 +70,8 @@ def logits_error(source: SourceModel, scheme: str, method: Method) -> float:
     found = calibrate(source, plan, SEQUENCES, method, joined=groups(source))
     weights = found.weights
     made = {name: weights.quantized(name) for name in plan}
-    weights.int8_inputs = {  # type: ignore[attr-defined]
-        name: InputRounding(plan[name].activation_bits, _columns(weight))
+    weights.rounded_inputs = {  # type: ignore[attr-defined]
+        name: InputRounding.of(plan[name], _columns(weight))
         for name, weight in made.items()
         if plan[name].activation_bits
     }

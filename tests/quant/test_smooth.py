@@ -74,7 +74,7 @@ class _Watched(SmoothQuant):
 def _error(work: LayerWork, exact: torch.Tensor) -> float:
     """Of the layer's output with weights and activations rounded."""
     with _rounded(work):
-        inputs = {n: InputRounding(s.activation_bits) for n, s in work.plan.items()}
+        inputs = {n: InputRounding.of(s) for n, s in work.plan.items()}
         out = work.runner.probe(work.layer, lambda: RoundedInputs.of(work.layer.parameters, inputs))
     return float((out - exact).norm() / exact.norm())
 

@@ -11,6 +11,7 @@ from llmc.schedules.attention import (
     partial_shape,
 )
 from llmc.schedules.tile_attention import attention_unit
+from tests.kv_rounding import empty_pool, rounded
 
 BASE = AttentionConfig(
     heads=4,
@@ -34,6 +35,36 @@ CASES = {
     "alibi-sinks-bf16-pages": {"has_alibi": True, "has_sinks": True, "kv_dtype": "bfloat16", "value_dim": 8},
     "bf16-one-kv-head": {**BF16, "heads": 8, "kv_heads": 1, "key_dim": 80, "value_dim": 80, "page_size": 32},
     "bf16-softcap-mha": {**BF16, "heads": 3, "kv_heads": 3, "key_dim": 7, "value_dim": 32, "softcap": 3.0},
+    "int8": {"kv_dtype": "int8", "has_sinks": True, "key_dim": 24, "value_dim": 32},
+    "int8-bf16-window-dims": {
+        "dtype": "bfloat16",
+        "kv_dtype": "int8",
+        "key_dim": 24,
+        "value_dim": 40,
+        "window": 37,
+    },
+    "int8-bf16-sinks": {
+        "dtype": "bfloat16",
+        "kv_dtype": "int8",
+        "has_sinks": True,
+        "key_dim": 24,
+        "value_dim": 32,
+    },
+    "fp8-bf16-one-kv-head": {
+        "dtype": "bfloat16",
+        "kv_dtype": "float8_e4m3fn",
+        "heads": 8,
+        "kv_heads": 1,
+        "key_dim": 80,
+        "value_dim": 80,
+        "page_size": 32,
+    },
+    "fp8-f16-alibi-softcap": {
+        "dtype": "float16",
+        "kv_dtype": "float8_e4m3fn",
+        "has_alibi": True,
+        "softcap": 5.0,
+    },
     # decode takes several cached heads per task where there are more heads than threads
     "window-many-heads": {"heads": 8, "kv_heads": 8, "window": 100},
     "many-heads-with-tails": {"heads": 8, "kv_heads": 8, "value_dim": 8},
@@ -44,6 +75,12 @@ CASES = {
         "value_dim": 48,
         "page_size": 32,
         "has_sinks": True,
+    },
+    "int8-many-heads": {
+        "heads": 8,
+        "kv_heads": 8,
+        "kv_dtype": "int8",
+        "window": 100,
     },
     "wide": {"heads": 3, "kv_heads": 3, "key_dim": 192, "value_dim": 128, "page_size": 48, "scale": 0.1},
 }
@@ -89,11 +126,9 @@ class Cache:
         for b, (_, context) in enumerate(batch):
             for j in range(-(-context // ps)):
                 self.table[b, j] = next(free)
-        k_shape = (pages, cfg.layers, cfg.kv_heads, cfg.key_dim, ps)
-        v_shape = (pages, cfg.layers, cfg.kv_heads, ps, cfg.value_dim)
-        dtype = tools.dtypes[cfg.kv_dtype]
-        self.k_pool = tools.tensor(np.full(k_shape, np.nan, dtype))
-        self.v_pool = tools.tensor(np.full(v_shape, np.nan, dtype))
+        lead = (pages, cfg.layers, cfg.kv_heads)
+        self.k_pool = tools.tensor(empty_pool((*lead, *cfg.k_page), cfg.kv_dtype))
+        self.v_pool = tools.tensor(empty_pool((*lead, *cfg.v_page), cfg.kv_dtype))
         self.keys = [tools.random(rng, (cfg.kv_heads, c, cfg.key_dim), cfg.dtype) for _, c in batch]
         self.values = [tools.random(rng, (cfg.kv_heads, c, cfg.value_dim), cfg.dtype) for _, c in batch]
 
@@ -138,13 +173,12 @@ def run(cfg, tools, kernels, batch, decode):
         args.append(t(np.full((len(batch), *partial_shape(cfg)), np.nan, np.float32)))
     kernels["decode" if decode else "prefill"](*args)
     worst = 0.0
-    stored = tools.dtypes[cfg.kv_dtype]
     for b in range(len(batch)):
         expected = reference(
             cfg,
             q[0, :, start[b] : start[b + 1]].astype(np.float64),
-            cache.keys[b].astype(stored).astype(np.float64),
-            cache.values[b].astype(stored).astype(np.float64),
+            rounded(cache.keys[b], cfg.kv_dtype),
+            rounded(cache.values[b], cfg.kv_dtype),
             None if sinks is None else sinks.astype(np.float64),
             alibi,
         )

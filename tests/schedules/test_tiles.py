@@ -10,9 +10,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from llmc import host
 from llmc.caps import TileUnit
-from llmc.errors import LlmcError
 from llmc.quant.schemes import by_name
 from llmc.quant.weight import QuantizedWeight
 from llmc.schedules import emit as e
@@ -25,10 +23,11 @@ from llmc.schedules.qlayout import in_turns, quant_layout
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.tile_linear import linear_by_rows, tile_linear
 from llmc.schedules.tiles import TileDot, Tiles
+from llmc.schedules.tune_data import quantized_of
 from llmc.schedules.tune_experts import ExpertKernel, ExpertSchedule, expert_linear_by_rows
 from llmc.schedules.tune_linear import TunableLinear, finish
 from llmc.schedules.tune_qlinear import TunableQuantLinear, quant_linear_by_rows
-from llmc.targets.cpu.backend import _PRESETS, capabilities, detect
+from llmc.targets.cpu.backend import capabilities
 from tests.schedules.test_ilinear import check, rounded, weight_of
 
 ROWS = (1, 2, 15, 16, 17, 31, 32, 33, 47, 64, 65, 70)
@@ -276,7 +275,7 @@ def test_weights_that_become_bf16(scheme, emulated, tools):
         values = [tools.tensor(v) for v in arguments.values]
         kernel(*values)
         # weights with their scales, rounded to bf16
-        weight = tunable._weight(task, case).dequantize().astype(tools.dtypes[BF16]).astype(np.float64)
+        weight = quantized_of(task.layout, case).dequantize().astype(tools.dtypes[BF16]).astype(np.float64)
         expected = case["x"].astype(np.float64) @ weight.T + case["bias"].astype(np.float64)
         error = np.abs(values[arguments.out].numpy() - expected).max() / np.abs(expected).max()
         # float32 arithmetic may round a product to the other neighbour, so single weights may differ by a step
@@ -426,28 +425,3 @@ def test_code_for_the_unit(kind, dot, tools):
     # (tiles of sums, left operands, right operands): two by two; sixteen rows one by four, with three in turns
     assert shapes == {(4, 2, 2), (4, 1, 3)}
     assert text.count("ldtilecfg") == text.count("tilerelease") == 2
-
-
-def test_preset_detection_and_permission(monkeypatch):
-    amx = set(_PRESETS["x86-64-v4-amx"]["features"])
-    monkeypatch.setattr("llmc.targets.cpu.backend.architecture", lambda: "x86_64")
-    monkeypatch.setattr("llmc.targets.cpu.backend.features", lambda: frozenset(amx))
-    assert detect() == "x86-64-v4-amx" and capabilities("").tiles is TileUnit.AMX
-    monkeypatch.setattr("llmc.targets.cpu.backend.features", lambda: frozenset(amx - {"amx_int8"}))
-    assert detect() == "x86-64-v4-bf16" and capabilities("").tiles is TileUnit.NONE
-    host.require_permission(["avx2"])  # needs none
-    monkeypatch.setattr(host, "system", lambda: "linux")
-    monkeypatch.setattr(host, "_request_tiles", lambda: 0)
-    host.require_permission(amx)
-    monkeypatch.setattr(host, "_request_tiles", lambda: 22)
-    with pytest.raises(
-        LlmcError, match=r"tile registers of amx_bf16, amx_int8, amx_tile.*Invalid argument.*tiles-refused"
-    ):
-        host.require_permission(amx)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="arch_prctl is Linux's")
-def test_the_system_is_really_asked():
-    """Linux refuses by itself where the processor has no tiles."""
-    code = host._request_tiles()
-    assert code != 0 or "amx_tile" in (host.features() or ())

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,12 +11,14 @@ from llmc.quant.schemes import SCHEMES, by_name
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.experts import ExpertConfig
 from llmc.schedules.linear import LinearConfig
+from llmc.schedules.qexperts import QuantExpertConfig
 from llmc.schedules.qlayout import quant_layout
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.tunable import BUCKETS, Bucket, bucket_of
 from llmc.schedules.tune_attention import TunableDecode, TunablePrefill
-from llmc.schedules.tune_experts import TunableExperts
+from llmc.schedules.tune_experts import TunableExperts, active_experts, expert_ids
 from llmc.schedules.tune_linear import TunableLinear
+from llmc.schedules.tune_qexperts import TunableIntExperts, TunableQuantExperts
 from llmc.schedules.tune_qlinear import TunableIntLinear, TunableQuantLinear
 from llmc.targets.backend import get
 from llmc.tune.measuring import largest_error
@@ -56,9 +58,47 @@ TASKS = {
         ),
         5,
     ),
+    "quant-outliers": (
+        TunableIntLinear(),
+        QuantLinearConfig(40, quant_layout(by_name("w8a8o"), 40, 130, CAPS), "bfloat16", "float32", has_bias=True),
+        9,
+    ),
+    "quant-e4m3": (
+        TunableQuantLinear(),
+        QuantLinearConfig(40, quant_layout(by_name("fp8a8g128"), 40, 300, CAPS), "bfloat16", "bfloat16"),
+        4,
+    ),
+    "quant-supers": (
+        TunableQuantLinear(),
+        QuantLinearConfig(40, quant_layout(by_name("q4k"), 40, 300, CAPS), "bfloat16", "bfloat16"),
+        2,
+    ),
+    "quant-order": (
+        TunableQuantLinear(),
+        QuantLinearConfig(
+            24, quant_layout(by_name("q4g32ap"), 24, 96, CAPS, gated=True), "float32", "float32", gated=True
+        ),
+        50,
+    ),
     "experts": (TunableExperts(), ExpertConfig(3, 70, 40, "bfloat16", "bfloat16", "float32", has_bias=True), 9),
+    "quant-experts": (
+        TunableQuantExperts(),
+        QuantExpertConfig(5, quant_layout(by_name("q6k"), 40, 300, CAPS), "bfloat16", "float32", "int32"),
+        3,
+    ),
+    "quant-experts-order": (
+        TunableQuantExperts(),
+        QuantExpertConfig(3, quant_layout(by_name("q4g32p"), 40, 70, CAPS), "float32", "float32", has_bias=True),
+        90,
+    ),
+    "quant-int-experts": (
+        TunableIntExperts(),
+        QuantExpertConfig(4, quant_layout(by_name("w4a8o"), 70, 130, CAPS), "bfloat16", "bfloat16", has_bias=True),
+        20,
+    ),
     "prefill": (TunablePrefill(), ATTENTION, 40),
     "decode": (TunableDecode(), ATTENTION, 3),
+    "decode-codes": (TunableDecode(), replace(ATTENTION, dtype="bfloat16", kv_dtype="int8", sinks_dtype=""), 3),
 }  # fmt: skip
 
 
@@ -117,7 +157,13 @@ def test_task_as_json(name):
         tunable.from_values({**values, "colour": 3})
 
 
-@pytest.mark.parametrize("name", TASKS)
+def _some_slow(names):
+    """What differs from another by its weights only takes its seconds in slow runs."""
+    slow = {"quant-order", "quant-e4m3", "quant-experts-order"}
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
+@pytest.mark.parametrize("name", _some_slow(TASKS))
 def test_kernels_compute_the_reference(name, best, tools):
     tunable, config, rows = TASKS[name]
     task = tunable.task(config)
@@ -125,7 +171,10 @@ def test_kernels_compute_the_reference(name, best, tools):
     space = tunable.space(task, bucket if bucket in tunable.buckets(task) else tunable.buckets(task)[0], best)
     rng = np.random.default_rng(1)
     # quantized kernels take seconds to build, and their schedules are two numbers
-    schedules = [space.default, *(space.random(rng) for _ in range(0 if name.startswith("quant") else 2))]
+    more = 0 if name.startswith("quant") else 2
+    schedules = [space.default, *(space.random(rng) for _ in range(more))]
+    if name == "quant-experts":
+        schedules.append(replace(space.default, by_expert=True, prefetch=0))
     library = tools.build(
         best, **{f"k{i}": tunable.candidate(task, s, bucket, best) for i, s in enumerate(schedules)}
     )
@@ -144,14 +193,41 @@ def test_kernels_compute_the_reference(name, best, tools):
     assert work.bytes > 0 and work.operations > 0
 
 
-@pytest.mark.parametrize("name", [*SCHEMES, "nf4f", "q4g32b", "q4k", "q2g96afp"])
-def test_weights_of_every_scheme_can_be_made_or_are_left_alone(name: str) -> None:
+@pytest.mark.parametrize("name", [*SCHEMES, "nf4f", "q4g32b", "q5g16o", "q4k", "q5k", "q6k", "q2g96afp"])
+def test_weights_of_every_scheme_can_be_made(name: str) -> None:
     layout = quant_layout(by_name(name), 64, 512, CAPS)
-    config = QuantLinearConfig(64, layout, "bfloat16", "bfloat16")
-    taken = [t for t in (TunableQuantLinear(), TunableIntLinear()) if t.takes(config)]
-    assert len(taken) == (0 if name in ("q4k", "q2g96afp") else 1)
-    for tunable in taken:
+    for kinds, config in (
+        ((TunableQuantLinear, TunableIntLinear), QuantLinearConfig(64, layout, "bfloat16", "bfloat16")),
+        ((TunableQuantExperts, TunableIntExperts), QuantExpertConfig(3, layout, "bfloat16", "bfloat16")),
+    ):
+        (tunable,) = [kind() for kind in kinds if kind().takes(config)]
         task = tunable.task(config)
         made = tunable.weights(task, np.random.default_rng(0))
         packed = tunable.pack(task, tunable.schedule_type(), made, CAPS)
-        np.testing.assert_array_equal(layout.unpack(packed).scales, made["scales"])
+        again = layout.unpack(packed)
+        for array in ("codes", "scales", "zeros", "offsets", "order", "outlier_weights"):
+            assert (array in made) == (getattr(again, array) is not None)
+            if array in made:
+                np.testing.assert_array_equal(getattr(again, array), made[array])
+        assert 0.1 < np.std(again.dequantize()) < 2  # sums of about one
+
+
+def test_calls_of_an_expert_kernel_read_other_experts() -> None:
+    """One token's experts are a few megabytes, which a cache would hold from call to call."""
+    rng = np.random.default_rng(0)
+    made = expert_ids(128, 8, "int64", rng)
+    sets = [made["ids"], *made["other_ids"]]
+    assert len(sets) == 15 and len({int(i) for ids in sets for i in ids}) == 120 and sets[0].dtype == np.int64
+    assert len(set(made["ids"])) == 8 == active_experts(128, 8)
+    # two kernels that are called in turns get all sets
+    for experts, rows in ((8, 2), (8, 64), (4, 4), (2, 8), (64, 512)):
+        made = expert_ids(experts, rows, "int32", rng)
+        assert (
+            len(made["other_ids"]) % 2 == 0 and made["ids"].shape == (rows,) and made["ids"].max() < experts
+        )
+    tunable, config, _ = TASKS["quant-experts"]
+    task = tunable.task(config)
+    case = tunable.case(task, 1, rng)
+    arguments = tunable.arguments(task, tunable.schedule_type(), case, CAPS)
+    assert arguments.cold == (2,) and arguments.out == 3
+    np.testing.assert_array_equal(np.stack(arguments.others[1]), case["other_ids"])

@@ -28,8 +28,8 @@ CAPS = gpu()
 
 def run_norm() -> None:
     attrs = NormAttrs(1e-5, center=True)
-    kernel = TOOLS.build(CAPS, k=norm(NormConfig((-1, 256), "float32", "float32", attrs), CAPS))["k"]
-    x = np.ones((2, 256), np.float32)
+    kernel = TOOLS.build(CAPS, k=norm(NormConfig((-1, 1024), "float32", "float32", attrs), CAPS))["k"]
+    x = np.ones((2, 1024), np.float32)
     kernel(TOOLS.tensor(x), TOOLS.tensor(x.copy()))
 
 

@@ -203,9 +203,9 @@ def test_attention_with_more_heads_per_cached_head_than_a_tile_takes() -> None:
     assert run(cfg, TOOLS, kernels, [(1, 20), (1, 400)], decode=True) < 4e-6
 
 
-def rope_config(dtype: str, norm: NormAttrs | None = None) -> RopeConfig:
+def rope_config(dtype: str, norm: NormAttrs | None = None, kv_dtype: str = "") -> RopeConfig:
     """q, k and v in one row of a projection, rotated in halves."""
-    attention = replace(BASE, token_major=True, dtype=dtype, kv_dtype=dtype, sinks_dtype=dtype)
+    attention = replace(BASE, token_major=True, dtype=dtype, kv_dtype=kv_dtype or dtype, sinks_dtype=dtype)
     row = (4 + 2 + 2) * 16
     half = [
         Run(0, 1, 8, 0, 1, True, 0, 0, 1, -1, 8, 1, 1, 0, 1),

@@ -8,12 +8,8 @@ import numpy as np
 import pytest
 
 from llmc.quant.schemes import by_name
-from llmc.schedules.experts import ExpertConfig
-from llmc.schedules.gpu.experts import expert_linear, quant_expert_linear
 from llmc.schedules.gpu.gather import quant_embedding
 from llmc.schedules.gpu.qlinear import quant_linear
-from llmc.schedules.layout import linear_layout
-from llmc.schedules.qexperts import QuantExpertConfig
 from llmc.schedules.qgather import QuantEmbeddingConfig
 from llmc.schedules.qlayout import in_turns, quant_layout
 from llmc.schedules.qlinear import QuantLinearConfig
@@ -134,51 +130,3 @@ def test_int8_activations(scheme: str, k: int, preset: str) -> None:
         kernel(TOOLS.tensor(x), TOOLS.tensor(layout.pack(weight)), TOOLS.tensor(b), y)
         rounded = rounded_rows(x.astype(np.float32), weight.outlier_columns)
         check(y.numpy(), rounded @ weight.dequantize().astype(np.float64).T + b.astype(np.float64))
-
-
-# (scheme or "", dtype, ids' dtype, bias, preset)
-EXPERTS = [
-    ("", "bfloat16", "int64", True, "sm_90"),
-    ("q4g32", "bfloat16", "int32", True, "sm_90"),
-    ("w4a8", "bfloat16", "int64", False, "sm_90"),
-    *_slow(
-        [
-            ("", "float32", "int64", True, "sm_90"),
-            ("", "float16", "int64", False, "sm_75"),
-            ("mxfp4", "bfloat16", "int64", True, "sm_90"),
-            ("q2g96afp", "bfloat16", "int64", False, "sm_90"),
-            ("w8a8", "float32", "int64", True, "sm_75"),
-            ("w8a8o", "bfloat16", "int64", True, "sm_90"),
-        ]
-    ),
-]
-
-
-@pytest.mark.parametrize("case", EXPERTS, ids=lambda c: "-".join(map(str, c)))
-def test_experts(case: tuple[str, str, str, bool, str]) -> None:
-    scheme, dtype, ids_dtype, bias, preset = case
-    experts, n, k, caps, rng = 5, 40, 200, gpu(preset), np.random.default_rng(4)
-    if scheme:
-        layout: Any = quant_layout(by_name(scheme), n, k, caps)
-        cfg: Any = QuantExpertConfig(experts, layout, dtype, "float32", ids_dtype, bias)
-        weight = random_weight(scheme, experts, n, k)
-        values, packed = weight.dequantize(), layout.pack(weight)
-        func = quant_expert_linear(cfg, caps)
-    else:
-        layout = linear_layout(dtype, caps)
-        func = expert_linear(ExpertConfig(experts, n, k, dtype, dtype, "float32", ids_dtype, bias), caps)
-        values = TOOLS.random(rng, (experts, n, k), dtype)
-        packed = np.stack([layout.pack(v) for v in values])
-    kernel = TOOLS.build(caps, k=func)["k"]
-    b = TOOLS.random(rng, (experts, n), dtype)
-    for rows in (1, 7, 50):
-        x = TOOLS.random(rng, (rows, k), dtype)
-        ids = rng.integers(0, experts - 1, rows).astype(ids_dtype)  # the last one stays without rows
-        y = TOOLS.tensor(np.full((rows, n), np.nan, np.float32))
-        kernel(*map(TOOLS.tensor, (x, ids, packed, *([b] if bias else []))), y)
-        wide = x.astype(np.float64)
-        if "a8" in scheme:
-            kept = weight.outlier_columns
-            wide = rounded_rows(x.astype(np.float32), None if kept is None else np.atleast_2d(kept)[0])
-        expected = np.einsum("rk,rnk->rn", wide, values.astype(np.float64)[ids])
-        check(y.numpy(), expected + (b.astype(np.float64)[ids] if bias else 0))

@@ -90,7 +90,20 @@ def test_bf16_is_as_exact_as_on_the_cpu(architecture: str, preset: str, tmp_path
 
 @pytest.mark.e2e
 @pytest.mark.slow
-@pytest.mark.parametrize("quant", ["none", "q4g32", "w8a8"])
+@pytest.mark.parametrize(("architecture", "kv_dtype"), [("llama", "int8"), ("gemma2", "fp8")])
+def test_pages_of_codes_equal_the_cpu_artifacts(architecture: str, kv_dtype: str, tmp_path: Path) -> None:
+    model, rng = tiny_model(architecture), np.random.default_rng(0)
+    batch = [rng.integers(0, VOCAB, n).tolist() for n in (21, 3, 18)]
+    compile_model(model, tmp_path / "cpu", **{**TINY, "kv_dtype": kv_dtype, "verify": "off"})
+    expected = llmc.load(tmp_path / "cpu").logits_batch(batch, prefill=[17, 3, 17])
+    got = simulated(model, "f32", kv_dtype=kv_dtype).logits(batch, 17)
+    for one, other in zip(got, expected, strict=True):
+        assert np.abs(one - other).max() < 1e-4
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["none", "q4g32", "w8a8", "fp8a8"])
 def test_a_long_prompt_on_warpgroups(quant: str) -> None:
     """More rows than the kernels for warps take: as near to float32 as without warpgroups."""
     model, limits = tiny_model("llama"), Limits(96, 1, 96)

@@ -13,6 +13,8 @@ import tvm
 import llmc
 from llmc import cuda_driver
 from llmc.artifact import MANIFEST, DeviceKernel, Manifest
+from llmc.cli.compile import summary_table
+from llmc.cli.format import human_bytes
 from llmc.cuda_driver import CudaDevice, CudaDriver
 from llmc.errors import LlmcError
 from llmc.ops import NormAttrs
@@ -172,6 +174,9 @@ def test_a_tiny_model_becomes_an_artifact(
         (out / i.file).stat().st_size > 1000 and i.file in manifest.files for i in manifest.device.images
     )
     assert manifest.quality.mode == "off" and "NOT CHECKED" in manifest.quality.note
+    code = sum(p.stat().st_size for p in out.iterdir() if p.suffix in (".so", ".bin"))
+    size = next(cell for cell in summary_table(out, []).columns[1].cells if "code" in str(cell))
+    assert f"code {human_bytes(code)}" in str(size)  # the kernels are code too
     with pytest.raises(
         LlmcError, match=rf"is for cuda/{presets}, and there is no NVIDIA driver.*\[no-cuda-device\]"
     ):

@@ -60,3 +60,34 @@ def test_attention_assembles_without_spills(preset: str, dims: tuple[int, int]) 
     sizes = {k.name: k.shared_bytes for k in kernels}
     assert sizes["prefill_kernel"] == cut.shared_bytes(cfg) <= caps.shared_bytes
     assert piece.shared_bytes(cfg) <= sizes["decode_kernel"] <= caps.shared_bytes
+
+
+_QUICK = ("sm_90", 64, "int8")
+CODED = [
+    pytest.param(
+        preset, dims, kv_dtype, marks=[] if (preset, dims[0], kv_dtype) == _QUICK else [pytest.mark.slow]
+    )
+    for preset in PRESETS
+    for dims in HEADS
+    for kv_dtype in ("int8", "float8_e4m3fn")
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("preset", "dims", "kv_dtype"), CODED)
+def test_attention_over_codes_assembles_without_spills(
+    preset: str, dims: tuple[int, int], kv_dtype: str
+) -> None:
+    caps = capabilities(preset)
+    cfg = AttentionConfig(32, 8, *dims, "bfloat16", kv_dtype, 32, 32, 0.1, token_major=True)
+    cfg = with_defaults(cfg, caps)
+    cut, piece = flash.shape(cfg, caps), flash_decode.shape(cfg, caps)
+    assert cut is not None and piece is not None and flash_group.shape(cfg, caps) is None
+    same = dims[0] == dims[1]
+    funcs = {
+        "prefill": attention_prefill(cfg, caps),
+        "decode": attention_decode(cfg, caps, rotated(cfg) if same else None),
+    }
+    _, _, kernels = build_kernels(funcs, tvm_target(caps), (preset,))
+    assert not [k for k in kernels if k.spill_bytes or k.stack_bytes]
+    assert all(k.shared_bytes <= caps.shared_bytes for k in kernels)

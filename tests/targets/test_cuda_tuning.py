@@ -18,17 +18,22 @@ from llmc.artifact import DeviceKernel
 from llmc.cli.app import app
 from llmc.cuda_driver import CudaDevice, CudaDriver
 from llmc.errors import LlmcError
+from llmc.ops import NormAttrs
 from llmc.quant.schemes import by_name
 from llmc.runtime import cuda
 from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.choice import ByRows
+from llmc.schedules.experts import ExpertConfig
 from llmc.schedules.gpu import tune_attention
 from llmc.schedules.gpu.configs import GpuLinearSchedule, GpuQuantSchedule, Way
 from llmc.schedules.gpu.qlinear import quant_linear
 from llmc.schedules.gpu.tune_attention import TunableGpuDecode, TunableGpuPrefill
+from llmc.schedules.gpu.tune_experts import TunableGpuExperts
 from llmc.schedules.gpu.tune_linear import TunableGpuLinear
+from llmc.schedules.gpu.tune_norm import TunableGpuNorm
 from llmc.schedules.gpu.tune_qlinear import TunableGpuIntLinear, TunableGpuQuantLinear
 from llmc.schedules.linear import LinearConfig
+from llmc.schedules.norm import NormConfig
 from llmc.schedules.qlayout import quant_layout
 from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.tunable import Arguments, Tunable, bucket_of, code_of
@@ -57,10 +62,30 @@ TASKS: dict[str, tuple[Tunable, Any, tuple[int, ...]]] = {
         QuantLinearConfig(48, quant_layout(by_name("q4g32"), 48, 64, CAPS), "bfloat16", "bfloat16"),
         (1, 20),
     ),
+    "supers": (
+        TunableGpuQuantLinear(),
+        QuantLinearConfig(40, quant_layout(by_name("q4k"), 40, 300, CAPS), "bfloat16", "bfloat16"),
+        (1, 20),
+    ),
     "int": (
         TunableGpuIntLinear(),
         QuantLinearConfig(48, quant_layout(by_name("w4a8"), 48, 64, CAPS), "bfloat16", "bfloat16"),
         (1, 20),
+    ),
+    "experts": (
+        TunableGpuExperts(),
+        ExpertConfig(3, 40, 96, "bfloat16", "bfloat16", "bfloat16"),
+        (1, 20, 70),
+    ),
+    "norm": (
+        TunableGpuNorm(),
+        NormConfig((1, -1, 300), "bfloat16", "bfloat16", NormAttrs(1e-5, has_weight=True, adds=True)),
+        (1, 20),
+    ),
+    "norm-float": (
+        TunableGpuNorm(),
+        NormConfig((-1, 2, 65), "float32", "float32", NormAttrs(1e-5, center=True)),
+        (3,),
     ),
     "prefill": (TunableGpuPrefill(), ATTENTION, (40,)),
     "decode": (TunableGpuDecode(), ATTENTION, (3,)),
@@ -87,6 +112,12 @@ def test_spaces_hold_what_the_machine_can_run(name: str, preset: str) -> None:
             member = space.random(rng)
             moved = space.mutate(member, rng)
             assert {member, moved, space.cross(member, moved, rng)} <= set(members)
+    if name == "experts":
+        ways = lambda low: {m.way for m in tunable.space(task, bucket_of(low), caps)}  # noqa: E731
+        assert ways(600) == {"sm_75": {0, 1}, "sm_90": {0, 2}, "sm_90a": {0, 2, 3}}[preset]
+    if name == "prefill":
+        space = tunable.space(task, tunable.buckets(task)[-1], caps)
+        assert {m.groups for m in space} == ({0, 1, 2, 3} if preset == "sm_90a" else {0})
     if name == "linear":
         ways = lambda low: {m.way for m in tunable.space(task, bucket_of(low), caps)}  # noqa: E731
         few, many = {"sm_75": ({1}, {1}), "sm_90": ({1, 2}, {2}), "sm_90a": ({1, 2}, {2, 3})}[preset]
@@ -95,7 +126,7 @@ def test_spaces_hold_what_the_machine_can_run(name: str, preset: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("linear", 1), ("quant", 1), ("prefill", 1)]
+    [("linear", 1), ("quant", 1), ("experts", 1), ("norm", 2), ("prefill", 1)]
     + [pytest.param(name, 6, marks=pytest.mark.slow) for name in TASKS],
 )
 def test_random_schedules_compute_the_reference(

@@ -16,7 +16,8 @@ from tvm.tirx.script import builder as T
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
 from llmc.schedules.choice import ByRows
-from llmc.schedules.tunable import BUCKETS, Arguments, Array, Bucket, Knob, Space, Tunable, Work
+from llmc.schedules.tunable import BUCKETS, Arguments, Bucket, Knob, Space, Tunable, Work
+from llmc.schedules.tune_data import Array
 from llmc.targets.backend import get
 from llmc.targets.cpu.runner import CpuRunner
 from llmc.targets.runner import Limits

@@ -5,9 +5,10 @@ import pytest
 
 from llmc.schedules.records import Record, RecordFile, Status
 from llmc.tune.job import Outcome
+from llmc.tune.result import TuneProgress
 from llmc.tune.scheduler import SETTLED, gain, next_job, settled
 from llmc.tune.search import propose
-from llmc.tune.tuner import TuneProgress, Tuner
+from llmc.tune.tuner import Tuner
 from tests.tune.synthetic import CAPS, Toy, ToyConfig, ToyLab, ToySchedule, best_ratio, toy_jobs, toy_ratio
 
 pytest.importorskip("xgboost", reason="the cost model needs xgboost")

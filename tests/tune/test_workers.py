@@ -94,6 +94,18 @@ def test_every_way_to_fail_is_an_outcome():
     assert not lab._pool.folder.exists() and lab._measurer._process is None
 
 
+def test_default_schedules_are_built_side_by_side():
+    jobs = [job(), job(has_bias=True), job(activation="relu")]
+    with ProcessLab("cpu", 2, ACTOR, ACTOR) as lab:
+        libraries = lambda: len(list(lab._pool.folder.iterdir()))  # noqa: E731
+        lab.expect([jobs[0], jobs[0], *jobs[1:]])
+        assert libraries() == 2  # as many as there are processes, of different tasks
+        lab.expect(jobs[1:])
+        assert libraries() == 2  # the next one is there
+        assert all(lab.default(made).status is Status.OK for made in jobs)
+        assert libraries() == 3
+
+
 @pytest.fixture(scope="module")
 def services():
     backend, caps = get("cpu")

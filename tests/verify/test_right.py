@@ -133,9 +133,9 @@ def test_cache_coarser_than_the_weights(tmp_path: Path) -> None:
         for layer in model.model.layers:
             layer.self_attn.v_proj.weight.mul_(8)
     source = open_saved(model, tmp_path)
-    from llmc.reference import _eager_with_cache
+    from llmc.reference import EagerWithCache
 
-    model.set_attn_implementation(_eager_with_cache("bfloat16"))
+    model.set_attn_implementation(EagerWithCache.of("bfloat16").name)
     artifact = TorchArtifact(model)
     fails(artifact, source, "float32")
     report = verify(artifact, source, mode=Verify.SAMPLE, dtype="float32", kv_dtype="bfloat16")

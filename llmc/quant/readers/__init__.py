@@ -11,6 +11,7 @@ from llmc.quant.readers.awq import read_awq
 from llmc.quant.readers.base import Config, QuantizedFiles
 from llmc.quant.readers.bitsandbytes import read_bitsandbytes
 from llmc.quant.readers.compressed_tensors import read_compressed_tensors
+from llmc.quant.readers.fp8 import read_fp8
 from llmc.quant.readers.gptq import read_gptq
 from llmc.quant.readers.mxfp4 import read_mxfp4
 
@@ -20,6 +21,8 @@ READERS: dict[str, Callable[[Config, TensorFiles], QuantizedFiles]] = {
     "compressed-tensors": read_compressed_tensors,
     "bitsandbytes": read_bitsandbytes,
     "mxfp4": read_mxfp4,
+    "fp8": read_fp8,
+    "fbgemm_fp8": read_fp8,
 }
 
 

@@ -23,7 +23,8 @@ from llmc.quant.readers.base import (
     scale_dtype_of,
     unpack,
 )
-from llmc.quant.schemes import SCHEMES, Code, Scheme, stored_scheme
+from llmc.quant.readers.fp8 import spread_rows
+from llmc.quant.schemes import Code, Scheme, stored_scheme
 from llmc.quant.weight import QuantizedWeight
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
@@ -34,11 +35,13 @@ def read_compressed_tensors(config: Config, files: TensorFiles) -> QuantizedFile
     """Weights as ``(code - zero) * scale``.
 
     Layouts: pack-quantized weight_packed int32 [N, K * bits / 32], fields offset by 2**(bits-1); int-quantized weight int8
-    [N, K]; float-quantized weight float8_e4m3fn [N, K]; weight_scale [N, G], or one value for the whole weight;
+    [N, K]; float-quantized weight float8_e4m3fn [N, K]; weight_scale [N, G], or one value for the whole weight, or (of
+    floats) one per block of rows and inputs;
     weight_zero_point int8 [N, G], packed along N if the weight is packed.
 
     Raises:
-        LlmcError: an unsupported field: sparsity, cache quantization, static activations, blocks, groups of unequal sizes.
+        LlmcError: an unsupported field: sparsity, cache quantization, integers with static activations or in blocks, groups of
+            unequal sizes.
     """
     config.must_be_empty("sparsity_config")
     config.must_be_empty("kv_cache_scheme")
@@ -67,21 +70,29 @@ class _Group:
         self.bits: int = weights.one_of("num_bits", (8,) if kind == "float" else (2, 3, 4, 6, 8))
         self.code = Code.E4M3 if kind == "float" else Code.INT
         self.symmetric: bool = weights.one_of("symmetric", (True, False) if kind == "int" else (True,), True)
-        strategy = weights.one_of("strategy", ("tensor", "channel", "group"))
+        strategies = ("tensor", "channel", "group", *(("block",) if kind == "float" else ()))
+        strategy = weights.one_of("strategy", strategies)
         self.size = weights.group_size() if strategy == "group" else 0
+        self.rows = 1  # that share scales
+        if strategy == "block":
+            found = weights.values.get("block_structure")
+            if not isinstance(found, list) or len(found) != 2 or not all(type(n) is int for n in found):
+                raise weights.refuse("block_structure", found, "two numbers")
+            self.rows, self.size = found
         # "group" and "dynamic" come with weight_g_idx; the others keep groups of neighbours
         weights.one_of("actorder", (None, "weight", "static", "group", "dynamic"))
         self.activation_bits = 0
         if config.values.get("input_activations"):
             inputs = config.section("input_activations")
-            inputs.one_of("dynamic", (True,))
+            # scales that are known before are not used for floats: llmc rounds these by their own magnitudes, or not at all
+            inputs.one_of("dynamic", (True,) if kind == "int" else (True, False, "local"))
             inputs.one_of("type", (kind,))
             inputs.one_of("num_bits", (8,))
+            self.activation_bits = 8
             if kind == "int":
                 # both are what llmc does with 8-bit activations
                 inputs.one_of("strategy", ("token",))
                 inputs.one_of("symmetric", (True,), True)
-                self.activation_bits = 8
         if config.values.get("output_activations"):
             raise config.refuse("output_activations", config.values["output_activations"], "null")
 
@@ -125,9 +136,14 @@ def _entry(config: Config, files: TensorFiles, prefix: str, group: _Group) -> En
         except ValueError:
             raise config.refuse(groups, "groups of unequal sizes", "groups of equal sizes") from None
     if group.code is Code.E4M3:
-        scheme = SCHEMES["fp8"]
-        if group.size:
-            scheme = stored_scheme(Code.E4M3, 8, group.size, scale_dtype="float32", order=digest(order))
+        scheme = stored_scheme(
+            Code.E4M3,
+            8,
+            group.size if group.size < k else 0,
+            scale_dtype="float32",
+            activation_bits=group.activation_bits,
+            order=digest(order),
+        )
     else:
         scheme = integer_scheme(
             group.bits,
@@ -138,7 +154,7 @@ def _entry(config: Config, files: TensorFiles, prefix: str, group: _Group) -> En
             group.activation_bits,
             digest(order),
         )
-    build = _Build(scheme, tuple(parts), (n, k), packed, order)
+    build = _Build(scheme, tuple(parts), (n, k), packed, order, group.rows)
     return Entry(f"{prefix}.weight", (n, k), scheme, tuple(parts), build)
 
 
@@ -150,15 +166,19 @@ class _Build:
         shape: tuple[int, int],
         packed: bool,
         order: np.ndarray | None,
+        rows: int,
     ) -> None:
         self._scheme, self._parts, self._shape, self._packed = scheme, parts, shape, packed
-        self._order = order
+        self._order, self._rows = order, rows
 
     def __call__(self, tensors: Tensors) -> QuantizedWeight:
         n, k = self._shape
         weight, scale = (tensors[part] for part in self._parts[:2])
         scales = floats(scale)
-        scales = np.full((n, 1), scales.reshape(-1)[0]) if scales.size == 1 else scales.reshape(n, -1)
+        if scales.size == 1:
+            scales = np.full((n, 1), scales.reshape(-1)[0])
+        else:
+            scales = spread_rows(scales.reshape(-(-n // self._rows), -1), self._rows, n)
         zeros = None
         middle = 1 << (self._scheme.bits - 1)
         if len(self._parts) == 3:
