@@ -23,6 +23,7 @@ _WAIT = "llmc_barrier_wait"
 _READS = {
     "llmc_copy16": 1,
     "llmc_bulk_copy": 1,
+    **{f"llmc_load_words_{n}": 1 for n in (1, 2, 4)},
 }  # device functions -> which of their arguments they only read at
 Runner = Callable[[Machine], None]
 
