@@ -118,10 +118,13 @@ def _number(value: Any, factor: Any) -> Any:
 def most_tiles(layout: QuantLayout, caps: Capabilities) -> int:
     """Tiles of 16 rows of x per block, untuned, of any matmul of qgemm, qint and this module.
 
-    Fewer where registers also hold the float16 operands that e4m3 products are made of.
+    Fewer where registers also hold the float16 operands that e4m3 products are made of, or scales of groups of x.
     """
-    expanded = layout.of.activations is Code.E4M3 and caps.fp8_mma is Fp8Mma.EXPANDED
-    return _MOST_TILES // 2 if expanded else _MOST_TILES
+    if layout.of.activations is not Code.E4M3:
+        return _MOST_TILES
+    if caps.fp8_mma is Fp8Mma.EXPANDED:
+        return _MOST_TILES // 2
+    return _MOST_TILES - (layout.groups > 1)
 
 
 def gemm(ops: Operands, caps: Capabilities, tiles: int, warps: int) -> None:
