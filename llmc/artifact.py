@@ -26,7 +26,9 @@ from llmc.errors import LlmcError
 from llmc.kv_plan import KVPlan
 
 # raised by every change of what a manifest holds or means; tests/test_manifest.py notices new fields (docs/design/004)
-SCHEMA = 3
+SCHEMA = 4
+# what came since has defaults that mean what was before: 4 added KVGroup.latent
+OLDEST = 3
 MANIFEST = "manifest.json"
 LIBRARY = "model.so"
 TUNING = "tuning.jsonl"
@@ -346,14 +348,14 @@ class Manifest:
             raise LlmcError(
                 "manifest-corrupt", f"{where} has no schema number.", hint="Compile the model again."
             )
-        if found != SCHEMA:
+        if not OLDEST <= found <= SCHEMA:
             age, writer = "a newer" if found > SCHEMA else "an older", raw.get("llmc_version")
             hint = "Compile the model again with this llmc"
             if isinstance(writer, str) and writer != llmc.__version__:
                 hint += f", or install llmc {writer} that wrote it"
             raise LlmcError(
                 "manifest-version",
-                f"{where} is of {age} llmc: it has manifest schema {found}; this llmc reads schema {SCHEMA}.",
+                f"{where} is of {age} llmc: it has manifest schema {found}; this llmc reads schemas {OLDEST} to {SCHEMA}.",
                 hint=f"{hint}.",
             )
         try:

@@ -69,7 +69,7 @@ def run(
     pages = -(-n // plan.page_size) + 1
     pools = []
     for group in plan.groups:
-        for shape in (group.k_shape(pages, plan.page_size), group.v_shape(pages, plan.page_size)):
+        for shape in group.pool_shapes(pages, plan.page_size):
             pools.append(_zeros(shape, group.storage_dtype))
     ids = np.asarray(token_ids, np.int32)
     order_ = np.arange(n, dtype=np.int32)

@@ -52,7 +52,6 @@ class KVKind(str, Enum):
     FULL = "full"
     SLIDING_WINDOW = "sliding_window"  # pages that lie wholly behind the window are freed
     CHUNKED = "chunked"  # only the current chunk is visible; earlier pages are freed
-    MLA_LATENT = "mla_latent"  # reserved: one latent vector per token instead of expanded K/V
     RECURRENT = "recurrent"  # reserved: a fixed-size state per sequence
 
 
@@ -63,7 +62,7 @@ class KVGroup:
     Pools of a group, one tensor each for keys and values (layer = index within the group):
 
         k_pool [pages, layers, kv_heads, key_dim, page_size]       dim-major: lanes run over tokens
-        v_pool [pages, layers, kv_heads, page_size, value_dim]     token-major: lanes run over dims
+        v_pool [pages, layers, kv_heads, page_size, value_dim]     token-major: lanes run over dims; none of latents
 
     With an 8-bit dtype the pools are bytes, [pages, layers, kv_heads, bytes]. What a head has on a page is codes in words of
     four (element = code * scale), and behind them one bfloat16 scale per token: a page takes its scales along wherever it goes.
@@ -84,6 +83,7 @@ class KVGroup:
         window: visible tokens for SLIDING_WINDOW, chunk size for CHUNKED, else 0.
         sink_tokens: first tokens of a sequence that stay visible and are never freed (StreamingLLM); 0 = none.
         dtype: float32, float16, bfloat16, int8 or float8_e4m3fn.
+        latent: values are the first value_dim elements of keys (multi-head latent attention); there is no v_pool.
     """
 
     name: str
@@ -95,10 +95,13 @@ class KVGroup:
     window: int
     sink_tokens: int
     dtype: str
+    latent: bool = False
 
     def page_bytes(self, page_size: int) -> int:
         """Bytes of one page over all layers of the group, keys and values."""
-        each = entry_bytes(self.dtype, self.key_dim) + entry_bytes(self.dtype, self.value_dim)
+        each = entry_bytes(self.dtype, self.key_dim)
+        if not self.latent:
+            each += entry_bytes(self.dtype, self.value_dim)
         return len(self.layers) * self.kv_heads * page_size * each
 
     @property
@@ -116,6 +119,11 @@ class KVGroup:
 
     def v_shape(self, pages: int, page_size: int) -> tuple[int, ...]:
         return (pages, len(self.layers), self.kv_heads, *value_page(self.dtype, self.value_dim, page_size))
+
+    def pool_shapes(self, pages: int, page_size: int) -> tuple[tuple[int, ...], ...]:
+        """Of every pool of the group, in the order in which the step functions take them."""
+        keys = self.k_shape(pages, page_size)
+        return (keys,) if self.latent else (keys, self.v_shape(pages, page_size))
 
 
 @dataclass(frozen=True)

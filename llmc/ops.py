@@ -7,6 +7,9 @@ They appear in Relax as ``R.call_pure_packed(name, tensors..., R.str(attrs.to_js
     llmc.linear(x[..,T,d], weight[o,d], bias[o]?, residual[..,T,n]?, attrs) -> [..,T,n]
     llmc.norm(x[..,k], addend like x?, weight[k]?, bias[k]?, attrs) -> like x; with addend: (sum, norm)
     llmc.heads(x, cos[..,T,n]?, sin[..,T,m]?, attrs) -> [1,h,T,d]
+    llmc.head_linear(x, weight[h,o,d], cos[..,T,n]?, sin[..,T,m]?, attrs) -> [1,T,h,o + rest]
+
+Of latent attention (AttentionAttrs.latent) k is [1,1,T,dk], v is k again, and the result [1,T,h,latent].
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ EXPERT_LINEAR = "llmc.expert_linear"
 LINEAR = "llmc.linear"
 NORM = "llmc.norm"
 HEADS = "llmc.heads"
+HEAD_LINEAR = "llmc.head_linear"
 
 # what a linear kernel can apply to its sums: name -> Relax operator of one operand
 ACTIVATIONS = {
@@ -53,6 +57,8 @@ class AttentionAttrs:
         has_sinks: a learned extra logit per head (gpt-oss) follows v in the operands.
         has_alibi: a slope per head (ALiBi, Press et al. 2021) follows v, after the sinks if both.
         path: name of the module that does the attention, for messages.
+        latent: all heads read one key per token, and its first `latent` elements are the value; 0 = keys and values are apart.
+        token_major: q is [1,T,h,dk].
     """
 
     layer: int
@@ -63,6 +69,8 @@ class AttentionAttrs:
     has_sinks: bool = False
     has_alibi: bool = False
     path: str = ""
+    latent: int = 0
+    token_major: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -207,7 +215,7 @@ class HeadsAttrs:
     Attributes:
         heads, dim: of the result.
         runs: the rotation; they cover every element of a head once.
-        norm: each head of `norm_width` elements is normalised first; weight and bias of that width follow x.
+        norm: the first `norm_width` elements of each head are normalised first; weight and bias of that width follow x.
     """
 
     heads: int
@@ -234,6 +242,39 @@ class HeadsAttrs:
 
     @staticmethod
     def from_json(text: str) -> HeadsAttrs:
-        values = json.loads(text)
+        return HeadsAttrs.of(json.loads(text))
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> HeadsAttrs:
+        """From plain values."""
         norm = NormAttrs.of(values["norm"]) if values["norm"] else None
         return HeadsAttrs(**{**values, "runs": tuple(Run(**r) for r in values["runs"]), "norm": norm})
+
+
+@dataclass(frozen=True)
+class HeadLinearAttrs:
+    """Each head of a tensor times a weight of its own: out[t, n, :o] = weight[n] @ x[t, n]; the rest of a head is read in place.
+
+    Element i of head n of token t is element ``offset + t * token_stride + n * head_stride (* T if head_major) + i`` of x in C
+    order.
+
+    Attributes:
+        heads: of x, weight and result.
+        rest: what follows the product in each head of the result, from the same x, perhaps rotated; None = nothing.
+    """
+
+    heads: int
+    offset: int
+    token_stride: int
+    head_stride: int
+    head_major: bool
+    rest: HeadsAttrs | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> HeadLinearAttrs:
+        values = json.loads(text)
+        rest = HeadsAttrs.of(values["rest"]) if values["rest"] else None
+        return HeadLinearAttrs(**{**values, "rest": rest})

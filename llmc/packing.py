@@ -86,11 +86,9 @@ def _computed(param: PackedParam, expression: WeightExpression, load: Callable[[
         array = to_numpy(load(name), dtype)
         arrays.append(array.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else array)
     made = expression.evaluate(arrays)
-    if made.shape != param.shape or str(made.dtype) != param.dtype:
-        raise AssertionError(
-            f"{param.name}: computed {made.dtype} {made.shape}, planned {param.dtype} {param.shape}"
-        )
-    return made.view(np.uint16) if param.dtype == "bfloat16" else made
+    if str(made.dtype) != param.dtype:
+        raise AssertionError(f"{param.name}: computed {made.dtype}, planned {param.dtype}")
+    return _laid_out(param, made.view(np.uint16) if param.dtype == "bfloat16" else made)
 
 
 def _place(param: PackedParam, out: np.ndarray, row: int, rows: np.ndarray) -> None:
@@ -111,12 +109,15 @@ def _place(param: PackedParam, out: np.ndarray, row: int, rows: np.ndarray) -> N
 def pack_tensor(param: PackedParam, tensor: Any) -> np.ndarray:
     """One torch tensor, cast and laid out as `param` says: an array of shape ``param.shape``, C order."""
     array = to_numpy(tensor, param.dtype)
-    if param.transposed:
-        array = np.swapaxes(array, -1, -2)
+    return _laid_out(param, np.swapaxes(array, -1, -2) if param.transposed else array)
+
+
+def _laid_out(param: PackedParam, array: np.ndarray) -> np.ndarray:
+    """A whole parameter in its layout."""
     if param.layout != "rows":
         layout = BlockedLayout.parse(param.layout)
         array = np.stack([layout.pack(a) for a in array]) if array.ndim == 3 else layout.pack(array)
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")  # ascontiguousarray would give a number a dimension
     if array.shape != param.shape:
         raise AssertionError(f"{param.name}: packed to {array.shape}, planned {param.shape}")
     return array

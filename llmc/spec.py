@@ -19,6 +19,7 @@ from llmc.quant.shrink import PruneRule, RankRule
 AUTO, AUTO_INT8 = "auto", "auto-a8"
 # graph passes (passes/order.py) without which a result is the same, only slower to compute
 OPTIONAL_PASSES = (
+    "AbsorbLatent",
     "CancelTransposes",
     "ShareCoefficients",
     "RaiseActivations",
@@ -28,6 +29,7 @@ OPTIONAL_PASSES = (
     "FuseNorm",
     "FuseAddNorm",
     "FuseRoPE",
+    "FuseLatentHeads",
     "FoldWeights",
     "ViewReshapes",
     "SpecializeDecode",

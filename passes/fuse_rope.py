@@ -36,7 +36,7 @@ class FuseRoPE:
         changed = False
         for binding in graph.bindings:
             match = ir.match_opaque(binding.value, ATTENTION)
-            heads = [_heads(graph, elements, v) for v in match[0][:3]] if match else []
+            heads = [heads_of(graph, elements, v) for v in match[0][:3]] if match else []
             if match is None or not _fit(heads):
                 build.keep(binding)
                 continue
@@ -60,7 +60,7 @@ class FuseRoPE:
 
 
 @dataclass(frozen=True)
-class _Heads:
+class Heads:
     """Operands and attributes of an llmc.heads."""
 
     base: Any
@@ -69,7 +69,7 @@ class _Heads:
     attrs: HeadsAttrs
 
 
-def _fit(heads: list[_Heads | None]) -> bool:
+def _fit(heads: list[Heads | None]) -> bool:
     """All were found, and the rotated ones take the same coefficients."""
     if any(h is None for h in heads):
         return False
@@ -77,7 +77,8 @@ def _fit(heads: list[_Heads | None]) -> bool:
     return not v.tensors and (not q.tensors or not k.tensors or q.tensors == k.tensors)
 
 
-def _heads(graph: Graph, elements: Elements, var: Any) -> _Heads | None:
+def heads_of(graph: Graph, elements: Elements, var: Any) -> Heads | None:
+    """An attention operand [1, h, T, d] as an llmc.heads; None if it is none."""
     dims = ir.dims(var)
     if len(dims) != 4 or not all(ir.is_constant(dims[i]) for i in (0, 1, 3)) or ir.is_constant(dims[2]):
         return None
@@ -87,10 +88,10 @@ def _heads(graph: Graph, elements: Elements, var: Any) -> _Heads | None:
         return None
     x, tensors, runs = found
     norm, vectors = None, ()
-    before = _normalised(graph, x)
+    before = normalised(graph, x)
     if before is not None:
         x, vectors, norm = before
-    view = _view(graph, x, heads)
+    view = view_of(graph, x, heads)
     if view is None or len({str(t.ty.dtype) for t in tensors}) > 1:
         return None
     base, offset, token, head, head_major = view
@@ -98,10 +99,10 @@ def _heads(graph: Graph, elements: Elements, var: Any) -> _Heads | None:
         return None
     width = int(ir.dims(x)[-1]) if norm is not None else 0
     attrs = HeadsAttrs(heads, dim, offset, token, head, head_major, runs, norm, width)
-    return _Heads(base, vectors, tensors, attrs)
+    return Heads(base, vectors, tensors, attrs)
 
 
-def _normalised(graph: Graph, var: Any) -> tuple[Any, tuple[Any, ...], NormAttrs] | None:
+def normalised(graph: Graph, var: Any) -> tuple[Any, tuple[Any, ...], NormAttrs] | None:
     """(input, vectors, attributes) of the norm that `var` is the result of."""
     match = ir.match_opaque(graph.definition(var), NORM)
     if match is None:
@@ -114,7 +115,7 @@ def _normalised(graph: Graph, var: Any) -> tuple[Any, tuple[Any, ...], NormAttrs
     return graph.source(match[0][0]), vectors, attrs
 
 
-def _view(graph: Graph, var: Any, heads: int) -> tuple[Any, int, int, int, bool] | None:
+def view_of(graph: Graph, var: Any, heads: int) -> tuple[Any, int, int, int, bool] | None:
     """(tensor, offset, token stride, head stride, head major) of [1, h, T, w] or [1, T, h, w], up to its computation."""
     dims = [d for d in ir.dims(var)]
     shape = [d for d in dims[:-1] if not ir.is_one(d)]

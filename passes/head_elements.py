@@ -20,8 +20,7 @@ def position_only(graph: Graph) -> set[Any]:
     """Variables that depend on nothing but positions and constants."""
     known = {graph.func.params[1]}
     for binding in graph.bindings:
-        inputs = list(operands(binding.value))
-        if inputs and all(v in known for v in inputs):
+        if all(v in known for v in operands(binding.value)):
             known.add(binding.var)
     return known
 

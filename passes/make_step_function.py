@@ -15,7 +15,7 @@ from llmc.kv_plan import KVPlan
 from llmc.ops import ATTENTION, HEADS, AttentionAttrs, HeadsAttrs
 from llmc.passes.rewrite import Builder, Graph, Kernels
 from llmc.passes.step_module import LoweredGraph, StepModule
-from llmc.schedules.attention import AttentionConfig
+from llmc.schedules.attention_config import AttentionConfig, LatentConfig
 from llmc.schedules.costs import append_cost, attention_cost
 from llmc.schedules.gather import GatherConfig
 from llmc.schedules.kernels import builders, with_defaults
@@ -55,16 +55,17 @@ class MakeStepFunction:
         inputs, specs = self._inputs(func, tokens, dims)
         by_name = {spec.name: var for spec, var in zip(specs, inputs, strict=True)}
         pools = self._pools()
-        pool_tuple = relax.Var("pools", relax.TupleType([p.ty for pair in pools for p in pair]))
+        pool_tuple = relax.Var("pools", relax.TupleType([p.ty for own in pools for p in own]))
         head = _head(graph, func)
         used = [i for i, p in enumerate(func.params[2:]) if graph.uses.get(p, 0)]
         param_tuple = relax.Var("params", relax.TupleType([func.params[2 + i].ty for i in used]))
         for slot, i in enumerate(used):
             build.bind(func.params[2 + i], relax.TupleGetItem(param_tuple, slot))
-        current = []
-        for g, pair in enumerate(pools):
+        current: list[list[Any]] = []
+        for own in pools:
+            first = sum(map(len, current))
             current.append(
-                [build.emit(relax.TupleGetItem(pool_tuple, 2 * g + j), p.name) for j, p in enumerate(pair)]
+                [build.emit(relax.TupleGetItem(pool_tuple, first + j), p.name) for j, p in enumerate(own)]
             )
         row_count = dims["R"]
         row_vars: dict[Any, Any] = {}
@@ -121,18 +122,17 @@ class MakeStepFunction:
             specs.append(TensorSpec(name, "int32", text))
         return inputs, specs
 
-    def _pools(self) -> list[tuple[Any, Any]]:
-        """The pools' variables; the number of pages is symbolic, each pool's own."""
+    def _pools(self) -> list[list[Any]]:
+        """The variables of each group's pools; the number of pages is symbolic, each group's own."""
         out = []
         for g, group in enumerate(self.plan.groups):
             pages = tirx.Var(f"P{g}", "int64")
-            k = group.k_shape(1, self.plan.page_size)[1:]
-            v = group.v_shape(1, self.plan.page_size)[1:]
+            shapes = group.pool_shapes(1, self.plan.page_size)
             out.append(
-                (
-                    relax.Var(f"k_pool_{g}", ir.tensor_type([pages, *k], group.storage_dtype)),
-                    relax.Var(f"v_pool_{g}", ir.tensor_type([pages, *v], group.storage_dtype)),
-                )
+                [
+                    relax.Var(f"{name}_pool_{g}", ir.tensor_type([pages, *shape[1:]], group.storage_dtype))
+                    for name, shape in zip("kv", shapes, strict=False)
+                ]
             )
         return out
 
@@ -149,8 +149,8 @@ class MakeStepFunction:
         q, k, v = operands[:3]
         g, index = self.plan.locate(attrs.layer)
         group = self.plan.groups[g]
-        config = AttentionConfig(
-            heads=int(q.ty.shape[1]),
+        config = (LatentConfig if attrs.latent else AttentionConfig)(
+            heads=int(q.ty.shape[2 if attrs.token_major else 1]),
             kv_heads=group.kv_heads,
             key_dim=group.key_dim,
             value_dim=group.value_dim,
@@ -164,6 +164,7 @@ class MakeStepFunction:
             softcap=attrs.softcap,
             has_sinks=attrs.has_sinks,
             has_alibi=attrs.has_alibi,
+            token_major=attrs.token_major,
         )
         config = with_defaults(config, self.caps)
         for kernel in ("attention_prefill", "attention_decode"):
@@ -171,7 +172,11 @@ class MakeStepFunction:
         layer = relax.prim_value(tirx.IntImm("int64", index))
         heads = [ir.match_opaque(self._graph.definition(v), HEADS) for v in (q, k, v)]
         owns = attrs.layer not in dict(self.plan.shared) and attrs.layer not in appended
-        if heads[0] and heads[1] and heads[2]:
+        if attrs.latent and heads[1] and owns:
+            current[g] = self._append_latents(config, g, heads[1], by_name[f"slot_{g}"], current[g], layer)
+            appended.add(attrs.layer)
+            owns = False
+        elif heads[0] and heads[1] and heads[2]:
             config = replace(config, token_major=True)
             sources = [h for h in heads if h is not None][: 3 if owns else 1]
             q, current[g] = self._rotate(config, g, sources, by_name[f"slot_{g}"], current[g], layer)
@@ -194,46 +199,30 @@ class MakeStepFunction:
         self, config: AttentionConfig, g: int, k: Any, v: Any, slot: Any, current: list[list[Any]], layer: Any
     ) -> None:
         """Keys and values to their pages."""
-        build = self._build
         key = ("append", g, str(k.ty.dtype))
         build_it = partial(builders(self.caps).kv_append, config, self.caps)
         gvar = self._kernels.get(key, f"kv_append_{g}", build_it, append_cost(config))
-        call = relax.op.call_tir_inplace(
-            gvar,
-            relax.Tuple([k, v, slot, *current[g], layer]),
-            [3, 4],
-            [current[g][0].ty, current[g][1].ty],
-        )
+        operands = [k, slot] if config.latent else [k, v, slot]
+        current[g] = self._in_place(gvar, operands, current[g], layer, f"pool_{g}")
+
+    def _in_place(self, gvar: Any, operands: list[Any], pools: list[Any], layer: Any, name: str) -> list[Any]:
+        """A kernel whose only results are the pools, which it changes."""
+        build, at = self._build, len(operands)
+        where, types = [at + j for j in range(len(pools))], [pool.ty for pool in pools]
+        call = relax.op.call_tir_inplace(gvar, relax.Tuple([*operands, *pools, layer]), where, types)
+        if len(pools) == 1:
+            return [build.emit(call, name)]
         both = build.emit(call, "pools")
-        current[g] = [build.emit(relax.TupleGetItem(both, j), f"pool_{g}") for j in range(2)]
+        return [build.emit(relax.TupleGetItem(both, j), name) for j in range(len(pools))]
 
     def _rotate(
         self, attention: AttentionConfig, g: int, heads: list[Any], slot: Any, pools: list[Any], layer: Any
     ) -> tuple[Any, list[Any]]:
         """(q rotated, pools) from the llmc.heads of q alone, or of q, k and v, which are appended."""
         build = self._build
-        attrs = [HeadsAttrs.from_json(text) for _, text in heads]
-        own = [operands[: 1 + a.vectors] for (operands, _), a in zip(heads, attrs, strict=True)]
-        rest = [operands[1 + a.vectors :] for (operands, _), a in zip(heads, attrs, strict=True)]
-        tensors = max(rest, key=len)
-        sources = [
-            HeadSource(_shape(ops[0]), str(ops[0].ty.dtype), a, str(ops[-1].ty.dtype))
-            for ops, a in zip(own, attrs, strict=True)
-        ]
-        config = RopeConfig(
-            attention,
-            sources[0],
-            sources[1] if len(heads) > 1 else None,
-            sources[2] if len(heads) > 1 else None,
-            tuple(_shape(t) for t in tensors),
-            str(tensors[0].ty.dtype) if tensors else "float32",
-        )
-        name = f"rope_append_{g}" if len(heads) > 1 else f"rope_{g}"
-        gvar = self._kernels.get(config, name, lambda: builders(self.caps).rope_append(config, self.caps))
-        self._rope_configs[gvar.name_hint] = config
+        gvar, args = self._rope(attention, g, dict(zip("qkv", heads, strict=False)))
         tokens = next(d for d in slot.ty.shape)
         q_type = ir.tensor_type([1, tokens, attention.heads, attention.key_dim], attention.dtype)
-        args = [*(operand for ops in own for operand in ops), *tensors]
         if len(heads) == 1:
             return build.emit(relax.call_tir(gvar, relax.Tuple(args), q_type), "q"), pools
         at = len(args) + 1
@@ -248,6 +237,37 @@ class MakeStepFunction:
             build.emit(relax.TupleGetItem(three, j), n) for j, n in enumerate(("q", "k_pool", "v_pool"))
         ]
         return q, after
+
+    def _append_latents(
+        self, attention: AttentionConfig, g: int, head: Any, slot: Any, pools: list[Any], layer: Any
+    ) -> list[Any]:
+        """The pools after an llmc.heads of keys was appended; queries are there already."""
+        gvar, args = self._rope(attention, g, {"k": head})
+        return self._in_place(gvar, [*args, slot], pools, layer, f"pool_{g}")
+
+    def _rope(self, attention: AttentionConfig, g: int, heads: dict[str, Any]) -> tuple[Any, list[Any]]:
+        """(kernel that rotates, its arguments up to the slots) of q, k and v as far as they are there."""
+        attrs = [HeadsAttrs.from_json(text) for _, text in heads.values()]
+        own = [operands[: 1 + a.vectors] for (operands, _), a in zip(heads.values(), attrs, strict=True)]
+        rest = [operands[1 + a.vectors :] for (operands, _), a in zip(heads.values(), attrs, strict=True)]
+        tensors = max(rest, key=len)
+        sources = {
+            name: HeadSource(_shape(ops[0]), str(ops[0].ty.dtype), a, str(ops[-1].ty.dtype))
+            for name, ops, a in zip(heads, own, attrs, strict=True)
+        }
+        config = RopeConfig(
+            attention,
+            sources.get("q"),
+            sources.get("k"),
+            sources.get("v"),
+            tuple(_shape(t) for t in tensors),
+            str(tensors[0].ty.dtype) if tensors else "float32",
+        )
+        parts = ["rope" if "q" in heads else "latent", "append" if "k" in heads else "", str(g)]
+        build_it = partial(builders(self.caps).rope_append, config, self.caps)
+        gvar = self._kernels.get(config, "_".join(filter(None, parts)), build_it)
+        self._rope_configs[gvar.name_hint] = config
+        return gvar, [*(operand for ops in own for operand in ops), *tensors]
 
     def _gather(self, x: Any, rows: Any, row_count: Any) -> Any:
         lead = len(x.ty.shape) - 2

@@ -11,17 +11,20 @@ from tvm import relax
 
 from llmc.caps import Capabilities
 from llmc.kv_plan import KVPlan
+from llmc.passes.absorb_latent import AbsorbLatent
 from llmc.passes.cancel_transposes import CancelTransposes
 from llmc.passes.estimate_costs import EstimateCosts
 from llmc.passes.fold_weights import FoldWeights
 from llmc.passes.fuse_add_norm import FuseAddNorm
 from llmc.passes.fuse_gate_up import FuseGateUp
+from llmc.passes.fuse_latent_heads import FuseLatentHeads
 from llmc.passes.fuse_linear_epilogue import FuseLinearEpilogue
 from llmc.passes.fuse_norm import FuseNorm
 from llmc.passes.fuse_qkv import FuseQKV
 from llmc.passes.fuse_rope import FuseRoPE
 from llmc.passes.lower_embedding import LowerEmbedding
 from llmc.passes.lower_experts import LowerExperts
+from llmc.passes.lower_head_linear import LowerHeadLinear
 from llmc.passes.lower_linear import LowerLinear
 from llmc.passes.lower_norm import LowerNorm
 from llmc.passes.lower_top_k import LowerTopK
@@ -56,6 +59,8 @@ def graph_phase(
 def rewrite_phase(quantize: QuantizeWeights | None = None, disabled: Collection[str] = ()) -> list[GraphPass]:
     """The part of graph_phase that is the same for all machines."""
     passes: list[GraphPass] = [
+        # before QuantizeWeights: what is absorbed is no linear layer any more
+        ("AbsorbLatent", AbsorbLatent()),
         # before the fusions, which join weights of one scheme only
         *([("QuantizeWeights", quantize)] if quantize else []),
         ("CancelTransposes", CancelTransposes()),
@@ -73,6 +78,7 @@ def rewrite_phase(quantize: QuantizeWeights | None = None, disabled: Collection[
         ("FuseAddNorm", FuseAddNorm()),
         # after FuseQKV: heads are read where its matmul wrote them
         ("FuseRoPE", FuseRoPE()),
+        ("FuseLatentHeads", FuseLatentHeads()),
     ]
     return [named for named in passes if named[0] not in disabled]
 
@@ -91,6 +97,7 @@ def kernel_phase(
         ("LowerNorm", LowerNorm(caps, tuned)),
         ("LowerLinear", LowerLinear(caps, tuned, layouts)),
         ("LowerExperts", LowerExperts(caps, tuned, layouts)),
+        ("LowerHeadLinear", LowerHeadLinear(caps, layouts)),
         ("LowerTopK", LowerTopK(caps)),
         # after LowerLinear: a tied embedding reads the head's packed weight
         ("LowerEmbedding", LowerEmbedding(caps, layouts)),

@@ -7,10 +7,13 @@ from typing import Any
 
 from llmc.errors import LlmcError
 from llmc.ir import match_opaque
-from llmc.kv_plan import KV_DTYPES, KVGroup, KVKind, KVPlan
+from llmc.kv_plan import KV_DTYPES, KVGroup, KVKind, KVPlan, is_coded
 from llmc.ops import ATTENTION, AttentionAttrs
 from llmc.passes.rewrite import Graph
 from llmc.passes.step_module import LoweredGraph
+
+# kind, window, cached heads, key dim, value dim, dtype, latent
+_Key = tuple[KVKind, int, int, int, int, str, bool]
 
 
 class PlanKVCache:
@@ -33,8 +36,8 @@ class PlanKVCache:
         graph = Graph(func)
         owner_of: dict[tuple[object, object], int] = {}
         shared: list[tuple[int, int]] = []
-        members: dict[tuple[KVKind, int, int, int, int, str], list[int]] = {}
-        key_of_owner: dict[int, tuple[KVKind, int, int, int, int, str]] = {}
+        members: dict[_Key, list[int]] = {}
+        key_of_owner: dict[int, _Key] = {}
         for attrs, k, v in attention_layers(graph):
             operands = (graph.source(k), graph.source(v))
             kind, window = self._lifetime(attrs)
@@ -53,7 +56,15 @@ class PlanKVCache:
                     "kv-dtype",
                     f"The KV cache must be f32, f16, bf16, int8 or fp8; layer {attrs.layer} has {dtype}.",
                 )
-            key = (kind, window, int(k.ty.shape[1]), int(k.ty.shape[3]), int(v.ty.shape[3]), dtype)
+            if attrs.latent and is_coded(dtype):
+                raise LlmcError(
+                    "kv-dtype-latent",
+                    f"The cache of latents must be f32, f16 or bf16 (layer {attrs.layer} has latent attention), found {dtype}.",
+                    hint="Use --kv-dtype bf16, or keep keys and values expanded with --disable-pass AbsorbLatent.",
+                )
+            value_dim = attrs.latent or int(v.ty.shape[3])
+            heads, key_dim = int(k.ty.shape[1]), int(k.ty.shape[3])
+            key = (kind, window, heads, key_dim, value_dim, dtype, attrs.latent > 0)
             owner_of[operands] = attrs.layer
             key_of_owner[attrs.layer] = key
             members.setdefault(key, []).append(attrs.layer)
@@ -69,8 +80,9 @@ class PlanKVCache:
                 window=window,
                 sink_tokens=0,
                 dtype=dtype,
+                latent=latent,
             )
-            for i, (layers, (kind, window, heads, key_dim, value_dim, dtype)) in enumerate(ordered)
+            for i, (layers, (kind, window, heads, key_dim, value_dim, dtype, latent)) in enumerate(ordered)
         )
         return KVPlan(self.page_size, groups, tuple(shared))
 
@@ -92,9 +104,7 @@ def attention_layers(graph: Graph) -> Iterator[tuple[AttentionAttrs, Any, Any]]:
             yield AttentionAttrs.from_json(text), operands[1], operands[2]
 
 
-def _wider(
-    key: tuple[KVKind, int, int, int, int, str], kind: KVKind, window: int
-) -> tuple[KVKind, int, int, int, int, str]:
+def _wider(key: _Key, kind: KVKind, window: int) -> _Key:
     """The key of a group that keeps enough for its owner and for a reader of the given lifetime."""
     if (key[0], key[1]) == (kind, window):
         return key

@@ -10,7 +10,7 @@ from tvm import relax
 
 from llmc import ir
 from llmc.errors import LlmcError
-from llmc.ops import EXPERT_LINEAR
+from llmc.ops import EXPERT_LINEAR, HEAD_LINEAR
 from llmc.passes.lower_linear import weight_behind
 from llmc.passes.rewrite import Graph
 from llmc.passes.step_module import LoweredGraph, PackedParam
@@ -27,6 +27,7 @@ class _Uses:
     linear: frozenset[Any]
     experts: frozenset[Any]
     tables: frozenset[Any]
+    heads: frozenset[Any]  # a weight per head (llmc.head_linear)
     head: Any | None
 
 
@@ -78,10 +79,11 @@ class QuantizeWeights:
         variables = list(func.params[2:])
         uses = _uses(Graph(func), variables)
         experts = {int(var.ty.shape[0]) for var in uses.experts}
-        infos = tuple(
-            self._decide(info, var, uses, experts)
-            for var, info in zip(variables, lowered.params, strict=True)
-        )
+        pairs = list(zip(variables, lowered.params, strict=True))
+        per_head = {name for var, info in pairs if var in uses.heads for name in info.sources}
+        for _, info in pairs:
+            self._check_per_head(info, per_head)
+        infos = tuple(self._decide(info, var, uses, experts) for var, info in pairs)
         self._check_patterns(lowered.params)
         return LoweredGraph(lowered.module, infos)
 
@@ -111,6 +113,17 @@ class QuantizeWeights:
             return info
         return replace(info, scheme=scheme)
 
+    def _check_per_head(self, info: PackedParam, per_head: set[str]) -> None:
+        """Weights of llmc.head_linear have no kernel for codes; only what is said of them alone is worth a word."""
+        named = self.rules.named(info.name)
+        if named not in (None, NONE) and info.name in per_head:
+            raise LlmcError(
+                "cannot-quantize",
+                f"A rule asks for {named} for {info.name}, which is multiplied head by head and stays in the "
+                "activations' type.",
+                hint="Narrow the rule's pattern, or keep keys and values expanded with --disable-pass AbsorbLatent.",
+            )
+
     def _kept(self, stored: str) -> str:
         """The scheme of a weight that is stored in one."""
         default = parse(self.rules.default)
@@ -137,12 +150,14 @@ class QuantizeWeights:
 
 def _uses(graph: Graph, variables: list[Any]) -> _Uses:
     weights = set(variables)
-    linear, experts, tables = set(), set(), set()
+    linear, experts, tables, heads = set(), set(), set(), set()
     for binding in graph.bindings:
         value = binding.value
         expert = ir.match_opaque(value, EXPERT_LINEAR)
         if expert is not None:
             experts.add(graph.source(expert[0][2]))
+        elif (per_head := ir.match_opaque(value, HEAD_LINEAR)) is not None:
+            heads.add(graph.source(per_head[0][1]))
         elif ir.is_op(value, "relax.matmul"):
             found = weight_behind(graph, value.args[1], weights)
             if found is not None:
@@ -151,7 +166,13 @@ def _uses(graph: Graph, variables: list[Any]) -> _Uses:
             table = graph.source(value.args[0])
             if table in weights and len(table.ty.shape) == 2:
                 tables.add(table)
-    return _Uses(frozenset(linear), frozenset(experts & weights), frozenset(tables), _head(graph, weights))
+    return _Uses(
+        frozenset(linear),
+        frozenset(experts & weights),
+        frozenset(tables),
+        frozenset(heads),
+        _head(graph, weights),
+    )
 
 
 def _head(graph: Graph, weights: set[Any]) -> Any | None:

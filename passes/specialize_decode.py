@@ -44,7 +44,7 @@ class SpecializeDecode:
         tokens = func.params[0].ty.shape[0]  # one per sequence
         configs = dict(step_module.attention)
         ropes = _ropes(graph, configs, dict(step_module.rope)) if self.fuse else {}
-        parts = {var for rope in ropes.values() for var in (rope.var, *rope.parts.values())}
+        parts = {var for rope in ropes.values() for var in rope.bound}
         for binding in graph.bindings:
             value = binding.value
             if binding.var in parts:
@@ -69,21 +69,24 @@ class SpecializeDecode:
                 both = build.emit(relax.call_tir(gvar, value.args[1], outputs), "split")
                 build.bind(binding.var, relax.TupleGetItem(both, 0))
                 continue
-            rest = list(value.args[1].fields[3:])
+            fields = list(value.args[1].fields)
             if not rope.pools:  # of another layer: only read
-                args = relax.Tuple([*rope.args, *value.args[1].fields[1:]])
+                args = relax.Tuple([*rope.args, *fields[1:]])
                 both = build.emit(relax.call_tir(gvar, args, outputs), "split")
                 build.bind(binding.var, relax.TupleGetItem(both, 0))
                 continue
-            args = relax.Tuple([*rope.args, *rest])
-            at = len(rope.args) - 2
-            types = [*outputs, *(pool.ty for pool in rope.pools)]
-            call = relax.op.call_tir_inplace(gvar, args, [-1, -1, at, at + 1], types)
-            four = build.emit(call, "split")
-            build.bind(binding.var, relax.TupleGetItem(four, 0))
-            for index, var in rope.parts.items():
-                if index > 0:
-                    build.bind(var, relax.TupleGetItem(four, index + 1))
+            count = len(rope.pools)
+            before = list(rope.args)
+            if rope.config.q is None:  # q is there already; it comes before the slots
+                before.insert(-1 - count, fields[0])
+            args = relax.Tuple([*before, *fields[1 + count :]])
+            at = len(before) - count
+            where, types = [at + j for j in range(count)], [pool.ty for pool in rope.pools]
+            call = relax.op.call_tir_inplace(gvar, args, [-1, -1, *where], [*outputs, *types])
+            all_ = build.emit(call, "split")
+            build.bind(binding.var, relax.TupleGetItem(all_, 0))
+            for j, var in rope.after.items():
+                build.bind(var, relax.TupleGetItem(all_, 2 + j))
         decode = build.function(func.params, func.body.body, None, symbol="decode")
         decode = relax.utils.copy_with_new_vars(decode)
         for key, attr in dict(func.attrs or {}).items():
@@ -95,20 +98,20 @@ class SpecializeDecode:
 
 @dataclass(frozen=True)
 class _Rope:
-    """A rotating kernel whose q only one attention reads.
+    """A rotating kernel of whose results only one attention reads.
 
     Attributes:
-        var: what its call is bound to.
-        parts: index in its result -> variable; q alone is `var` itself.
+        bound: what its call and the parts of its result are bound to.
         args: of the call, up to the pools.
         pools: page tensors that it writes; empty without k and v.
+        after: number of a pool -> what it is bound to afterwards.
     """
 
     config: RopeConfig
-    var: Any
-    parts: dict[int, Any]
+    bound: tuple[Any, ...]
     args: list[Any]
     pools: list[Any]
+    after: dict[int, Any]
 
 
 def _ropes(graph: Graph, configs: dict[str, Any], ropes: dict[str, RopeConfig]) -> dict[Any, _Rope]:
@@ -122,23 +125,28 @@ def _ropes(graph: Graph, configs: dict[str, Any], ropes: dict[str, RopeConfig]) 
         value = binding.value
         if not ir.is_op(value, "relax.call_tir") or value.args[0].name_hint not in configs:
             continue
-        q = value.args[1].fields[0]
-        var = q
-        if isinstance(graph.definition(q), relax.TupleGetItem):
-            var = graph.definition(q).tuple_value
+        attention = configs[value.args[0].name_hint]
+        fields = value.args[1].fields
+        # latents are appended by a kernel that gives the pool alone; queries come from elsewhere
+        var = fields[1 if attention.latent else 0]
+        if isinstance(graph.definition(var), relax.TupleGetItem):
+            var = graph.definition(var).tuple_value
         call = graph.definition(var)
         in_place = ir.is_op(call, "relax.call_tir_inplace")
         if not in_place and not ir.is_op(call, "relax.call_tir"):
             continue
         config = ropes.get(call.args[0].name_hint)
-        if config is None or graph.uses.get(q, 0) != 1:
+        if config is None or (config.q is not None and graph.uses.get(fields[0], 0) != 1):
             continue
-        fields = list(call.args[1].fields)
+        args = list(call.args[1].fields)
         if not in_place:
-            found[binding.var] = _Rope(config, var, {}, fields, [])
+            found[binding.var] = _Rope(config, (var,), args, [], {})
             continue
-        fields.pop()  # the layer follows with the attention's own
+        args.pop()  # the layer follows with the attention's own
         own = parts.get(var, {})
-        if [own.get(1), own.get(2)] == list(value.args[1].fields[1:3]):
-            found[binding.var] = _Rope(config, var, own, fields, fields[-2:])
+        if attention.latent:
+            found[binding.var] = _Rope(config, (var,), args, args[-1:], {0: var})
+        elif [own.get(1), own.get(2)] == list(fields[1:3]):
+            after = {index - 1: var for index, var in own.items() if index > 0}
+            found[binding.var] = _Rope(config, (var, *own.values()), args, args[-2:], after)
     return found

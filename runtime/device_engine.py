@@ -116,7 +116,7 @@ class DeviceEngine:
     def _new_pools(self, pages: Sequence[int]) -> Any:
         plan, pools = self._place.plan, []
         for group, count in zip(plan.groups, pages, strict=True):
-            for shape in (group.k_shape(count, plan.page_size), group.v_shape(count, plan.page_size)):
+            for shape in group.pool_shapes(count, plan.page_size):
                 pools.append(self._memory.empty(shape, group.storage_dtype, "the KV cache"))
         return pack(pools)
 

@@ -113,7 +113,7 @@ class CompiledEngine:
         self._pools: list[Bytes] = []
         tensors: list[Any] = []
         for group, count in zip(plan.groups, pages, strict=True):
-            for shape in (group.k_shape(count, plan.page_size), group.v_shape(count, plan.page_size)):
+            for shape in group.pool_shapes(count, plan.page_size):
                 raw = _allocate(int(np.prod(shape)) * group.item_bytes)
                 self._pools.append(raw)
                 tensors.append(tensor_view(raw, shape, group.storage_dtype))

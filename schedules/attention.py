@@ -13,6 +13,7 @@ from llmc.schedules import emit as e
 from llmc.schedules.attention_bytes import BytesTile, takes_bytes
 from llmc.schedules.attention_codes import CodedTile, CodedUnitTile
 from llmc.schedules.attention_config import AttentionConfig, DecodeSchedule, PrefillSchedule
+from llmc.schedules.attention_latent import LatentTile
 from llmc.schedules.attention_pools import Pools
 from llmc.schedules.attention_tile import Operands, Tile, can_be_direct, first_visible
 from llmc.schedules.kv_codes import HeadWriter
@@ -23,6 +24,7 @@ from llmc.schedules.vmath import exp_nonpositive
 
 __all__ = ["AttentionConfig", "attention_decode", "attention_prefill", "kv_append", "partial_shape"]
 
+_LATENT_KEYS = 64
 _EMPTY = -1e30  # running maximum of a piece of context without keys
 # of decode of several sequences, whose lengths differ: a context is cut into no more pieces than that takes
 _TASKS_PER_THREAD = 4
@@ -33,20 +35,22 @@ _SERIAL_TOKENS = 4  # appending this few tokens costs less than a parallel launc
 def kv_append(cfg: AttentionConfig, caps: Capabilities) -> Any:
     """The PrimFunc (k[1,hk,T,dk], v[1,hk,T,dv], slot i32[T], k_pool, v_pool, layer: int64); pools in place.
 
-    Token t goes to page slot[t] // page_size at offset slot[t] % page_size.
+    Of latents there is no v and no v_pool. Token t goes to page slot[t] // page_size at offset slot[t] % page_size.
     """
     hk, dk, dv = cfg.kv_heads, cfg.key_dim, cfg.value_dim
     built: list[Any] = []
     with e.kernel(built):
         t, pages = e.dim("T"), e.dim("P")
         k = e.tensor("k", [1, hk, t, dk], cfg.dtype)
-        v = e.tensor("v", [1, hk, t, dv], cfg.dtype)
+        v = None if cfg.latent else e.tensor("v", [1, hk, t, dv], cfg.dtype)
         slot = e.tensor("slot", [t], "int32")
         k_pool = e.tensor("k_pool", [pages, cfg.layers, hk, *cfg.k_page], cfg.pool_dtype)
-        v_pool = e.tensor("v_pool", [pages, cfg.layers, hk, *cfg.v_page], cfg.pool_dtype)
+        v_pool = (
+            None if cfg.latent else e.tensor("v_pool", [pages, cfg.layers, hk, *cfg.v_page], cfg.pool_dtype)
+        )
         layer = e.scalar_arg("layer")
         with e.root():
-            kf, vf = e.flat(k, hk * t * dk), e.flat(v, hk * t * dv)
+            kf, vf = e.flat(k, hk * t * dk), None if v is None else e.flat(v, hk * t * dv)
             slots = e.flat(slot, t)
             pools = Pools(cfg, pages, k_pool, v_pool)
 
@@ -68,6 +72,8 @@ def kv_append(cfg: AttentionConfig, caps: Capabilities) -> Any:
                         write(line)
                     return
                 to.key(lambda d: convert(kf[row * dk + d], 1))
+                if cfg.latent:
+                    return
                 value = lambda at, n: convert(e.some(vf, row * dv + at, n), n)  # noqa: E731
                 to.value(lambda store: along(dv, caps, lambda at, n: store(at, value(at, n), n)))
 
@@ -119,7 +125,8 @@ def _prefill(cfg: AttentionConfig, caps: Capabilities, args: Operands, schedule:
         used = e.let(T.min(e.i64(tokens), length - first))
         position = e.let(e.i64(args.context_len[sequence]) - length + first)
         if unit is None:
-            tile = (CodedTile if cfg.coded else Tile)(cfg, caps, args, tokens, pages, schedule, direct=False)
+            kind = LatentTile if cfg.latent else CodedTile if cfg.coded else Tile
+            tile = kind(cfg, caps, args, tokens, pages, schedule, direct=False)
         else:
             tile = (CodedUnitTile if cfg.coded else UnitTile)(unit, cfg, caps, args, tokens, pages, schedule)
         tile.start(e.let(start + first), kv_head, e.let(used * group))
@@ -133,6 +140,8 @@ def _prefill(cfg: AttentionConfig, caps: Capabilities, args: Operands, schedule:
 
 def _pages(cfg: AttentionConfig, keys: int) -> int:
     """Cache pages per block of about `keys` keys, whose number is a multiple of 32."""
+    if cfg.latent:  # laid out for all heads, a block should stay in a near cache
+        keys = min(keys, _LATENT_KEYS)
     pages = max(1, keys // cfg.page_size)
     return pages * 2 if pages * cfg.page_size % 32 else pages
 
@@ -231,6 +240,8 @@ def _decode(
 
 
 def _decode_tile(cfg: AttentionConfig, caps: Capabilities) -> type[Tile]:
+    if cfg.latent:
+        return LatentTile
     if not cfg.coded:
         return Tile
     return BytesTile if takes_bytes(cfg, caps) else CodedTile
@@ -268,8 +279,9 @@ def _store_partial(tile: Tile, part: Any, first_row: Any, width: int) -> None:
     lanes = tile.lanes
     with e.loop(tile.group) as g:
         base, row = e.let((first_row + g) * width), e.let(tile.row + g)
+        buffer, first = tile.row_sums(row)
         for v in range(tile.value_width // lanes):
-            value = e.load(tile.out, row * tile.value_width + v * lanes, lanes)
+            value = e.load(buffer, first + v * lanes, lanes)
             e.store(part, base + v * lanes, value, lanes)
         total = e.fold(e.load(tile.total, row * lanes, lanes), lanes, lambda x, y: x + y)
         e.store(part, base + width - 16, tile.largest[row], 1)

@@ -154,7 +154,7 @@ class LatentConfig(AttentionConfig):
     keys and values absorbed into those of queries and outputs).
 
     All heads read one vector per token; the value is the first value_dim elements of the key, and there is no pool of values.
-    Kernels take no v_pool. Only machines with threads have them.
+    Kernels take no v_pool.
     """
 
     latent: ClassVar[bool] = True

@@ -78,10 +78,15 @@ class RunningSoftmax:
                 e.store(self.largest, row, after, 1)
                 total = e.load(self.total, row * lanes, lanes) * shrink
                 e.store(self.total, row * lanes, total, lanes)
-                for v in range(self.value_width // lanes):
-                    at = row * self.value_width + v * lanes
-                    e.store(self.out, at, e.load(self.out, at, lanes) * shrink, lanes)
+                self._shrink(row, shrink)
             self._exponentials(r, after, pairs)
+
+    def _shrink(self, row: Any, factor: Any) -> None:
+        """Multiply what a row has accumulated by the lanes of `factor`, which are equal."""
+        lanes = self.lanes
+        for v in range(self.value_width // lanes):
+            at = row * self.value_width + v * lanes
+            e.store(self.out, at, e.load(self.out, at, lanes) * factor, lanes)
 
     def _weight_of(self, p: Any, v: Any) -> Any:
         """What vector v of a row's values is multiplied with."""

@@ -44,8 +44,9 @@ class Operands:
         self.t, self.b, self.width, self.cfg = t, b, w, cfg
         self._pages = pages
         q_shape = [1, t, cfg.heads, cfg.key_dim] if cfg.token_major else [1, cfg.heads, t, cfg.key_dim]
-        self.rope = rope  # takes the place of q
-        self._q = e.tensor("q", q_shape, cfg.dtype) if rope is None else None
+        self._operands = rope
+        self.rope = None if rope is None or rope.cfg.q is None else rope  # takes the place of q
+        self._q = e.tensor("q", q_shape, cfg.dtype) if self.rope is None else None
         appends = rope is not None and rope.cfg.k is not None
         self._slot = e.tensor("slot", [t], "int32") if appends else None
         self._k = e.tensor("k_pool", [pages, layers, hk, *cfg.k_page], cfg.pool_dtype)
@@ -62,14 +63,15 @@ class Operands:
     def view(self) -> None:
         """Make the flat views; inside the root block."""
         cfg, t = self.cfg, self.t
-        if self.rope is None:
-            self.q = e.flat(self._q, t * cfg.heads * cfg.key_dim)
-        else:
-            self.q = None
-            self.rope.view()
+        self.q = e.flat(self._q, t * cfg.heads * cfg.key_dim) if self._q is not None else None
+        if self._operands is not None:
+            self._operands.view()
         self.slots = e.flat(self._slot, t) if self._slot is not None else None
         self.pools = Pools(cfg, self._pages, self._k, self._v)
         self.k, self.v = self.pools.k, self.pools.v
+        if cfg.latent and cfg.kv_dtype == "bfloat16":
+            size = self._pages * cfg.layers * cfg.kv_heads * cfg.k_part
+            self.k_pairs = e.flat(self._k, size // 2, "int32")  # of neighbouring tokens
         self.query_start = e.flat(self._start, self.b + 1)
         self.context_len = e.flat(self._context, self.b)
         self.block_table = e.flat(self._table, self.b * self.width)
@@ -177,8 +179,13 @@ class Tile(PageReader, RunningSoftmax):
             self._load_query(source, base, at)
             e.store(self.largest, at, e.f32(LOWEST), 1)
             e.store(self.total, at * lanes, e.splat(0.0, lanes), lanes)
-            with e.loop(self.value_width // lanes) as v:
-                e.store(self.out, at * self.value_width + v * lanes, e.splat(0.0, lanes), lanes)
+            self._clear(at)
+
+    def _clear(self, row: Any) -> None:
+        """The sums of a row."""
+        lanes = self.lanes
+        with e.loop(self.value_width // lanes) as v:
+            e.store(self.out, row * self.value_width + v * lanes, e.splat(0.0, lanes), lanes)
 
     def _load_query(self, source: Any, base: Any, r: Any) -> None:
         """Row r of the tile from the head at source[base:]."""
@@ -217,7 +224,12 @@ class Tile(PageReader, RunningSoftmax):
             total = e.let(e.fold(e.load(self.total, at * lanes, lanes), lanes, lambda a, b: a + b))
             factor = self.final_factor(self.largest[at], total, head)
             base = e.let(((first_token + r // self.group) * cfg.heads + head) * cfg.value_dim)
-            self.store_row(base, at * self.value_width, self.out, factor)
+            buffer, first = self.row_sums(at)
+            self.store_row(base, first, buffer, factor)
+
+    def row_sums(self, row: Any) -> tuple[Any, Any]:
+        """(buffer, element) where the unnormalised sums of a row begin."""
+        return self.out, row * self.value_width
 
     def final_factor(self, largest: Any, total: Any, head: Any) -> Any:
         """What the unnormalised output is multiplied with: 1 / (l + e^(sink - m)), stable for a large sink."""

@@ -20,6 +20,7 @@ from llmc.schedules.choice import Scheduled
 from llmc.schedules.experts import ExpertConfig
 from llmc.schedules.gather import EmbeddingConfig, GatherConfig
 from llmc.schedules.gpu.topk import TopKConfig
+from llmc.schedules.head_linear import HeadLinearConfig
 from llmc.schedules.linear import LinearConfig
 from llmc.schedules.norm import NormConfig
 from llmc.schedules.qexperts import QuantExpertConfig
@@ -105,9 +106,18 @@ def _(config: RopeConfig) -> KernelCost:
     return KernelCost("rope" if config.k is None else "rope + append", _rotation(config), written=pools)
 
 
+@kernel_cost.register
+def _(config: HeadLinearConfig) -> KernelCost:
+    rest = config.attrs.rest
+    turned = sum(3 * run.count for run in rest.runs if run.pair) if rest else 0
+    # a row of the result is a head of a token
+    operations = Formula.of(2 * config.n * config.k + turned, "N")
+    return KernelCost("head linear", operations)
+
+
 def append_cost(config: AttentionConfig) -> KernelCost:
     """Of kv_append."""
-    return KernelCost("append", written=_appended(config, 3))
+    return KernelCost("append", written=_appended(config, 2 if config.latent else 3))
 
 
 def attention_cost(config: AttentionConfig, rope: RopeConfig | None = None) -> KernelCost:
@@ -121,7 +131,7 @@ def attention_cost(config: AttentionConfig, rope: RopeConfig | None = None) -> K
     at, kind = 1, "attention"
     written: tuple[tuple[int, Formula], ...] = ()
     if rope is not None:
-        at = rope.operands
+        at = rope.operands + (rope.q is None)
         parts = ["norm"] * any(s.attrs.norm is not None for s in rope.sources)
         parts += ["rope"] * any(s.attrs.rotates for s in rope.sources) + ["append"] * (rope.k is not None)
         kind = " + ".join([*parts, kind])
@@ -129,9 +139,12 @@ def attention_cost(config: AttentionConfig, rope: RopeConfig | None = None) -> K
         if rope.k is not None:
             at += 1
             written = _appended(config, at)
-    read = ((at, Formula.of(keys, cached)), (at + 1, Formula.of(values, cached)), (at + 4, Formula()))
+    read = [(at, Formula.of(keys, cached))]
+    if not config.latent:
+        read.append((at + 1, Formula.of(values, cached)))
+    read.append((at + len(read) + 2, Formula()))  # the block table
     # the second result is scratch
-    return KernelCost(kind, operations, read, (*written, (-2, Formula())))
+    return KernelCost(kind, operations, tuple(read), (*written, (-2, Formula())))
 
 
 def prim_func_cost(func: Any) -> KernelCost:
@@ -221,4 +234,5 @@ def _appended(config: AttentionConfig, at: int) -> tuple[tuple[int, Formula], ..
     keys, values = (
         config.kv_heads * entry_bytes(config.kv_dtype, dim) for dim in (config.key_dim, config.value_dim)
     )
-    return ((at, Formula.of(keys, "T")), (at + 1, Formula.of(values, "T")))
+    appended = (at, Formula.of(keys, "T"))
+    return (appended,) if config.latent else (appended, (at + 1, Formula.of(values, "T")))

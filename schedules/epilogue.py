@@ -26,6 +26,7 @@ class Epilogue:
         gate_second: the gates are the second half of a block, and of the bias.
         in_dtype: of bias and residual.
         out_dtype: of y.
+        row_stride: elements of y, and of the residual, from one row to the next; 0 = n.
     """
 
     n: int
@@ -35,6 +36,12 @@ class Epilogue:
     activation: str = ""
     gated: bool = False
     gate_second: bool = False
+    row_stride: int = 0
+
+    @property
+    def stride(self) -> int:
+        """row_stride, or its default."""
+        return self.row_stride or self.n
 
     @property
     def columns(self) -> int:
@@ -111,25 +118,23 @@ class Epilogue:
                         factor = factor + read(bias, bias_base + second + at)
                     value = value * factor
                 if residual is not None:
-                    value = value + read(residual, row * self.n + at)
+                    value = value + read(residual, row * self.stride + at)
                 return value
 
             def vector(v: int = v, column: Any = column, finish: Any = finish) -> None:
                 read = lambda buffer, at: e.widen(e.load(buffer, at, lanes), self.in_dtype, lanes)  # noqa: E731
                 for r, row in enumerate(rows):
                     value = finish(lambda i, r=r: sums(r, i), read, column, lanes, row)
-                    e.store(
-                        y, row * self.n + column, e.narrow(e.let(value), self.out_dtype, lanes, caps), lanes
-                    )
+                    narrow = e.narrow(e.let(value), self.out_dtype, lanes, caps)
+                    e.store(y, row * self.stride + column, narrow, lanes)
 
             def elements(v: int = v, column: Any = column, finish: Any = finish) -> None:
                 read = lambda buffer, at: e.widen(buffer[at], self.in_dtype, 1)  # noqa: E731
                 for r, row in enumerate(rows):
                     with e.loop(T.max(e.i64(0), e.i64(self.n) - column)) as i:
                         value = finish(lambda j, r=r, i=i: one_sum(r, j, i), read, column + i, 1, row)
-                        e.store(
-                            y, row * self.n + column + i, e.narrow(e.let(value), self.out_dtype, 1, caps), 1
-                        )
+                        narrow = e.narrow(e.let(value), self.out_dtype, 1, caps)
+                        e.store(y, row * self.stride + column + i, narrow, 1)
 
             if self.n % self.columns == 0:
                 vector()

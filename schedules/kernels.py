@@ -10,6 +10,7 @@ from llmc.caps import Capabilities
 from llmc.schedules import (
     attention,
     gather,
+    head_linear,
     norm,
     qgather,
     rope,
@@ -23,6 +24,7 @@ from llmc.schedules.choice import ByRows
 from llmc.schedules.gpu import attention as gpu_attention
 from llmc.schedules.gpu import experts as gpu_experts
 from llmc.schedules.gpu import gather as gpu_gather
+from llmc.schedules.gpu import head_linear as gpu_head_linear
 from llmc.schedules.gpu import linear as gpu_linear
 from llmc.schedules.gpu import norm as gpu_norm
 from llmc.schedules.gpu import qlinear as gpu_qlinear
@@ -42,6 +44,7 @@ class Builders:
     expert_linear: Builder
     quant_expert_linear: Builder
     int_expert_linear: Builder
+    head_linear: Builder
     sort_experts: Builder | None  # None: expert kernels take ids, and sort rows by themselves
     norm: Builder
     embedding: Builder
@@ -60,6 +63,7 @@ _LOOPS = Builders(
     expert_linear=tune_experts.expert_linear_by_rows,
     quant_expert_linear=tune_qexperts.quant_expert_linear_by_rows,
     int_expert_linear=tune_qexperts.quant_expert_linear_by_rows,
+    head_linear=head_linear.head_linear,
     sort_experts=None,
     norm=norm.norm,
     embedding=gather.embedding,
@@ -77,6 +81,7 @@ _THREADS = Builders(
     expert_linear=gpu_experts.expert_linear,
     quant_expert_linear=gpu_experts.quant_expert_linear,
     int_expert_linear=gpu_experts.quant_expert_linear,
+    head_linear=gpu_head_linear.head_linear,
     sort_experts=sort_experts.sort_experts,
     norm=gpu_norm.norm,
     embedding=gpu_gather.embedding,

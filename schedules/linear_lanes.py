@@ -25,7 +25,7 @@ def accumulate_lanes(
         How many steps are done; None if the machine has nothing of this kind, and nothing is done.
     """
     caps, rows = micro.caps, len(acc)
-    if micro.pairs and micro.k % 2:
+    if micro.pairs and not micro.paired:
         return None
     if micro.dot and caps.has_bf16_mma and rows > 1:
         return _tiles(micro, acc, row_base, w_base, steps)

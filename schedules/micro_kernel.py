@@ -24,6 +24,7 @@ class MicroKernel:
         k: columns of x (its row stride).
         dtype: of both.
         prefetch, unroll: see LinearSchedule.
+        paired: whether x is viewed as pairs if w is; None = if k is even.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class MicroKernel:
         w: Any,
         prefetch: int,
         unroll: int = 0,
+        paired: bool | None = None,
     ) -> None:
         self.unroll = unroll
+        self.paired = k % 2 == 0 if paired is None else paired
         self.caps, self.layout, self.dtype, self.k, self.x, self.w = caps, layout, dtype, k, x, w
         self.lanes = caps.lanes_f32
         if layout.n_block % self.lanes:
@@ -158,7 +161,7 @@ class MicroKernel:
 
     def _pair(self, base: Any, j: Any) -> Any:
         """Columns 2j and 2j+1 of a row as one int32; an odd last column is paired with zero."""
-        if self.k % 2 == 0:
+        if self.paired:
             return self.x[base + j]
         low = tirx.Cast("int32", self.x[base + 2 * j])
         inside = base + T.min(2 * j + 1, e.i64(self.k - 1))

@@ -167,6 +167,24 @@ class QuantCodes:
         data = self._level(at, top, row, lanes)
         return data if self._factor == 1.0 else data * e.splat(self._factor, lanes)
 
+    def stored_scale(self, words: Any, i: int) -> Any:
+        """float32 scale i of some that lie in uint32 as they are stored; not of super-groups."""
+        dtype = self.layout.of.scale_dtype
+        size = 8 * SCALE_BYTES[dtype]
+        word = words[i * size // 32]
+        bits = T.bitwise_and(
+            T.shift_right(word, e.const("uint32", i * size % 32, 1)), e.const("uint32", (1 << size) - 1, 1)
+        )
+        if dtype == "e8m0":
+            wide = T.reinterpret("float32", T.shift_left(bits, e.const("uint32", 23, 1)))
+        elif dtype == "float16":
+            wide = tirx.Cast("float32", T.reinterpret("float16", tirx.Cast("uint16", bits)))
+        else:  # float32, or the upper half of one
+            wide = T.reinterpret(
+                "float32", T.shift_left(bits, e.const("uint32", 32 - size, 1)) if size < 32 else word
+            )
+        return wide if self._factor == 1.0 else wide * e.f32(self._factor)
+
     def zero(self, place: Place, row: Any, lanes: int) -> Any:
         """float32: what to subtract from the values, for schemes with zero points."""
         index = place.shifts + row

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from tvm.tirx.script import builder as T
 
@@ -43,21 +43,30 @@ class RopeConfig:
 
     Attributes:
         attention: of the block.
-        q, k, v: where the heads lie; k and v are None if the block reads the cache of another.
+        q, k, v: where the heads lie; k and v are None if the block reads the cache of another. Of latents there is no v, and
+            perhaps no q: then it is rotated already.
         tensors: shapes of the coefficient tensors (none, one or two), -1 = the number of tokens; dtype theirs.
         tensor_dtype: of the coefficients.
     """
 
     attention: AttentionConfig
-    q: HeadSource
+    q: HeadSource | None
     k: HeadSource | None
     v: HeadSource | None
     tensors: tuple[tuple[int, ...], ...]
     tensor_dtype: str
 
     @property
+    def named(self) -> tuple[tuple[str, HeadSource | None], ...]:
+        return (("q", self.q), ("k", self.k), ("v", self.v))
+
+    @property
     def sources(self) -> tuple[HeadSource, ...]:
-        return tuple(s for s in (self.q, self.k, self.v) if s is not None)
+        return tuple(s for _, s in self.named if s is not None)
+
+    def place(self, name: str) -> int:
+        """Number of q, k or v among the sources."""
+        return [n for n, s in self.named if s is not None].index(name)
 
     @property
     def operands(self) -> int:
@@ -68,16 +77,24 @@ class RopeConfig:
         return asdict(self)
 
 
-class RopeOperands:
-    """Arguments of a rotating kernel in order: q's tensor and the vectors of its norm, [k's, v's], coefficients.
+class HeadsConfig(Protocol):
+    """Heads in tensors, and the coefficients that they are rotated by; see RopeConfig."""
 
-    The caller adds [slot, pools, layer].
-    """
+    @property
+    def sources(self) -> tuple[HeadSource, ...]: ...
+    @property
+    def tensors(self) -> tuple[tuple[int, ...], ...]: ...
+    @property
+    def tensor_dtype(self) -> str: ...
 
-    def __init__(self, cfg: RopeConfig, caps: Capabilities, t: Any) -> None:
-        self.cfg, self.caps, self.t = cfg, caps, t
+
+class HeadOperands:
+    """Arguments of a kernel that reads heads, in order: each source's tensor and the vectors of its norm, coefficients."""
+
+    def __init__(self, cfg: HeadsConfig, caps: Capabilities, t: Any, names: Sequence[str] = ("x",)) -> None:
+        self.heads, self.caps, self.t = cfg, caps, t
         self._sources, self._vectors = [], []
-        for name, s in zip(("q", "k", "v"), cfg.sources, strict=False):
+        for name, s in zip(names, cfg.sources, strict=True):
             self._sources.append(e.tensor(f"{name}_source", [t if d < 0 else d for d in s.shape], s.dtype))
             width = s.attrs.norm_width
             of_norm = [e.tensor(f"{name}_norm_{i}", [width], s.vector_dtype) for i in range(s.attrs.vectors)]
@@ -89,33 +106,39 @@ class RopeOperands:
 
     def view(self) -> None:
         """Make the flat views; inside the root block."""
-        size = lambda shape: _product([self.t if d < 0 else d for d in shape])  # noqa: E731
-        pairs = zip(self._sources, self.cfg.sources, strict=True)
-        self.sources = [e.flat(b, size(s.shape)) for b, s in pairs]
+        self.sources = [self.view_of(i) for i in range(len(self._sources))]
         self.vectors = [
             [e.flat(b, s.attrs.norm_width) for b in of_norm]
-            for of_norm, s in zip(self._vectors, self.cfg.sources, strict=True)
+            for of_norm, s in zip(self._vectors, self.heads.sources, strict=True)
         ]
         self.tensors = [
-            e.flat(b, size(shape)) for b, shape in zip(self._tensors, self.cfg.tensors, strict=True)
+            e.flat(b, self._size(shape)) for b, shape in zip(self._tensors, self.heads.tensors, strict=True)
         ]
+
+    def view_of(self, which: int, dtype: str | None = None) -> Any:
+        """A source's tensor; with `dtype` in elements of twice the size."""
+        size = self._size(self.heads.sources[which].shape)
+        return e.flat(self._sources[which], size // 2 if dtype else size, dtype)
+
+    def _size(self, shape: tuple[int, ...]) -> Any:
+        return _product([self.t if d < 0 else d for d in shape])
 
     def rotate(self, which: int, token: Any, head: Any, store: Callable[[Any, Any, int], None]) -> None:
         """Compute a head of a token: store(first element, float32 values, lanes).
 
         Args:
-            which: 0 = q, 1 = k, 2 = v.
+            which: number of the source.
         """
-        attrs = self.cfg.sources[which].attrs
+        attrs = self.heads.sources[which].attrs
         stride = attrs.head_stride * self.t if attrs.head_major else e.i64(attrs.head_stride)
         base = e.let(token * attrs.token_stride + head * stride + attrs.offset)
-        if attrs.norm is not None:
-            line = self._normalised(which, base)
-            read = lambda at, lanes: self._read(line, at, lanes, "float32")  # noqa: E731
-        else:
-            source, dtype = self.sources[which], self.cfg.sources[which].dtype
-            read = lambda at, lanes: self._read(source, base + at, lanes, dtype)  # noqa: E731
+        line = self._normalised(which, base) if attrs.norm is not None else None
+        source, dtype = self.sources[which], self.heads.sources[which].dtype
         for run in attrs.runs:
+            if run.a < attrs.norm_width:
+                read = lambda at, lanes: self._read(line, at, lanes, "float32")  # noqa: E731
+            else:
+                read = lambda at, lanes: self._read(source, base + at, lanes, dtype)  # noqa: E731
             steps = (run.to_step, run.a_step, run.b_step, run.ca_step, run.cb_step)
             plain = all(s == 1 for s in (steps if run.pair else steps[:2]))
             lanes = self.caps.lanes_f32 if plain else 1
@@ -130,7 +153,7 @@ class RopeOperands:
 
     def _normalised(self, which: int, base: Any) -> Any:
         """A head after its norm, float32, not rounded in between."""
-        source, attrs = self.cfg.sources[which], self.cfg.sources[which].attrs
+        source, attrs = self.heads.sources[which], self.heads.sources[which].attrs
         norm, width = attrs.norm, attrs.norm_width
         assert norm is not None
         line = e.workspace(width)
@@ -168,8 +191,8 @@ class RopeOperands:
             return e.let(x(run.a, run.a_step))
 
         def coefficient(number: int, first: int, step: int) -> Any:
-            row = token * self.cfg.tensors[number][-1]
-            return self._read(self.tensors[number], row + first + at * step, lanes, self.cfg.tensor_dtype)
+            row = token * self.heads.tensors[number][-1]
+            return self._read(self.tensors[number], row + first + at * step, lanes, self.heads.tensor_dtype)
 
         left = e.let(x(run.a, run.a_step) * coefficient(run.ca_of, run.ca, run.ca_step))
         right = e.let(x(run.b, run.b_step) * coefficient(run.cb_of, run.cb, run.cb_step))
@@ -179,14 +202,29 @@ class RopeOperands:
         return e.widen(e.load(buffer, at, lanes) if lanes > 1 else buffer[at], dtype, lanes)
 
 
+class RopeOperands(HeadOperands):
+    """Arguments of a rotating kernel: of q, k and v as far as there are such, as HeadOperands.
+
+    The caller adds [slot, pools, layer].
+    """
+
+    def __init__(self, cfg: RopeConfig, caps: Capabilities, t: Any) -> None:
+        super().__init__(cfg, caps, t, [name for name, s in cfg.named if s is not None])
+        self.cfg = cfg
+
+    def rotate_head(self, name: str, token: Any, head: Any, store: Callable[[Any, Any, int], None]) -> None:
+        """rotate() of q, k or v."""
+        self.rotate(self.cfg.place(name), token, head, store)
+
+
 def append_token(ops: RopeOperands, slots: Any, pools: Pools, layer: Any, token: Any, head: Any) -> None:
     """Write one cached head of a token: its rotated key and its value."""
     cfg, caps = ops.cfg.attention, ops.caps
     to = HeadWriter(cfg, caps, pools, e.let(e.i64(slots[token])), layer, head)
     if cfg.coded:
-        for which, dim, write in ((1, cfg.key_dim, to.coded_key), (2, cfg.value_dim, to.coded_value)):
+        for name, dim, write in (("k", cfg.key_dim, to.coded_key), ("v", cfg.value_dim, to.coded_value)):
             line = e.workspace(dim)
-            ops.rotate(which, token, head, partial(_keep_rounded, cfg, caps, line))
+            ops.rotate_head(name, token, head, partial(_keep_rounded, cfg, caps, line))
             write(line)
         return
     line = e.workspace(cfg.key_dim)  # keys are dim-major: the rotated head is scattered
@@ -197,15 +235,17 @@ def append_token(ops: RopeOperands, slots: Any, pools: Pools, layer: Any, token:
             value = e.widen(e.let(e.narrow(e.let(value), cfg.dtype, 1, caps)), cfg.dtype, 1)
         return e.narrow(e.let(value), cfg.kv_dtype, 1, caps)
 
-    ops.rotate(1, token, head, lambda first, value, lanes: e.store(line, first, value, lanes))
+    ops.rotate_head("k", token, head, lambda first, value, lanes: e.store(line, first, value, lanes))
     to.key(element)
 
     def narrowed(store: Callable[[Any, Any, int], None]) -> None:
-        ops.rotate(
-            2, token, head, lambda first, value, n: store(first, e.narrow(value, cfg.kv_dtype, n, caps), n)
-        )
+        def keep(first: Any, value: Any, lanes: int) -> None:
+            store(first, e.narrow(value, cfg.kv_dtype, lanes, caps), lanes)
 
-    to.value(narrowed)
+        ops.rotate_head("v", token, head, keep)
+
+    if not cfg.latent:
+        to.value(narrowed)
 
 
 def _keep_rounded(
@@ -237,7 +277,8 @@ def each_token(t: Any, heads: int, caps: Capabilities, body: Callable[[Any, Any]
 def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
     """The PrimFunc (q's tensor, [k's, v's], coefficients.., [slot i32[T], k_pool, v_pool, layer], q[1,T,h,dk]).
 
-    Rotates q to its own tensor, and, with k and v, appends them to the pools in place.
+    Rotates q to its own tensor, and, with k and v, appends them to the pools in place. Of latents there is no v and no
+    v_pool; without q there is none among arguments and results.
     """
     a = cfg.attention
     dk = a.key_dim
@@ -248,12 +289,13 @@ def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
         if cfg.k is not None:
             slot = e.tensor("slot", [t], "int32")
             k_pool = e.tensor("k_pool", [pages, a.layers, a.kv_heads, *a.k_page], a.pool_dtype)
-            v_pool = e.tensor("v_pool", [pages, a.layers, a.kv_heads, *a.v_page], a.pool_dtype)
+            v_shape = [pages, a.layers, a.kv_heads, *a.v_page]
+            v_pool = None if a.latent else e.tensor("v_pool", v_shape, a.pool_dtype)
             layer = e.scalar_arg("layer")
-        q = e.tensor("q", [1, t, a.heads, dk], a.dtype)
+        q = None if cfg.q is None else e.tensor("q", [1, t, a.heads, dk], a.dtype)
         with e.root():
             ops.view()
-            out = e.flat(q, t * a.heads * dk)
+            out = None if q is None else e.flat(q, t * a.heads * dk)
             if cfg.k is not None:
                 slots = e.flat(slot, t)
                 append_all(ops, slots, Pools(a, pages, k_pool, v_pool), layer)
@@ -262,7 +304,8 @@ def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
                 base = e.let((token * a.heads + head) * dk)
                 rotate_query(ops, token, head, out, base)
 
-            each_token(t, a.heads, caps, query)
+            if out is not None:
+                each_token(t, a.heads, caps, query)
     return built[0]
 
 
@@ -272,7 +315,7 @@ def rotate_query(ops: RopeOperands, token: Any, head: Any, out: Any, base: Any) 
     def store(first: Any, value: Any, lanes: int) -> None:
         e.store(out, base + first, e.narrow(value, ops.cfg.attention.dtype, lanes, ops.caps), lanes)
 
-    ops.rotate(0, token, head, store)
+    ops.rotate_head("q", token, head, store)
 
 
 def _product(values: list[Any]) -> Any:

@@ -19,8 +19,8 @@ from llmc.schedules.tiles import ROWS, TileDot, Tiles
 
 
 def attention_unit(cfg: AttentionConfig, caps: Capabilities) -> Tiles | None:
-    """The unit for a prefill kernel; None if vectors do it: no unit, no bf16, or heads that are not whole tiles."""
-    if caps.tiles is TileUnit.NONE or not uses_dot(cfg, caps) or cfg.key_dim % (2 * ROWS):
+    """The unit for a prefill kernel; None if vectors do it: no unit, no bf16, heads that are not whole tiles, or latents."""
+    if cfg.latent or caps.tiles is TileUnit.NONE or not uses_dot(cfg, caps) or cfg.key_dim % (2 * ROWS):
         return None
     return Tiles(caps, LEFT, RIGHT)
 

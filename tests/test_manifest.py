@@ -10,11 +10,13 @@ import typing
 import pytest
 
 import llmc
-from llmc.artifact import SCHEMA, Manifest
+from llmc.artifact import OLDEST, SCHEMA, Limits, Manifest
 from llmc.errors import LlmcError
+from llmc.kv_plan import KVGroup, KVKind
+from tests.runtime.conftest import toy_manifest
 
 # schema number -> digest of the fields. Fields changed? Raise SCHEMA in llmc/artifact.py and replace this line.
-FIELDS = {3: "490f0aae15814679"}
+FIELDS = {4: "9a9c514b3116a288"}
 
 
 def fields_of(kind: object, seen: dict[str, list[str]]) -> None:
@@ -40,7 +42,7 @@ def test_new_fields_have_a_new_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "age"), [(SCHEMA + 1, "a newer"), (SCHEMA - 1, "an older"), (0, "an older")]
+    ("number", "age"), [(SCHEMA + 1, "a newer"), (OLDEST - 1, "an older"), (0, "an older")]
 )
 def test_other_numbers_are_refused_by_one_sentence(number: int, age: str) -> None:
     """Whatever else is in it: fields of another schema are not looked at."""
@@ -49,7 +51,7 @@ def test_other_numbers_are_refused_by_one_sentence(number: int, age: str) -> Non
         Manifest.from_text(text, "dist/manifest.json")
     assert refused.value.ref == "manifest-version"
     assert refused.value.message == (
-        f"dist/manifest.json is of {age} llmc: it has manifest schema {number}; this llmc reads schema {SCHEMA}."
+        f"dist/manifest.json is of {age} llmc: it has manifest schema {number}; this llmc reads schemas {OLDEST} to {SCHEMA}."
     )
     assert refused.value.hint == "Compile the model again with this llmc, or install llmc 7.8 that wrote it."
 
@@ -64,3 +66,14 @@ def test_the_same_release_is_not_recommended() -> None:
 def test_no_number_is_damage(text: str) -> None:
     with pytest.raises(LlmcError, match="no schema number"):
         Manifest.from_text(text, "manifest.json")
+
+
+def test_a_manifest_of_before_latents_is_read() -> None:
+    group = KVGroup("g0", KVKind.FULL, (0,), 2, 16, 16, 0, 0, "float32")
+    text = toy_manifest([group], vocab=8, page_size=16, limits=Limits(64, 1, 64)).as_text()
+    old = json.loads(text)
+    old["schema"] = 3
+    del old["kv_plan"]["groups"][0]["latent"]
+    read = Manifest.from_text(json.dumps(old), "dist/manifest.json")
+    assert read.kv_plan.groups == (group,) and not group.latent
+    assert len(group.pool_shapes(4, 16)) == 2

@@ -78,7 +78,7 @@ def prepare(folder: Path, target: str, sizes: Sizes, sections: tuple[str, ...], 
         if section in sections:
             write(folder / section, artifacts, sizes, told)
     for name in ("bf16", "q4g128"):
-        wanted = {f"model-{name}", *(["torch"] if name == "bf16" else [])} & set(sections)
+        wanted = {f"model-{name}", *(["torch", "vllm", "trtllm"] if name == "bf16" else [])} & set(sections)
         if wanted and not (folder / "models" / name).exists():
             told(f"model: {name}")
             _model(folder / "models" / name, artifacts, name, sizes)

@@ -197,6 +197,8 @@ def kv_table(manifest: Manifest) -> Table:
         kind = group.kind.value
         if group.kind in (KVKind.SLIDING_WINDOW, KVKind.CHUNKED):
             kind += f" {group.window}"
+        if group.latent:
+            kind += ", latent"
         if group.sink_tokens:
             kind += f" + {group.sink_tokens} sink tokens"
         table.add_row(
@@ -205,7 +207,7 @@ def kv_table(manifest: Manifest) -> Table:
             f"{len(group.layers)} ({_ranges(group.layers)})",
             str(group.kv_heads),
             str(group.key_dim),
-            str(group.value_dim),
+            f"{group.value_dim} of the key" if group.latent else str(group.value_dim),
             group.dtype,
             human_bytes(group.page_bytes(plan.page_size)),
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.artifact import ParamEntry
 from llmc.pipeline.source import limits_of, open_source
+from llmc.quant.schemes import NONE, QuantRules
 from llmc.spec import CompileSpec
 from llmc.stages import StageRunner
 from llmc.writer import ArtifactWriter, PackedTensor
@@ -36,12 +38,26 @@ def search_schemes(model: Any, spec: CompileSpec, runner: StageRunner) -> QuantS
         windows,
         max_increase_percent=spec.max_ppl_increase,
         schemes=SEARCHED[spec.quant],
-        fixed=spec.rules(),
+        fixed=_with_absorbed(spec.rules(), model, spec),
         probe=probe,
         dtype=spec.dtype.value if spec.dtype else None,
         uniform=True,
         progress=runner.progress.advance,
     )
+
+
+def _with_absorbed(rules: QuantRules, model: Any, spec: CompileSpec) -> QuantRules:
+    """The rules, with those weights left as they are that AbsorbLatent takes: no kernel reads codes of them."""
+    from llmc.passes.absorb_latent import AbsorbLatent
+    from llmc.passes.step_module import LoweredGraph
+    from llmc.pipeline.lower import capture_graph
+
+    if AbsorbLatent.__name__ in spec.disable_passes:
+        return rules
+    absorbed = AbsorbLatent()(LoweredGraph.from_model(capture_graph(model, spec)[1]))
+    names = dict.fromkeys(name for p in absorbed.params if p.expression is not None for name in p.sources)
+    kept = tuple((glob.escape(name.removesuffix(".weight")), NONE) for name in names)
+    return QuantRules(rules.default, (*rules.patterns, *kept))
 
 
 def calibrate_source(

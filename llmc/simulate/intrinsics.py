@@ -199,6 +199,30 @@ def _access(
     return data
 
 
+def _load_words(m: Machine, to: Pointer, source: Pointer, count: int) -> None:
+    memory, active, size = source.memory, m.active, 4 * count
+    assert isinstance(memory, Memory)
+    at = _bytes_at(m, source)[active]
+    if (at % size).any():
+        wrong = int(at[at % size != 0][0])
+        raise failure("alignment", f"{size} bytes of {memory.name} are loaded at byte {wrong}", m.node)
+    view = memory.view(np.dtype(np.uint8))
+    index = at[:, None] + np.arange(size)
+    memory.check(index, view.shape[1], m.lanes, active, m.node)
+    memory.touch(
+        index[:, :: memory.granule] // memory.granule, memory.granule, m.lanes, active, False, m.node
+    )
+    words = np.ascontiguousarray(view[0, index]).view(np.uint32)
+    for i in range(count):
+        value = np.zeros(m.lanes.n, np.uint32)
+        value[active] = words[:, i]
+        m.store(to.memory, to.dtype, np.asarray(to.index) + i, value, False)
+
+
+for _n in (1, 2, 4):
+    FUNCTIONS[f"llmc_load_words_{_n}"] = lambda m, to, source, n=_n: _load_words(m, to, source, n)
+
+
 # -- matrix units (PTX ISA, fragments of ldmatrix and mma.m16n8k16) ---------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ _WAIT = "llmc_barrier_wait"
 _READS = {
     "llmc_copy16": 1,
     "llmc_bulk_copy": 1,
+    **{f"llmc_load_words_{n}": 1 for n in (1, 2, 4)},
 }  # device functions -> which of their arguments they only read at
 Runner = Callable[[Machine], None]
 
@@ -98,6 +99,9 @@ def _bind(compiler: _StatementCompiler, host: Machine, params: list[Any], args: 
                 if known is not None and int(known) != found:
                     raise ValueError(f"{param.name}: {extent.name} is {known} elsewhere, {found} here")
                 host.values[slot] = dtype_of(type_text(extent))[0].type(found)
+        offset = declared.elem_offset
+        if isinstance(offset, tirx.Var):  # TVM's own kernels take tensors that begin inside of others
+            host.values[compiler.slot(offset)] = dtype_of(type_text(offset))[0].type(0)
         raw = arg.reshape(-1).view(np.uint8).reshape(1, -1)
         granule = compiler.granules.get(param, arg.dtype.itemsize)
         watched = compiler.races and param in compiler.written
@@ -123,6 +127,8 @@ class _StatementCompiler(ExpressionCompiler):
                 for extent in param.ty.shape:
                     if isinstance(extent, tirx.Var):
                         self.slot(extent)
+                if isinstance(param.ty.elem_offset, tirx.Var):
+                    self.slot(param.ty.elem_offset)
 
     def _scan(self, body: Any) -> None:
         """Which buffers are written, and the smallest element that each is taken as; views count for what they view."""

@@ -54,7 +54,7 @@ class SimulatedModel:
         pages = tuple(limits.max_batch * -(-limits.max_seq_len // plan.page_size) + 1 for _ in plan.groups)
         self._pools: list[Any] = []
         for group, count in zip(plan.groups, pages, strict=True):
-            for shape in (group.k_shape(count, plan.page_size), group.v_shape(count, plan.page_size)):
+            for shape in group.pool_shapes(count, plan.page_size):
                 # an entry that is read before it is written must show; as a scale, these bytes are NaN, too
                 unwritten = 0xFF if group.storage_dtype == "uint8" else np.nan
                 self._pools.append(np.full(shape, unwritten, _dtype(group.storage_dtype)))

@@ -29,6 +29,7 @@ _CONFIRMATIONS = 3
 _CALLS_PER_TRIAL = 15  # of the default's length, at least
 _WORTH_CONFIRMING = 0.98  # ratios above are no gain to speak of
 _SEEDS = 3  # from similar tasks
+_DISTURBED = 1.3  # times the default's least time
 
 
 @dataclass
@@ -222,6 +223,8 @@ class Tuner:
         """Measure candidates and write each down at once; stops at the end of the budget."""
         begin = self.clock()
         for schedule, outcome in self.lab.measure(job, schedules, seconds):
+            if _is_doubtful(job, outcome):
+                outcome = dict(self.lab.measure(job, [schedule], seconds)).get(schedule, outcome)
             again = schedule in job.measured
             job.add(schedule, outcome)
             if outcome.status is not Status.OK:
@@ -310,6 +313,12 @@ class Tuner:
 
     def _write(self, job: Job, schedule: Any, outcome: Outcome) -> None:
         self.records.append([self._record(job, schedule, outcome)])
+
+
+def _is_doubtful(job: Job, outcome: Outcome) -> bool:
+    """Whether a new best was measured beside a default that took longer than it can: half of the turns may be disturbed."""
+    best = outcome.status is Status.OK and outcome.ratio < job.best_ratio
+    return best and outcome.default > _DISTURBED * job.default_seconds
 
 
 def distance(job: Job, task: Any, rows: int) -> float:

@@ -62,9 +62,10 @@ class _Prefill:
         self.cut: Any = None
         if cfg.latent:
             self.cut = flash_latent.shape(cfg, caps, _MANY_TOKENS)
+        if self.cut is not None:
             share = self.cut.share(cfg)
             self.units, self.tokens = cfg.heads // share, self.cut.rows // share
-        elif (cut := _untuned_group(cfg, caps) or flash.shape(cfg, caps)) is not None:
+        elif not cfg.latent and (cut := _untuned_group(cfg, caps) or flash.shape(cfg, caps)) is not None:
             self.cut, self.tokens = cut, cut.rows // heads_per_tile(cfg)
         else:
             self.tokens = tokens_per_tile(cfg, caps)
@@ -101,7 +102,8 @@ class _Decode:
         self.cut: Any = None
         if cfg.latent:
             self.cut = flash_latent.shape(cfg, caps, 1)
-            self.units = cfg.heads // self.cut.share(cfg)
+            if self.cut is not None:
+                self.units = cfg.heads // self.cut.share(cfg)
         else:
             self.cut = flash_decode.shape(cfg, caps)
         self.threads = THREADS if self.cut is None else self.cut.threads

@@ -62,7 +62,7 @@ class GpuQuantSchedule:
     Attributes:
         way: a Way; WARPGROUPS has no further fields.
         rows: of THREADS: rows of x per block.
-        tiles: of UNITS: tiles of 16 rows of x per block.
+        tiles: of UNITS: tiles of 16 rows of x per block; 0 = half a tile.
         warps: of a block, which share the columns out.
     """
 
@@ -79,7 +79,7 @@ class GpuExpertSchedule:
     Attributes:
         way: a Way.
         rows: of THREADS: rows of an expert per block.
-        tiles: of UNITS: tiles of 16 rows of an expert per block.
+        tiles: of UNITS: tiles of 16 rows of an expert per block; 0 = half a tile.
         warps: of both, which share the columns out.
         tile_columns, stages: of WARPGROUPS: warpgroup_gemm.WarpgroupTile.
         vectors: as in ExpertSchedule; on these machines the layout is the same for all schedules.

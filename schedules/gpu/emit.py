@@ -243,6 +243,37 @@ def address(buffer: Any, index: Any) -> Any:
     return T.address_of(buffer[index])
 
 
+_LOAD_WORDS = {
+    1: """
+__device__ __forceinline__ void llmc_load_words_1(unsigned* to, const void* from) {
+  asm("ld.global.nc.u32 %0, [%1];" : "=r"(to[0]) : "l"(__cvta_generic_to_global(from)));
+}
+""",
+    2: """
+__device__ __forceinline__ void llmc_load_words_2(unsigned* to, const void* from) {
+  asm("ld.global.nc.v2.u32 {%0, %1}, [%2];"
+    : "=r"(to[0]), "=r"(to[1]) : "l"(__cvta_generic_to_global(from)));
+}
+""",
+    4: """
+__device__ __forceinline__ void llmc_load_words_4(unsigned* to, const void* from) {
+  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+    : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(__cvta_generic_to_global(from)));
+}
+""",
+}
+
+
+def load_words(to: Any, at: int, source: Any, index: Any, count: int) -> None:
+    """Registers to[at ...] (uint32) = `count` words (1, 2, 4) of global memory that no thread of the launch writes.
+
+    They lie on a multiple of their size. TVM loads a vector as one only where it can prove that, which it cannot of an index
+    that is held in a register.
+    """
+    name = f"llmc_load_words_{count}"
+    T.evaluate(device_call(name, _LOAD_WORDS[count], address(to, at), address(source, index)))
+
+
 def device_call(name: str, source: str, *args: Any, result: str = "void") -> Any:
     """Call of a device function that is given as CUDA source; llmc/simulate/intrinsics.py has its model."""
     return cuda_func_call(name, *args, source_code=source, return_type=result)

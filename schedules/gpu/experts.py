@@ -34,6 +34,9 @@ from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.tune_experts import ExpertKernel
 
 _WARPS = 4
+_ACTIVE = 8  # experts that have rows, at least, in the usual model
+_COLUMNS = 128  # that a warp asks for at a time
+_FEWEST_ROWS = 4  # of an expert on average: a tile of 8 rows
 _FEW_ROWS = 16  # of an expert on average: a tile of 16 rows, of which few experts need more than two
 _SHARED_ROWS = 4  # rows that share one pass over the weight, without matrix units
 
@@ -124,7 +127,8 @@ class _Experts:
         if _block_of(self.ops, caps) is None:
             self._as(caps, GpuExpertSchedule(Way.THREADS, rows=_SHARED_ROWS, warps=_WARPS))
             return
-        few = GpuExpertSchedule(Way.UNITS, tiles=1, warps=_WARPS)
+        warps = self._warps(caps)
+        fewest, few = (GpuExpertSchedule(Way.UNITS, tiles=tiles, warps=warps) for tiles in (0, 1))
         many = GpuExpertSchedule(Way.UNITS, tiles=qfloat.most_tiles(self.plain.layout, caps), warps=_WARPS)
         if self.takes_warpgroups(caps):
             wide, narrow = warpgroup_gemm.WIDE, warpgroup_gemm.NARROW
@@ -132,21 +136,39 @@ class _Experts:
             enough = self.experts * -(-self.plain.n // wide.columns) >= caps.multiprocessors
             tile = wide if enough else narrow
             many = GpuExpertSchedule(Way.WARPGROUPS, tile_columns=tile.columns, stages=tile.stages)
-        if 0 < most <= _FEW_ROWS * self.experts:
-            self._as(caps, few)
-            return
-        with T.If(self.count <= _FEW_ROWS * self.experts):
-            with T.Then():
-                self._as(caps, few)
-            with T.Else():
+        choices = [(_FEWEST_ROWS * self.experts, fewest), (_FEW_ROWS * self.experts, few)]
+
+        def from_here(number: int) -> None:
+            if number == len(choices):
                 self._as(caps, many)
+                return
+            limit, schedule = choices[number]
+            if 0 < most <= limit:
+                self._as(caps, schedule)
+                return
+            with T.If(self.count <= limit):
+                with T.Then():
+                    self._as(caps, schedule)
+                with T.Else():
+                    from_here(number + 1)
+
+        from_here(0)
+
+    def _warps(self, caps: Capabilities) -> int:
+        """Warps of a block where experts have few rows: more for small experts, if each has columns to ask for."""
+        wanted = 32 * caps.multiprocessors // (_ACTIVE * self.blocks)
+        most = self.plain.layout.k // _COLUMNS
+        warps = _WARPS
+        while warps < 16 and 2 * warps <= min(wanted, most):
+            warps *= 2
+        return warps
 
     def _as(self, caps: Capabilities, schedule: GpuExpertSchedule) -> None:
         if schedule.way == Way.WARPGROUPS:
             self.on_warpgroups(caps, schedule)
             return
         ops, warps = self.ops, schedule.warps
-        size = 16 * schedule.tiles if schedule.way == Way.UNITS else schedule.rows
+        size = qgemm.rows_of(schedule.tiles) if schedule.way == Way.UNITS else schedule.rows
         most = ExpertTiles.most(self.count, self.experts, size)
         with g.launch(most * self.blocks, warps * g.WARP) as (number, thread):
             block, tile = g.held(number % self.blocks), g.held(g.i32(number // self.blocks))

@@ -56,8 +56,18 @@ class FlashShape:
 
 
 # the largest that fits is taken; up to 128 elements per head, two tiles of rows fit a warp's registers
-_NARROW = (FlashShape(4, 2, 64), FlashShape(4, 2, 32), FlashShape(4, 1, 32), FlashShape(4, 1, 16))
-_WIDE = (FlashShape(8, 1, 64), FlashShape(8, 1, 32), FlashShape(4, 1, 32), FlashShape(4, 1, 16))
+_NARROW: tuple[FlashShape, ...] = (
+    FlashShape(4, 2, 64),
+    FlashShape(4, 2, 32),
+    FlashShape(4, 1, 32),
+    FlashShape(4, 1, 16),
+)
+_WIDE: tuple[FlashShape, ...] = (
+    FlashShape(8, 1, 64),
+    FlashShape(8, 1, 32),
+    FlashShape(4, 1, 32),
+    FlashShape(4, 1, 16),
+)
 _WIDEST = 256
 
 
@@ -69,7 +79,7 @@ def shape(cfg: AttentionConfig, caps: Capabilities) -> FlashShape | None:
     tuned = cfg.prefill.choices[0]
     if isinstance(tuned, GpuPrefillSchedule) and tuned.warps:
         return FlashShape(tuned.warps, tuned.tiles, tuned.keys, tuned.stages)
-    shapes = _NARROW if widest <= 128 else _WIDE
+    shapes: tuple[FlashShape, ...] = _NARROW if widest <= 128 else _WIDE
     if cfg.coded and 96 < widest <= 128:  # operands of codes take the registers of the other keys' scores
         shapes = shapes[1:]
     return next((s for s in shapes if s.shared_bytes(cfg) <= caps.shared_bytes), None)

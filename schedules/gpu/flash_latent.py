@@ -75,21 +75,15 @@ class LatentShape:
 _SHAPES = (LatentShape(4, 32), LatentShape(4, 16), LatentShape(2, 32), LatentShape(2, 16), LatentShape(1, 16))
 
 
-def shape(cfg: AttentionConfig, caps: Capabilities, tokens: int) -> LatentShape:
-    """The cut for blocks that need take no more than so many tokens.
-
-    Raises:
-        ValueError: the machine or the size is not one that the kernel is made for.
-    """
+def shape(cfg: AttentionConfig, caps: Capabilities, tokens: int) -> LatentShape | None:
+    """The cut for blocks that need take no more than so many tokens; None if the kernel is not made for machine or sizes."""
     if not takes(cfg, caps) or cfg.key_dim % 32 or cfg.value_dim % 32:
-        raise ValueError(f"no kernel for latents of {cfg.key_dim} x {cfg.kv_dtype} on this machine")
+        return None
     for cut in _SHAPES:
         if cut.shared_bytes(cfg) <= caps.shared_bytes:
             needed = -(-cut.share(cfg) * tokens // 16)
             return LatentShape(min(cut.tiles, needed), cut.keys)
-    raise ValueError(
-        f"latents of {cfg.key_dim} elements do not fit {caps.shared_bytes} bytes of shared memory"
-    )
+    return None
 
 
 class _LatentWarp(WarpTile):

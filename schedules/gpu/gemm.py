@@ -73,15 +73,20 @@ def gemm(ops: Operands, caps: Capabilities, tile: TileConfig) -> None:
         # neighbouring blocks read the same weights: they stay in the second-level cache
         first_row = e.let(number % row_blocks * tile.rows)
         first_block = e.let(number // row_blocks * (tile.columns // ROWS))
-        _Block(ops, caps, tile, first_row, first_block, thread).run()
+        Block(ops, caps, tile, first_row, first_block, thread).run()
 
 
-class _Block:
-    """One block of threads."""
+class Block:
+    """One block of threads.
+
+    Args:
+        ops: gemv.Operands, or of the same members.
+        first_row, first_block: of x, and of the weight's blocks of rows.
+    """
 
     def __init__(
         self,
-        ops: Operands,
+        ops: Any,
         caps: Capabilities,
         tile: TileConfig,
         first_row: Any,
@@ -135,7 +140,7 @@ class _Block:
             valid = T.And(column < k // _CHUNK, self.first_row + row < ops.t)
             token, piece = T.min(self.first_row + row, ops.t - 1), T.min(column, k // _CHUNK - 1)
             to = self._x_at(slot, row, chunk)
-            unit.copy16(self.x, to, ops.x, e.let(token * k + piece * _CHUNK), valid)
+            unit.copy16(self.x, to, ops.x, e.let(ops.x_at(token) + piece * _CHUNK), valid)
 
         def w_piece(i: Any) -> None:
             block, chunk, row = e.let(i // (_CHUNKS * ROWS)), e.let(i // ROWS % _CHUNKS), e.let(i % ROWS)
@@ -143,7 +148,7 @@ class _Block:
             valid = T.And(column < chunks, number < blocks)
             where = T.min(number, e.i64(blocks - 1)) * chunks + T.min(column, chunks - 1)
             to = e.let(slot * (tile.columns * _DEPTH) + i * _CHUNK)
-            unit.copy16(self.w, to, ops.w, e.let((where * ROWS + row) * _CHUNK), valid)
+            unit.copy16(self.w, to, ops.w, e.let((where * ROWS + row) * _CHUNK + ops.w_first), valid)
 
         self._share(tile.rows * _CHUNKS, x_piece)
         self._share(tile.columns * _CHUNKS, w_piece)

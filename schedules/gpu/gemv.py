@@ -56,6 +56,17 @@ class Operands:
         self.residual = e.flat(self._residual, t * cfg.n) if self._residual is not None else None
         self.y = e.flat(self._y, t * cfg.n)
 
+    w_first = 0  # element of w at which the weight begins
+
+    @property
+    def aligned(self) -> bool:
+        """Whether rows of x lie on multiples of 16 bytes."""
+        return bool(self.cfg.k % self.shape[3] == 0)
+
+    def x_at(self, token: Any) -> Any:
+        """Element at which a row of x begins."""
+        return token * self.cfg.k
+
     def store(self, caps: Capabilities, sums: list[Any], column: Any, row: Any) -> None:
         """Finish and store y[row, column]; out of range is dropped."""
         cfg = self.cfg
@@ -77,61 +88,79 @@ def gemv(ops: Operands, caps: Capabilities, rows: int, warps: int, in_flight: in
         warps: of a block; they share the columns and add up at the end.
         in_flight: loads that a thread has under way.
     """
-    cfg = ops.cfg
-    blocks, steps, nb, kp = ops.shape
     row_blocks = e.ceildiv(ops.t, rows)
-    whole = cfg.k % kp == 0  # rows of x then lie on multiples of 16 bytes
-    with g.launch(blocks * row_blocks, warps * g.WARP) as (number, thread):
+    with g.launch(ops.shape[0] * row_blocks, warps * g.WARP) as (number, thread):
         block, first = e.let(number // row_blocks), e.let(number % row_blocks * rows)
-        partial = g.shared(warps * rows * ROWS, name="partial")
-        acc = [g.local(1) for _ in range(rows)]
-        for a in acc:
-            e.store(a, 0, e.f32(0.0), 1)
-        # rows past the last one are computed from a copy of it
-        bases = [e.let(T.min(first + r, ops.t - 1) * cfg.k) for r in range(rows)]
+        gemv_block(ops, caps, rows, warps, block, first, thread, in_flight)
 
-        def weight_at(j: Any) -> Any:
-            return e.let(e.load(ops.w, ((block * steps + j) * nb + thread % ROWS) * kp, kp))
 
-        def multiply(j: Any, weight: Any) -> None:
-            parts = [element(weight, i, cfg.weight_dtype) for i in range(kp)]
-            for r in range(rows):
-                if whole:
-                    line = e.let(e.load(ops.x, bases[r] + j * kp, kp))
-                    values = [element(line, i, cfg.in_dtype) for i in range(kp)]
-                else:
-                    values = [_guarded(ops, bases[r], j * kp + i) for i in range(kp)]
-                for value, part in zip(values, parts, strict=True):
-                    e.store(acc[r], 0, acc[r][0] + value * part, 1)
+def gemv_block(
+    ops: Any,
+    caps: Capabilities,
+    rows: int,
+    warps: int,
+    block: Any,
+    first: Any,
+    thread: Any,
+    in_flight: int = _IN_FLIGHT,
+) -> None:
+    """What a block of the launch does: weight rows of `block`, rows of x from `first` on; others as of gemv.
 
-        # all loads of a turn are under way before the first is used
-        stride = g.WARP // ROWS * warps
-        turns = steps // (stride * in_flight)
-        with e.loop(turns) as turn:
-            at = [e.let((turn * in_flight + u) * stride + thread // ROWS) for u in range(in_flight)]
-            weights = [weight_at(j) for j in at]
-            for j, weight in zip(at, weights, strict=True):
-                multiply(j, weight)
-        rest = turns * in_flight * stride
-        if rest < steps:
-            g.strided(e.i64(thread // ROWS) + rest, steps, stride, lambda j: multiply(j, weight_at(j)))
+    Args:
+        ops: Operands, or of the same members.
+    """
+    cfg = ops.cfg
+    _, steps, nb, kp = ops.shape
+    whole = ops.aligned
+    partial = g.shared(warps * rows * ROWS, name="partial")
+    acc = [g.local(1) for _ in range(rows)]
+    for a in acc:
+        e.store(a, 0, e.f32(0.0), 1)
+    # rows past the last one are computed from a copy of it
+    bases = [e.let(ops.x_at(T.min(first + r, ops.t - 1))) for r in range(rows)]
+
+    def weight_at(j: Any) -> Any:
+        return e.let(e.load(ops.w, ((block * steps + j) * nb + thread % ROWS) * kp + ops.w_first, kp))
+
+    def multiply(j: Any, weight: Any) -> None:
+        parts = [element(weight, i, cfg.weight_dtype) for i in range(kp)]
         for r in range(rows):
-            g.warp_reduce(acc[r], g.add, first=16, last=ROWS)
-        with g.when(thread % g.WARP < ROWS):
-            for r in range(rows):
-                e.store(partial, (thread // g.WARP * rows + r) * ROWS + thread % ROWS, acc[r][0], 1)
-        g.barrier()
-        _store_sums(ops, caps, partial, block, first, rows, warps, thread)
+            if whole:
+                line = e.let(e.load(ops.x, bases[r] + j * kp, kp))
+                values = [element(line, i, cfg.in_dtype) for i in range(kp)]
+            else:
+                values = [_guarded(ops, bases[r], j * kp + i) for i in range(kp)]
+            for value, part in zip(values, parts, strict=True):
+                e.store(acc[r], 0, acc[r][0] + value * part, 1)
+
+    # all loads of a turn are under way before the first is used
+    stride = g.WARP // ROWS * warps
+    turns = steps // (stride * in_flight)
+    with e.loop(turns) as turn:
+        at = [e.let((turn * in_flight + u) * stride + thread // ROWS) for u in range(in_flight)]
+        weights = [weight_at(j) for j in at]
+        for j, weight in zip(at, weights, strict=True):
+            multiply(j, weight)
+    rest = turns * in_flight * stride
+    if rest < steps:
+        g.strided(e.i64(thread // ROWS) + rest, steps, stride, lambda j: multiply(j, weight_at(j)))
+    for r in range(rows):
+        g.warp_reduce(acc[r], g.add, first=16, last=ROWS)
+    with g.when(thread % g.WARP < ROWS):
+        for r in range(rows):
+            e.store(partial, (thread // g.WARP * rows + r) * ROWS + thread % ROWS, acc[r][0], 1)
+    g.barrier()
+    _store_sums(ops, caps, partial, block, first, rows, warps, thread)
 
 
-def _guarded(ops: Operands, base: Any, column: Any) -> Any:
+def _guarded(ops: Any, base: Any, column: Any) -> Any:
     cfg = ops.cfg
     value = T.if_then_else(column < cfg.k, e.widen(ops.x[base + column], cfg.in_dtype, 1), e.f32(0.0))
     return e.let(value)
 
 
 def _store_sums(
-    ops: Operands,
+    ops: Any,
     caps: Capabilities,
     partial: Any,
     block: Any,

@@ -18,8 +18,21 @@ def schedule_module(module: Any) -> Any:
     out = tvm.IRModule(dict(module.functions.items()), attrs=module.attrs)
     for gvar, func in module.functions.items():
         if isinstance(func, tirx.PrimFunc) and not (func.attrs and func.attrs.get(_SCHEDULED)):
-            out.update_func(gvar, schedule(func).with_attr(_SCHEDULED, True))
+            done = func if _launches(func) else schedule(func)
+            out.update_func(gvar, done.with_attr(_SCHEDULED, True))
     return out
+
+
+def _launches(func: Any) -> bool:
+    """Whether the function binds threads itself, as TVM's own scatter does."""
+    found: list[Any] = []
+
+    def look(node: Any) -> None:
+        if isinstance(node, tirx.AttrStmt) and node.attr_key == "thread_extent":
+            found.append(node)
+
+    rules.visit(func.body, look)
+    return bool(found)
 
 
 def schedule(func: Any) -> Any:

@@ -18,7 +18,7 @@ from llmc.quant.schemes import Code
 from llmc.quant.weight import TABLES
 from llmc.schedules import emit as e
 from llmc.schedules.gpu import emit as g
-from llmc.schedules.qcodes import Place, QuantCodes
+from llmc.schedules.qcodes import SCALE_BYTES, Place, QuantCodes
 from llmc.schedules.qlayout import UNIT, QuantLayout
 
 # a number with only zeros in its lower mantissa bits: a code written into them is added to it
@@ -99,6 +99,29 @@ class Weights:
     def words(self, unit: Any, first: Any, count: int, row: Any) -> list[list[Any]]:
         """What columns first .. first + count - 1 of a row of a unit lie in; `first` is a multiple of count."""
         raise NotImplementedError
+
+    # -- four neighbouring rows at a time, from a multiple of 4 on, raw in registers (uint32) until they are used --
+
+    def registers(self, count: int) -> int:
+        """Registers that `count` columns of four rows take."""
+        raise NotImplementedError
+
+    def fetch(self, to: Any, unit: Any, first: Any, count: int, row: Any) -> None:
+        """Ask for columns first .. first + count - 1 of a unit, of rows row .. row + 3."""
+        raise NotImplementedError
+
+    def fetched(self, held: Any, i: int, first: Any, count: int) -> list[list[Any]]:
+        """Row i of them, as `words` gives it."""
+        raise NotImplementedError
+
+    scale_registers = 0  # of scales, offsets and zero points of four rows
+
+    def fetch_scales(self, to: Any, place: Place, row: Any) -> None:
+        """Ask for what belongs to a group of rows row .. row + 3."""
+
+    def fetched_scale(self, held: Any, i: int) -> tuple[Any, Any, Any]:
+        """(scale, offset or None, zero point or None) of row i, float32."""
+        return None, None, None
 
     def floats(self, words: list[list[Any]], count: int, zero: Any) -> list[Any]:
         """float32 values of `count` columns."""
@@ -191,6 +214,63 @@ class ThreadCodes(Weights):
 
     # -- words -------------------------------------------------------------------------------------------------------
 
+    def registers(self, count: int) -> int:
+        return 4 * sum(max(1, count * bits // 32) for bits in self.layout.planes)
+
+    def fetch(self, to: Any, unit: Any, first: Any, count: int, row: Any) -> None:
+        """A word of each of the four rows, which are neighbours, is one load."""
+        at, low, number = unit // 4 + row, 0, 0
+        for bits in self.layout.planes:
+            word = at + (low + first // (UNIT // bits)) * self.layout.n_block
+            for i in range(max(1, count * bits // 32)):
+                g.load_words(to, 4 * number, self._words, word + i * self.layout.n_block, 4)
+                number += 1
+            low += bits
+
+    def fetched(self, held: Any, i: int, first: Any, count: int) -> list[list[Any]]:
+        found, number = [], 0
+        for bits in self.layout.planes:
+            many = max(1, count * bits // 32)
+            words = [held[4 * (number + n) + i] for n in range(many)]
+            found.append([self._shifted(word, first, count, bits) for word in words])
+            number += many
+        return found
+
+    @property
+    def _raw(self) -> bool:
+        """Whether scales are held as they are stored, four of them in a load."""
+        return not (self.layout.of.super_group or self.offsets)
+
+    @property
+    def _zero_bytes(self) -> bool:
+        return not (self.layout.of.symmetric or self.layout.of.offsets)
+
+    @property
+    def scale_registers(self) -> int:  # type: ignore[override]
+        scales = SCALE_BYTES[self.layout.of.scale_dtype] if self._raw else 4 * (1 + self.offsets)
+        return scales + self._zero_bytes
+
+    def fetch_scales(self, to: Any, place: Place, row: Any) -> None:
+        each = SCALE_BYTES[self.layout.of.scale_dtype]
+        if self._raw:
+            g.load_words(to, 0, self._words, (place.scales + row * each) // 4, each)
+        else:
+            for i in range(4):
+                values = self.scale_of(place, e.let(row + i))
+                for n, value in enumerate(v for v in values if v is not None):
+                    e.store(to, 4 * n + i, T.reinterpret("uint32", value), 1)
+        if self._zero_bytes:
+            g.load_words(to, self.scale_registers - 1, self._words, (place.shifts + row) // 4, 1)
+
+    def fetched_scale(self, held: Any, i: int) -> tuple[Any, Any, Any]:
+        zero = None
+        if self._zero_bytes:
+            zero = e.let(tirx.Cast("float32", _byte(held[self.scale_registers - 1], i)))
+        if not self._raw:
+            values = [e.let(T.reinterpret("float32", held[4 * n + i])) for n in range(1 + self.offsets)]
+            return values[0], values[1] if self.offsets else None, zero
+        return e.let(self.codes.stored_scale(held, i)), None, zero
+
     def words(self, unit: Any, first: Any, count: int, row: Any) -> list[list[Any]]:
         """The words with columns first .. first + count - 1 of a row, per plane, shifted so that `first` is lowest.
 
@@ -206,17 +286,20 @@ class ThreadCodes(Weights):
             many = max(1, count // per_word)
             word = e.let(at + (low + first // per_word) * nb)
             found = [e.let(self._words[word + i * nb]) for i in range(many)]
-            if count < per_word:
-                # columns lie in pairs, one in each half of the word; of quads, in bytes
-                shift = first % per_word * bits // (1 if self.layout.quads else 2)
-                if (
-                    self.layout.quads and bits == 4
-                ):  # four columns in the lower halves of bytes, four in the upper
-                    shift = first % per_word // 4 * 4
-                found = [e.let(T.shift_right(w, tirx.Cast("uint32", shift))) for w in found]
-            out.append(found)
+            out.append([self._shifted(w, first, count, bits) for w in found])
             low += bits
         return out
+
+    def _shifted(self, word: Any, first: Any, count: int, bits: int) -> Any:
+        """A word of a plane with column `first` lowest."""
+        per_word = UNIT // bits
+        if count >= per_word:
+            return word
+        # columns lie in pairs, one in each half of the word; of quads, in bytes
+        shift = first % per_word * bits // (1 if self.layout.quads else 2)
+        if self.layout.quads and bits == 4:  # four columns in the lower halves of bytes, four in the upper
+            shift = first % per_word // 4 * 4
+        return e.let(T.shift_right(word, tirx.Cast("uint32", shift)))
 
     def _code(self, words: list[list[Any]], i: int, clean: bool = True) -> Any:
         """Code of column i behind the first, in the lowest bits of an uint32."""
@@ -292,6 +375,11 @@ def pack(low: Any, high: Any, dtype: str) -> Any:
     name = _TYPES[dtype]
     source = _PACK2.replace("NAME", name).replace("TYPE", name)
     return e.let(g.device_call(f"llmc_pack2_{name}", source, low, high, result="uint32"))
+
+
+def _byte(word: Any, i: int) -> Any:
+    """Byte i of an uint32."""
+    return _masked(_right(word, 8 * i), 0xFF)
 
 
 def _u32(value: int) -> Any:

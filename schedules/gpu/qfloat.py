@@ -25,7 +25,7 @@ from llmc.schedules.gpu.qcodes import ThreadCodes
 from llmc.schedules.gpu.qgemm import TILES, Tiles, launch
 from llmc.schedules.gpu.qoperands import Operands
 from llmc.schedules.iactivations import SMALLEST
-from llmc.schedules.qlayout import UNIT, QuantLayout
+from llmc.schedules.qlayout import QuantLayout
 
 PROMOTED = 128  # columns whose products the matrix units add up by themselves
 _THREADS = 128
@@ -135,38 +135,13 @@ class Block(Tiles):
     def __init__(
         self, ops: Operands, caps: Capabilities, codes: ThreadCodes, tiles: int, warps: int, thread: Any
     ) -> None:
-        super().__init__(ops, caps, codes, tiles, warps, thread, codes.padded_k // 4)
-        self.x = e.flat(ops.rounded, ops.t * (codes.padded_k // 4), "uint32")
+        words = codes.padded_k // 4
+        x = e.flat(ops.rounded, ops.t * words, "uint32")
+        super().__init__(ops, caps, codes, tiles, warps, thread, x, words, 4)
+        assert self._shared * self.depth <= PROMOTED  # what the matrix units add up by themselves
 
-    def chunk(self, total: list[Any], tokens: list[Any], base: Any, number: Any) -> None:
-        codes = self.codes
-        place = codes.chunk_at(base, number)
-        column = e.let(number * codes.chunk)
-        columns = min(codes.chunk, PROMOTED)
-        with e.loop_or_once(codes.chunk // columns) as piece:
-            part = self.sums("float32")
-            first = e.let(e.i64(piece) * (columns // UNIT))
-            with g.loop(columns // UNIT) as u:
-                self._unit(part, tokens, codes.unit_at(place, first + u), e.let(column + (first + u) * UNIT))
-            self._add(total, part, place, column)
-
-    def _unit(self, part: list[Any], tokens: list[Any], at: Any, column: Any) -> None:
-        word = e.let(column // 4 + 2 * self.part)
-        x = [g.elements(e.let(e.load(self.x, row + word, 2)), 2) for row in tokens]
+    def multiply(self, part: list[Any], words: list[Any], x: list[Any], zeros: list[Any]) -> None:
         for j in range(TILES):
-            low, high = (self.codes.words(at, e.let(8 * self.part), 8, row)[0] for row in self.outputs(j))
+            low, high = (words[2 * j + half][0] for half in range(2))
             for i in range(self.tiles):
-                unit.mma_e4m3(part[i][j], [low[0], high[0], low[1], high[1]], x[i])
-
-    def _add(self, total: list[Any], part: list[Any], place: Any, column: Any) -> None:
-        """Sums of some columns, scaled, onto the totals."""
-        factors = self.group_scales(column)
-        for j in range(TILES):
-            for h, row in enumerate(self.outputs(j)):
-                scale, _ = self.codes.scale_of(place, row)
-                for i in range(self.tiles):
-                    for c in range(2):
-                        product = part[i][j][2 * h + c] * scale
-                        if factors[i][c] is not None:
-                            product = product * factors[i][c]
-                        e.store(total[i][j], 2 * h + c, total[i][j][2 * h + c] + product, 1)
+                unit.mma_e4m3(part[i][j], [low[0], high[0], low[1], high[1]], [x[i][0], x[i][1]])

@@ -20,7 +20,7 @@ from llmc.schedules.gpu.qcodes import ThreadCodes
 from llmc.schedules.gpu.qgemm import TILES, Tiles, launch
 from llmc.schedules.gpu.qoperands import Operands
 from llmc.schedules.iactivations import SMALLEST
-from llmc.schedules.qlayout import UNIT, QuantLayout
+from llmc.schedules.qlayout import QuantLayout
 
 _THREADS = 128
 _ROUND = """
@@ -94,36 +94,24 @@ def gemm(ops: Operands, caps: Capabilities, tiles: int, warps: int) -> None:
 class Block(Tiles):
     """Bytes of activations and weights."""
 
+    sums = "int32"
+
     def __init__(
         self, ops: Operands, caps: Capabilities, codes: ThreadCodes, tiles: int, warps: int, thread: Any
     ) -> None:
-        super().__init__(ops, caps, codes, tiles, warps, thread, codes.padded_k // 4)
+        words = codes.padded_k // 4
+        x = e.flat(ops.rounded, ops.t * words, "uint32")
+        super().__init__(ops, caps, codes, tiles, warps, thread, x, words, 4)
         self.layout = ops.cfg.layout
-        self.x = e.flat(ops.rounded, ops.t * (codes.padded_k // 4), "uint32")
 
-    def chunk(self, total: list[Any], tokens: list[Any], base: Any, number: Any) -> None:
-        codes = self.codes
-        place = codes.chunk_at(base, number)
-        column = e.let(number * codes.chunk)
-        part = self.sums("int32")
-        with g.loop(codes.chunk // UNIT) as u:
-            at = codes.unit_at(place, u)
-            word = e.let((column + u * UNIT) // 4 + 2 * self.part)
-            x = [g.elements(e.let(e.load(self.x, row + word, 2)), 2) for row in tokens]
-            for j in range(TILES):
-                low, high = (
-                    signed_bytes(codes.words(at, e.let(8 * self.part), 8, row)[0], self.layout)
-                    for row in self.outputs(j)
-                )
-                for i in range(self.tiles):
-                    unit.mma_bytes(part[i][j], [low[0], high[0], low[1], high[1]], x[i])
+    def product(self, part: Any, scale: Any) -> Any:
+        return tirx.Cast("float32", part) * scale
+
+    def multiply(self, part: list[Any], words: list[Any], x: list[Any], zeros: list[Any]) -> None:
         for j in range(TILES):
-            for h, row in enumerate(self.outputs(j)):
-                scale, _ = codes.scale_of(place, row)
-                for i in range(self.tiles):
-                    for r in (2 * h, 2 * h + 1):
-                        product = tirx.Cast("float32", part[i][j][r]) * scale
-                        e.store(total[i][j], r, total[i][j][r] + product, 1)
+            low, high = (signed_bytes(words[2 * j + half][0], self.layout) for half in range(2))
+            for i in range(self.tiles):
+                unit.mma_bytes(part[i][j], [low[0], high[0], low[1], high[1]], [x[i][0], x[i][1]])
 
 
 def signed_bytes(words: list[Any], layout: QuantLayout) -> list[Any]:

@@ -20,6 +20,7 @@ from llmc.schedules.qlinear import QuantLinearConfig
 from llmc.schedules.tune_qlinear import QuantKernel
 
 _SHARED_ROWS = 4  # rows of x that share one pass over the weight, without matrix units
+_MOST_WARPS = 16  # of a block: those of a multiprocessor that has one of them ask for enough at a time
 
 
 def quant_linear(kernel: QuantKernel | QuantLinearConfig, caps: Capabilities) -> Any:
@@ -99,7 +100,7 @@ def _warps(cfg: QuantLinearConfig, caps: Capabilities) -> int:
     layout = cfg.layout
     wanted = 32 * caps.multiprocessors // max(1, layout.blocks)
     most = max(1, layout.padded_k // max(layout.piece, 32))
-    warps = 8
+    warps = _MOST_WARPS
     while warps > 1 and (warps > most or warps > max(2, wanted)):
         warps //= 2
     return warps

@@ -14,13 +14,13 @@ from llmc.schedules.attention_config import AttentionConfig
 from llmc.schedules.attention_pools import Pools
 from llmc.schedules.gpu import emit as g
 from llmc.schedules.gpu.kv_codes import CodeWriter
-from llmc.schedules.rope import RopeConfig, RopeOperands
+from llmc.schedules.rope import HeadOperands, RopeConfig, RopeOperands
 
 THREADS = 128
 
 
 def rotate(
-    ops: RopeOperands,
+    ops: HeadOperands,
     which: int,
     token: Any,
     heads: tuple[Any, int],
@@ -31,10 +31,10 @@ def rotate(
     """Rotated elements of neighbouring heads of a token, shared among the threads: store(number, element, float32).
 
     Args:
-        which: 0 = q, 1 = k, 2 = v.
+        which: number of the source.
         heads: (first head, how many); `number` counts from 0.
     """
-    source = ops.cfg.sources[which]
+    source = ops.heads.sources[which]
     attrs = source.attrs
     first, count = heads
     stride = attrs.head_stride * ops.t if attrs.head_major else e.i64(attrs.head_stride)
@@ -53,7 +53,8 @@ def rotate(
             base = base_of(number)
 
             def read(first: Any, lanes: int) -> Any:
-                return norm.apply(number, first, raw(base, first))
+                value = raw(base, first)
+                return norm.apply(number, first, value) if run.a < attrs.norm_width else value
 
             store(number, run.to + at * run.to_step, ops._value(run, read, token, at, 1))
 
@@ -65,7 +66,7 @@ class _HeadNorms:
 
     def __init__(
         self,
-        ops: RopeOperands,
+        ops: HeadOperands,
         which: int,
         count: int,
         head: Callable[[Any], Callable[[Any], Any]],
@@ -73,7 +74,7 @@ class _HeadNorms:
         threads: int,
     ) -> None:
         """head(number) gives a function of the element's number in the head, float32."""
-        source = ops.cfg.sources[which]
+        source = ops.heads.sources[which]
         self.attrs, self.dtype = source.attrs.norm, source.vector_dtype
         self.vectors = ops.vectors[which]
         if self.attrs is None:
@@ -167,13 +168,17 @@ def append(
     """Keys (rotated) and values of a token, for cached heads (first, how many)."""
     pages.at(token)
     first = heads[0]
+    rotated = lambda name, share, keep: rotate(  # noqa: E731
+        ops, ops.cfg.place(name), token, share, thread, keep, threads
+    )
     if pages.cfg.coded:
         writer = CodeWriter(pages, heads, thread, threads)
-        writer.keys(lambda share, keep: rotate(ops, 1, token, share, thread, keep, threads))
-        writer.values(lambda share, keep: rotate(ops, 2, token, share, thread, keep, threads))
+        writer.keys(lambda share, keep: rotated("k", share, keep))
+        writer.values(lambda share, keep: rotated("v", share, keep))
         return
-    rotate(ops, 1, token, heads, thread, lambda n, d, value: pages.store_key(first + n, d, value), threads)
-    rotate(ops, 2, token, heads, thread, lambda n, d, value: pages.store_value(first + n, d, value), threads)
+    rotated("k", heads, lambda n, d, value: pages.store_key(first + n, d, value))
+    if ops.cfg.v is not None:
+        rotated("v", heads, lambda n, d, value: pages.store_value(first + n, d, value))
 
 
 def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
@@ -187,12 +192,13 @@ def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
         if cfg.k is not None:
             slot = g.tensor("slot", [t], "int32")
             k_pool = g.tensor("k_pool", [pages, a.layers, hk, *a.k_page], a.pool_dtype)
-            v_pool = g.tensor("v_pool", [pages, a.layers, hk, *a.v_page], a.pool_dtype)
+            v_shape = [pages, a.layers, hk, *a.v_page]
+            v_pool = None if a.latent else g.tensor("v_pool", v_shape, a.pool_dtype)
             layer = e.scalar_arg("layer")
-        q = g.tensor("q", [1, t, a.heads, dk], a.dtype)
+        q = None if cfg.q is None else g.tensor("q", [1, t, a.heads, dk], a.dtype)
         with e.root():
             ops.view()
-            out = e.flat(q, t * a.heads * dk)
+            out = None if q is None else e.flat(q, t * a.heads * dk)
             if cfg.k is not None:
                 slots = e.flat(slot, t)
                 pools = Pools(a, pages, k_pool, v_pool)
@@ -204,7 +210,8 @@ def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
                     at = (token * a.heads + head) * dk + d
                     e.store(out, at, g.narrow(e.let(value), a.dtype, caps), 1)
 
-                rotate(ops, 0, token, (e.i64(0), a.heads), thread, store)
+                if out is not None:
+                    rotate(ops, 0, token, (e.i64(0), a.heads), thread, store)
     return built[0]
 
 

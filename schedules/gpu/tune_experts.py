@@ -44,7 +44,7 @@ class TunableGpuExperts(TunableExperts):
             first = GpuExpertSchedule(Way.THREADS, rows=rows[-1], warps=warps.values[0])
             parts += (Space(first, (Knob("rows", rows), warps), lambda s: _fits(s, caps)),)
         if on_units:
-            tiles = tuple(t for t in (1, 2, 3, 4, 6, 8) if t == 1 or 16 * (t - 1) < most)
+            tiles = tuple(t for t in (0, 1, 2, 3, 4, 6, 8) if t < 2 or 16 * (t - 1) < most)
             first = GpuExpertSchedule(Way.UNITS, tiles=1, warps=warps.values[0])
             parts += (Space(first, (Knob("tiles", tiles), warps), lambda s: _fits(s, caps)),)
         # below, not even one expert can fill a quarter of a tile
@@ -119,7 +119,7 @@ def _warpgroups(caps: Capabilities) -> Space:
 
 
 def _rows(schedule: GpuExpertSchedule) -> int:
-    return 16 * schedule.tiles if schedule.way == Way.UNITS else schedule.rows
+    return qgemm.rows_of(schedule.tiles) if schedule.way == Way.UNITS else schedule.rows
 
 
 def _shared(schedule: GpuExpertSchedule) -> int:
@@ -128,7 +128,7 @@ def _shared(schedule: GpuExpertSchedule) -> int:
 
 
 def _sums(schedule: GpuExpertSchedule) -> int:
-    return _SUMS_PER_TILE * schedule.tiles if schedule.way == Way.UNITS else 3 * schedule.rows
+    return _SUMS_PER_TILE * max(1, schedule.tiles) if schedule.way == Way.UNITS else 3 * schedule.rows
 
 
 def _fits(schedule: GpuExpertSchedule, caps: Capabilities) -> bool:

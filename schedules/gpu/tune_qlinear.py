@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from llmc.caps import Capabilities
 from llmc.schedules.choice import ByRows
-from llmc.schedules.gpu import warpgroup_qgemm
+from llmc.schedules.gpu import qgemm, warpgroup_qgemm
 from llmc.schedules.gpu.configs import GpuQuantSchedule, Way, shared_limit
 from llmc.schedules.gpu.emit import WARP
 from llmc.schedules.gpu.many_rows import WARPGROUP_ROWS
@@ -89,7 +89,7 @@ def _space(task: QuantLinearConfig, bucket: Bucket, caps: Capabilities) -> Space
         first = GpuQuantSchedule(Way.THREADS, rows=rows[-1], warps=warps.values[0])
         parts += (Space(first, (Knob("rows", rows), warps), lambda s: _fits(s, caps)),)
     if has_units:
-        tiles = tuple(t for t in (1, 2, 3, 4, 6, 8) if t == 1 or 16 * (t - 1) < most)
+        tiles = tuple(t for t in (0, 1, 2, 3, 4, 6, 8) if t < 2 or 16 * (t - 1) < most)
         first = GpuQuantSchedule(Way.UNITS, tiles=1, warps=warps.values[0])
         parts += (Space(first, (Knob("tiles", tiles), warps), lambda s: _fits(s, caps)),)
     if takes_warpgroups(task, caps) and not 0 < bucket.high < WARPGROUP_ROWS:
@@ -99,12 +99,12 @@ def _space(task: QuantLinearConfig, bucket: Bucket, caps: Capabilities) -> Space
 
 def _shared(schedule: GpuQuantSchedule) -> int:
     """Bytes of shared memory: the warps' sums."""
-    rows = 16 * schedule.tiles if schedule.way == Way.UNITS else schedule.rows
+    rows = qgemm.rows_of(schedule.tiles) if schedule.way == Way.UNITS else schedule.rows
     return 4 * schedule.warps * rows * (WARP_ROWS + 1)
 
 
 def _fits(schedule: GpuQuantSchedule, caps: Capabilities) -> bool:
-    sums = 2 * _SUMS_PER_TILE * schedule.tiles if schedule.way == Way.UNITS else 3 * schedule.rows
+    sums = 2 * _SUMS_PER_TILE * max(1, schedule.tiles) if schedule.way == Way.UNITS else 3 * schedule.rows
     return _shared(schedule) <= shared_limit(caps) and fits_registers(sums, schedule.warps * WARP)
 
 
@@ -123,11 +123,12 @@ def _terms(task: QuantLinearConfig, schedule: Any, rows: int, caps: Capabilities
             "wasted_rows": passes * tile.rows / rows,
         }
     untuned = schedule.way == Way.UNTUNED
-    cut = GpuQuantSchedule(Way.UNITS, 0, 1 if rows <= _FEW_ROWS else 4, 4) if untuned else schedule
+    tiles = 0 if rows <= qgemm.ROWS else 1 if rows <= _FEW_ROWS else 4
+    cut = GpuQuantSchedule(Way.UNITS, 0, tiles, 4) if untuned else schedule
     on_units = cut.way == Way.UNITS
-    per_block = 16 * cut.tiles if on_units else cut.rows
+    per_block = qgemm.rows_of(cut.tiles) if on_units else cut.rows
     passes = -(-rows // per_block)
-    sums = 2 * _SUMS_PER_TILE * cut.tiles if on_units else 3 * cut.rows
+    sums = 2 * _SUMS_PER_TILE * max(1, cut.tiles) if on_units else 3 * cut.rows
     return {
         **block_terms(task.layout.blocks * passes, cut.warps * WARP, _shared(cut), sums, caps),
         "bits": float(task.layout.of.bits),

@@ -45,15 +45,29 @@ class WideWeight(Weights):
     def unit_at(self, place: Place, number: Any) -> Any:
         return place.units
 
-    def words(self, unit: Any, first: Any, count: int, row: Any) -> list[list[Any]]:
-        """16 bytes each; columns past the last one are some that there are."""
+    def _places(self, unit: Any, first: Any, count: int, row: Any) -> list[Any]:
+        """Where 16 bytes each lie; columns past the last one are some that there are."""
         block = e.let(T.min(self._first + row // self._rows, self._last))
         found = []
         for i in range(0, count, self._each):
             step = e.let(T.min((unit + first + i) // self._each, e.i64(self._steps - 1)))
-            at = ((block * self._steps + step) * self._rows + row % self._rows) * self._lanes
-            found.append(e.let(e.load(self._data, at, self._lanes)))
-        return [found]
+            found.append(((block * self._steps + step) * self._rows + row % self._rows) * self._lanes)
+        return found
+
+    def words(self, unit: Any, first: Any, count: int, row: Any) -> list[list[Any]]:
+        """16 bytes each."""
+        return [[e.let(e.load(self._data, at, self._lanes)) for at in self._places(unit, first, count, row)]]
+
+    def registers(self, count: int) -> int:
+        return 4 * count // 2
+
+    def fetch(self, to: Any, unit: Any, first: Any, count: int, row: Any) -> None:
+        for i in range(4):
+            for n, at in enumerate(self._places(unit, first, count, row + i)):
+                g.load_words(to, (i * count // self._each + n) * self._lanes, self._data, at, self._lanes)
+
+    def fetched(self, held: Any, i: int, first: Any, count: int) -> list[list[Any]]:
+        return [[held[i * count // 2 + n] for n in range(count // 2)]]
 
     def floats(self, words: list[list[Any]], count: int, zero: Any) -> list[Any]:
         if self._dtype == "float32":
@@ -71,7 +85,8 @@ class WideWeight(Weights):
         return "uint16" if self._dtype == "bfloat16" else "float16"
 
     def pairs(self, words: list[list[Any]], count: int, zero: Any, dtype: str) -> list[Any]:
-        return [w for word in words[0] for w in g.elements(word, self._lanes)]
+        """Of what `grouped` gives."""
+        return words[0]
 
 
 __all__ = ["WideWeight", "layout_of", "words_of"]

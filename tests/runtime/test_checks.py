@@ -112,7 +112,7 @@ def test_manifests_that_disagree_are_refused(artifact: Path, tmp_path: Path) -> 
     with pytest.raises(LlmcError, match=r"not as the compiler wrote it.*\[manifest-corrupt\]"):
         check(folder)
     (folder / MANIFEST).write_text(json.dumps({**json.loads(text), "schema": 99}))
-    with pytest.raises(LlmcError, match=r"schema 99; this llmc reads schema.*\[manifest-version\]"):
+    with pytest.raises(LlmcError, match=r"schema 99; this llmc reads schemas.*\[manifest-version\]"):
         check(folder)
     (folder / MANIFEST).write_bytes(b"\xff\xfe{}")
     with pytest.raises(LlmcError, match="manifest-corrupt"):

@@ -10,6 +10,7 @@ from llmc.schedules.attention import (
     kv_append,
     partial_shape,
 )
+from llmc.schedules.attention_config import LatentConfig
 from llmc.schedules.tile_attention import attention_unit
 from tests.kv_rounding import empty_pool, rounded
 
@@ -84,6 +85,25 @@ CASES = {
     },
     "wide": {"heads": 3, "kv_heads": 3, "key_dim": 192, "value_dim": 128, "page_size": 48, "scale": 0.1},
 }
+LATENT = LatentConfig(
+    heads=5,
+    kv_heads=1,
+    key_dim=24,
+    value_dim=16,
+    dtype="float32",
+    kv_dtype="float32",
+    page_size=16,
+    layers=2,
+    scale=0.25,
+)
+LATENTS = {
+    "f32": {},
+    "bf16": {**BF16, "heads": 16, "key_dim": 96, "value_dim": 64, "page_size": 32},
+    "bf16-window-sinks-odd": {**BF16, "key_dim": 27, "value_dim": 21, "window": 37, "has_sinks": True},
+    "bf16-pages-alibi": {"kv_dtype": "bfloat16", "heads": 40, "has_alibi": True},
+    "f16-softcap-no-rotation": {"dtype": "float16", "kv_dtype": "float16", "value_dim": 24, "softcap": 5.0},
+    "lite": {**BF16, "heads": 16, "key_dim": 576, "value_dim": 512, "page_size": 32, "scale": 0.04},
+}
 # (new tokens, context) per sequence
 PREFILLS = ([(5, 5), (1, 33), (40, 70), (17, 17)], [(1, 1)], [(150, 150)], [(3, 300)])
 DECODES = ([(1, 1), (1, 600), (1, 33), (1, 2), (1, 130)], [(1, 1500)])
@@ -130,7 +150,14 @@ class Cache:
         self.k_pool = tools.tensor(empty_pool((*lead, *cfg.k_page), cfg.kv_dtype))
         self.v_pool = tools.tensor(empty_pool((*lead, *cfg.v_page), cfg.kv_dtype))
         self.keys = [tools.random(rng, (cfg.kv_heads, c, cfg.key_dim), cfg.dtype) for _, c in batch]
-        self.values = [tools.random(rng, (cfg.kv_heads, c, cfg.value_dim), cfg.dtype) for _, c in batch]
+        if cfg.latent:
+            self.values = [keys[..., : cfg.value_dim] for keys in self.keys]
+        else:
+            self.values = [tools.random(rng, (cfg.kv_heads, c, cfg.value_dim), cfg.dtype) for _, c in batch]
+
+    @property
+    def pools(self):
+        return [self.k_pool] if self.cfg.latent else [self.k_pool, self.v_pool]
 
     def slots(self):
         ps = self.cfg.page_size
@@ -143,8 +170,9 @@ class Cache:
 
     def append(self, kernel, layer):
         t = self.tools.tensor
-        k, v = (np.concatenate(parts, 1)[None] for parts in (self.keys, self.values))
-        kernel(t(k), t(v), t(self.slots()), self.k_pool, self.v_pool, layer)
+        parts = (self.keys, self.values)[: len(self.pools)]
+        new = [t(np.concatenate(part, 1)[None]) for part in parts]
+        kernel(*new, t(self.slots()), *self.pools, layer)
 
     def free_behind_window(self):
         for b, (new, context) in enumerate(self.batch):
@@ -166,7 +194,7 @@ def run(cfg, tools, kernels, batch, decode):
     out = tools.tensor(np.full((1, start[-1], cfg.heads, cfg.value_dim), np.nan, tools.dtypes[cfg.dtype]))
     t = tools.tensor
     context = np.array([c for _, c in batch], np.int32)
-    args = [t(q), cache.k_pool, cache.v_pool, t(start), t(context), t(cache.table)]
+    args = [t(q), *cache.pools, t(start), t(context), t(cache.table)]
     args += [t(x) for x in (sinks, alibi) if x is not None]
     args += [layer, out]
     if decode:
@@ -199,6 +227,13 @@ def test_attention_without_bf16_dot(case, caps, best, tools):
     check(case, caps, tools)
 
 
+@pytest.mark.parametrize(
+    "case", [*list(LATENTS)[:-1], pytest.param("lite", marks=pytest.mark.slow(reason="long sums in numpy"))]
+)
+def test_latents_match_numpy(case, caps, tools):
+    check_config(replace(LATENT, **LATENTS[case], sinks_dtype=""), caps, tools)
+
+
 UNIT_CASES = {
     "window-sinks-dims": {**BF16, "key_dim": 64, "value_dim": 24, "window": 37, "has_sinks": True},
     "one-kv-head": {**BF16, "heads": 8, "kv_heads": 1, "key_dim": 96, "value_dim": 80, "page_size": 32},
@@ -219,7 +254,10 @@ def test_prefill_on_tile_registers(case, emulated, tools):
 
 
 def check(case, caps, tools):
-    cfg = replace(BASE, **CASES[case], sinks_dtype="")
+    check_config(replace(BASE, **CASES[case], sinks_dtype=""), caps, tools)
+
+
+def check_config(cfg, caps, tools):
     kernels = tools.build(
         caps,
         append=kv_append(cfg, caps),

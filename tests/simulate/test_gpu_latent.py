@@ -32,8 +32,9 @@ LARGE = replace(LITE, heads=128)
 class Case:
     """Pages in random order, full of NaN where nothing was written, and queries."""
 
-    def __init__(self, cfg: LatentConfig, batch: list[tuple[int, int]]) -> None:
+    def __init__(self, cfg: LatentConfig, batch: list[tuple[int, int]], preset: str = "sm_90") -> None:
         rng = np.random.default_rng(1)
+        self.caps = gpu(preset)
         self.cfg, self.batch, ps = cfg, batch, cfg.page_size
         width = max(-(-context // ps) for _, context in batch) + 1
         pages = 1 + len(batch) * width
@@ -49,7 +50,7 @@ class Case:
         where = [
             self.table[b, np.arange(c) // ps] * ps + np.arange(c) % ps for b, (_, c) in enumerate(self.batch)
         ]
-        kernel = TOOLS.build(gpu(), k=kv_append(self.cfg, gpu()))["k"]
+        kernel = TOOLS.build(self.caps, k=kv_append(self.cfg, self.caps))["k"]
         k, slots = np.concatenate(self.keys, 1)[None], np.concatenate(where).astype(np.int32)
         kernel(TOOLS.tensor(k), TOOLS.tensor(slots), TOOLS.tensor(self.pool), 1)
 
@@ -61,7 +62,7 @@ class Case:
         context = np.array([c for _, c in self.batch], np.int32)
         arrays = [self.q, self.pool, self.start, context, self.table]
         part = [np.full((len(self.batch), *partial_shape(cfg)), np.nan, np.float32)] if decode else []
-        kernel = TOOLS.build(gpu(), k=build(cfg, gpu()))["k"]
+        kernel = TOOLS.build(self.caps, k=build(cfg, self.caps))["k"]
         kernel(*map(TOOLS.tensor, arrays), 1, TOOLS.tensor(out), *map(TOOLS.tensor, part))
         errors = []
         for b, keys in enumerate(self.keys):
@@ -100,11 +101,33 @@ def test_latents_against_numpy(cfg: LatentConfig, context: int) -> None:
     assert case.error(decode=True) < TOOLS.exact[cfg.dtype]
 
 
+@pytest.mark.parametrize(
+    ("cfg", "preset"),
+    [
+        (
+            replace(SMALL, dtype="float32", kv_dtype="float32", sinks_dtype="", key_dim=40, value_dim=24),
+            "sm_90",
+        ),
+        (replace(SMALL, window=30, has_sinks=False), "sm_75"),
+    ],
+    ids=["float32", "sm_75"],
+)
+def test_latents_without_matrix_units(cfg: LatentConfig, preset: str) -> None:
+    """What the matrix units do not take goes thread by thread."""
+    case = Case(cfg, [(5, 5), (1, 33), (14, 90)], preset)
+    case.append()
+    assert case.error(decode=False) < 2 * TOOLS.exact[cfg.dtype]
+    case = Case(cfg, [(1, 1), (1, 200)], preset)
+    case.append()
+    assert case.error(decode=True) < TOOLS.exact[cfg.dtype]
+
+
 def test_a_config_that_is_none() -> None:
     with pytest.raises(ValueError, match="one cached head"):
         replace(SMALL, kv_heads=2)
-    with pytest.raises(ValueError, match="no kernel for latents"):
-        flash_latent.shape(SMALL, gpu("sm_75"), 1)
+    assert flash_latent.shape(SMALL, gpu("sm_75"), 1) is None
+    assert flash_latent.shape(replace(SMALL, dtype="float32", kv_dtype="float32"), gpu(), 1) is None
+    assert flash_latent.shape(SMALL, gpu("sm_80"), 1) is not None
 
 
 def run_small(decode: bool) -> None:

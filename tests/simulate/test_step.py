@@ -18,7 +18,7 @@ from tests.shared import TINY
 from tools.tiny_configs import VOCAB, tiny_model
 
 # gemma2: windows, softcap, norms with an offset and of addends; gpt2: learned positions, biases, transposed weights, tied
-# head; qwen3: norms of single heads; mixtral, gpt_oss: experts
+# head; qwen3: norms of single heads; mixtral, gpt_oss: experts; deepseek: latents
 ARCHITECTURES = [
     ("llama", "none"),
     *(
@@ -34,6 +34,8 @@ ARCHITECTURES = [
             ("mixtral", "q4g32"),
             ("gpt_oss", "none"),
             ("llama", "q4g64a"),
+            ("deepseek_v3", "none"),
+            ("deepseek_v2", "q4g32"),
         )
     ),
 ]
@@ -73,11 +75,14 @@ def test_a_ragged_batch_equals_the_cpu_artifact(
 
 @pytest.mark.e2e
 @pytest.mark.slow(reason="two artifacts, and steps of a minute in the simulator")
-@pytest.mark.parametrize("preset", ["sm_90", "sm_90a"])
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+    ("architecture", "preset"),
+    [(a, p) for a in ("llama", "gemma2") for p in ("sm_90", "sm_90a")] + [("deepseek_v3", "sm_80")],
+)
 def test_bf16_is_as_exact_as_on_the_cpu(architecture: str, preset: str, tmp_path: Path) -> None:
     """Heads and weights of 16 bits, which the matrix units take; the error of both against the float32 artifact."""
-    model, rng = tiny_model(architecture), np.random.default_rng(0)
+    sizes = {"deepseek_v3": {"kv_lora_rank": 64, "qk_rope_head_dim": 32}}  # latents that they take
+    model, rng = tiny_model(architecture, **sizes.get(architecture, {})), np.random.default_rng(0)
     batch = [rng.integers(0, VOCAB, n).tolist() for n in (21, 3, 18)]
     results = []
     for dtype in ("f32", "bf16"):

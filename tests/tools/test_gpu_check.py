@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llmc import cuda_driver
 from llmc.cuda_driver import CudaDevice, CudaDriver
-from tools import gpu_check
+from tools import gpu_check, gpu_peers
 from tools.gpu_check import SECTIONS, main, read_lines, read_rows, table, write_line
-from tools.gpu_device import FULL, Row
+from tools.gpu_device import FULL, TINY, Row, Simulated
+from tools.gpu_kernels import Session
 from tools.gpu_models import prefill_operations
 
 
@@ -48,7 +52,7 @@ def test_the_table(tmp_path: Path) -> None:
         file.write('{"section": "gemv", "wh')  # a process that was killed while it wrote
     assert [r.value for r in read_rows(path) if r.section == "gemm"] == [0.86, 0.9]
     text = table(path)
-    assert "5 of 5 targets reached; 2 of 14 sections ran" in text
+    assert "5 of 5 targets reached; 2 of 16 sections ran" in text
     assert "decode against torch.compile" in text and "1.6 x max-autotune" in text
     assert "flat          FAILED: signal 11" in text and "gemv          not run" in text
     assert text.index("schemes") < text.index("4096^3") < text.index("model-bf16")
@@ -84,6 +88,57 @@ def test_a_section_that_fails_or_hangs_costs_only_itself(
     assert main([*arguments, "--only", "quant", "--again"]) == 0 and len(read_lines(results)) == 5
     assert main([*arguments, "--only", "ceilings", "--budget", "1e-9"]) in (0, 1)
     assert sys.executable  # sections run with this Python
+
+
+def _session(folder: Path) -> Session:
+    (folder / "models" / "bf16" / "source").mkdir(parents=True)
+    (folder / "models" / "bf16" / "source" / "config.json").write_text("{}")
+    return Session(Simulated(), folder, [])
+
+
+def test_other_programs_that_are_not_there_or_do_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = _session(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (row,) = gpu_peers.trtllm(session)
+    assert row.note == "not installed: pip install tensorrt_llm" and row.reached is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+
+    def refused(folder: Path, tokens: int) -> gpu_peers.Generate:
+        raise ValueError("no CUDA device\nand more")
+
+    monkeypatch.setattr(gpu_peers, "_vllm", refused)
+    (row,) = gpu_peers.vllm(session)
+    assert row.note == "did not run: ValueError: no CUDA device"
+
+
+def test_the_rate_of_another_program_leaves_the_prompt_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in that takes a second for a call and a hundredth for a token."""
+    clock = [0.0]
+
+    def load(folder: Path, tokens: int) -> gpu_peers.Generate:
+        assert (folder / "config.json").is_file()
+
+        def generate(prompt: list[int], count: int) -> None:
+            assert len(prompt) + count < tokens and max(prompt) < TINY.model[6]
+            clock[0] += 1 + count / 100
+
+        return generate
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="1.2"))
+    monkeypatch.setattr(gpu_peers, "_vllm", load)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    (row,) = gpu_peers.vllm(_session(tmp_path))
+    assert row.value == pytest.approx(100) and row.note == "1.2, 1 s to load"
+    results = tmp_path / "r.jsonl"
+    ours = Row("model-bf16", "decode, batch 1", 0.9, "of copy", 0.85, facts={"tokens_per_second": 250.0})
+    for line in (ours, row):
+        write_line(results, json.loads(line.to_json()))
+    assert "decode against vllm" in table(results) and "2.5 x vllm" in table(results)
 
 
 def test_operations_of_a_prefill() -> None:

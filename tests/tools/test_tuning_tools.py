@@ -59,6 +59,10 @@ def test_what_choices_rest_on_ships(
     # another task joins it, a better schedule for the same task takes its place
     assert shipped(record(TARGET, 128, 8, 0.5, fast)) == [(64, 0.8), (128, 0.5)]
     assert shipped(record(TARGET, 64, 1, 0.7, slow)) == [(128, 0.5), (64, 0.7)]
+    # a layout that costs prompts what it brings to decode is left to those who tune for their own traffic
+    narrow = LinearSchedule(vectors=1)
+    pays = record(TARGET, 256, 1, 0.5, narrow), record(TARGET, 256, 100, 1.05, narrow)
+    assert shipped(*pays, record(TARGET, 256, 1, 0.9, fast))[-1] == (256, 0.9)
     # kernels that have changed since are dropped
     path = tmp_path / "cpu-x86-64-v3.jsonl"
     path.write_text(path.read_text().replace('"version":1}', '"version":2}'))

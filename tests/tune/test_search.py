@@ -1,5 +1,7 @@
 """Search, scheduler and tuner on a formula instead of kernels."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -111,6 +113,29 @@ def test_failing_candidates_are_counted_and_never_chosen(tmp_path):
     )
     notes = {r.note for r in RecordFile(tmp_path / "r") if r.status is not Status.OK}
     assert notes == {"so it goes"}
+
+
+def test_a_gain_beside_a_disturbed_default_is_measured_again(tmp_path):
+    """The default's turns were hit, the candidate's were not: a third of the time, which nothing can be."""
+
+    class Disturbed(ToyLab):
+        hit = ToySchedule(tile=2)
+        times = 0
+
+        def measure(self, job, schedules, seconds=0.25):
+            for schedule, outcome in super().measure(job, schedules, seconds):
+                if schedule == self.hit:
+                    self.times += 1
+                    if self.times == 1:
+                        outcome = replace(outcome, ratio=0.01, default=3 * outcome.default)
+                yield schedule, outcome
+
+    (job,) = toy_jobs(64, rows=(1,))
+    job.seeds = [Disturbed.hit]
+    lab = Disturbed()
+    tuner([job], lab, tmp_path / "r").run(60)
+    assert lab.times >= 2 and job.measured[lab.hit].ratio > 0.1 and job.best_ratio > 0.1
+    assert min(r.ratio for r in RecordFile(tmp_path / "r")) > 0.1
 
 
 def test_a_default_that_fails_is_reported_and_left_alone(tmp_path):
