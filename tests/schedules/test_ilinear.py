@@ -33,7 +33,7 @@ MORE_CASES = [
     ("w8a8o", 130, 1100, "float16", False),
     ("w4a8o", 40, 96, "float32", False),
 ]
-ROWS = (1, 2, 3, 7, 17, 70)
+ROWS = (1, 2, 3, 7, 17, 70, 140)
 
 
 def weight_of(scheme, *shape, seed=0):
