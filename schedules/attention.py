@@ -72,9 +72,10 @@ def kv_append(cfg: AttentionConfig, caps: Capabilities) -> Any:
                         write(line)
                     return
                 to.key(lambda d: convert(kf[row * dk + d], 1))
-                if vf is not None:
-                    value = lambda at, n: convert(e.some(vf, row * dv + at, n), n)  # noqa: E731
-                    to.value(lambda store: along(dv, caps, lambda at, n: store(at, value(at, n), n)))
+                if cfg.latent:
+                    return
+                value = lambda at, n: convert(e.some(vf, row * dv + at, n), n)  # noqa: E731
+                to.value(lambda store: along(dv, caps, lambda at, n: store(at, value(at, n), n)))
 
             with T.If(t <= _SERIAL_TOKENS):
                 # the annotation of a parallel loop brings in the conversion functions; a serial loop needs it too
@@ -239,8 +240,10 @@ def _decode(
 
 
 def _decode_tile(cfg: AttentionConfig, caps: Capabilities) -> type[Tile]:
+    if cfg.latent:
+        return LatentTile
     if not cfg.coded:
-        return LatentTile if cfg.latent else Tile
+        return Tile
     return BytesTile if takes_bytes(cfg, caps) else CodedTile
 
 

@@ -28,8 +28,7 @@ _LINE = 32  # elements of a cache line, of 16 bits
 class LatentTile(Tile):
     """A Tile whose sums are turned: out[value dim, row], rows padded to whole vectors.
 
-    Args:
-        direct, heads: of no consequence: nothing is copied for values, and there is one cached head.
+    Pages are never read in place for the scores, and there is one cached head.
     """
 
     def __init__(
@@ -40,10 +39,10 @@ class LatentTile(Tile):
         tokens: int,
         pages: int,
         schedule: PrefillSchedule | DecodeSchedule,
-        direct: bool = False,
+        direct: bool,
         heads: int = 1,
     ) -> None:
-        super().__init__(cfg, caps, args, tokens, pages, schedule, direct=False)
+        super().__init__(cfg, caps, args, tokens, pages, schedule, direct=False, heads=heads)
         self._tile_rows()
         self.columns = -(-self.rows // self.lanes) * self.lanes  # rows in whole vectors
         whole = cfg.key_dim % self.pack == 0

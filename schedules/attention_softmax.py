@@ -81,16 +81,16 @@ class RunningSoftmax:
                 self._shrink(row, shrink)
             self._exponentials(r, after, pairs)
 
-    def _weight_of(self, p: Any, v: Any) -> Any:
-        """What vector v of a row's values is multiplied with."""
-        return p
-
     def _shrink(self, row: Any, factor: Any) -> None:
         """Multiply what a row has accumulated by the lanes of `factor`, which are equal."""
         lanes = self.lanes
         for v in range(self.value_width // lanes):
             at = row * self.value_width + v * lanes
             e.store(self.out, at, e.load(self.out, at, lanes) * factor, lanes)
+
+    def _weight_of(self, p: Any, v: Any) -> Any:
+        """What vector v of a row's values is multiplied with."""
+        return p
 
     def _visible(self, r: Any, vectors: Any, low: Any, own: Any, high: Any, top: Any) -> None:
         """The scores of a row with those outside of [low, high) replaced; `top` gets their maximum."""

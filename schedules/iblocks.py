@@ -22,7 +22,7 @@ from llmc.schedules.layout import usual_vectors
 from llmc.schedules.micro_kernel import for_tiles
 from llmc.schedules.qlayout import UNIT
 
-FEW = 48  # up to so many rows unpack in registers
+FEW = 128  # up to so many rows unpack in registers
 _PIECE = 256  # columns of a pass: 64 outputs of bytes are half of a first-level cache
 _LINES = 128  # bytes of the next pass that a tile of many rows asks for
 _LINE = 64  # bytes of the cache

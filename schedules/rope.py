@@ -237,14 +237,14 @@ def append_token(ops: RopeOperands, slots: Any, pools: Pools, layer: Any, token:
 
     ops.rotate_head("k", token, head, lambda first, value, lanes: e.store(line, first, value, lanes))
     to.key(element)
+
+    def narrowed(store: Callable[[Any, Any, int], None]) -> None:
+        def keep(first: Any, value: Any, lanes: int) -> None:
+            store(first, e.narrow(value, cfg.kv_dtype, lanes, caps), lanes)
+
+        ops.rotate_head("v", token, head, keep)
+
     if not cfg.latent:
-
-        def narrowed(store: Callable[[Any, Any, int], None]) -> None:
-            def put(first: Any, value: Any, lanes: int) -> None:
-                store(first, e.narrow(value, cfg.kv_dtype, lanes, caps), lanes)
-
-            ops.rotate_head("v", token, head, put)
-
         to.value(narrowed)
 
 

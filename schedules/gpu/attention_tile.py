@@ -187,8 +187,8 @@ class Tile:
         """dim -> element of a key's value, float32."""
         cfg, ps = self.cfg, self.cfg.page_size
         if cfg.latent:  # a value is the beginning of the key, whose elements lie a page's tokens apart
-            start = e.let(self._page(table, key, cfg.key_dim * ps) + key % ps)
-            return lambda d: e.widen(self.args.k[start + d * ps], cfg.kv_dtype, 1)
+            first = e.let(self._page(table, key, cfg.key_dim * ps) + key % ps)
+            return lambda d: e.widen(self.args.k[first + d * ps], cfg.kv_dtype, 1)
         base = e.let(self._page(table, key, ps * cfg.value_dim) + key % ps * cfg.value_dim)
         return lambda d: e.widen(self.args.v[base + d], cfg.kv_dtype, 1)
 

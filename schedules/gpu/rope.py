@@ -168,21 +168,17 @@ def append(
     """Keys (rotated) and values of a token, for cached heads (first, how many)."""
     pages.at(token)
     first = heads[0]
+    rotated = lambda name, share, keep: rotate(  # noqa: E731
+        ops, ops.cfg.place(name), token, share, thread, keep, threads
+    )
     if pages.cfg.coded:
         writer = CodeWriter(pages, heads, thread, threads)
-        for name, write in (("k", writer.keys), ("v", writer.values)):
-            place = ops.cfg.place(name)
-            write(lambda share, keep, at=place: rotate(ops, at, token, share, thread, keep, threads))
+        writer.keys(lambda share, keep: rotated("k", share, keep))
+        writer.values(lambda share, keep: rotated("v", share, keep))
         return
-    puts = {"k": pages.store_key, "v": pages.store_value}
-    for name, put in puts.items():
-        if name == "v" and ops.cfg.v is None:
-            continue
-
-        def store(n: Any, d: Any, value: Any, put: Callable[[Any, Any, Any], None] = put) -> None:
-            put(first + n, d, value)
-
-        rotate(ops, ops.cfg.place(name), token, heads, thread, store, threads)
+    rotated("k", heads, lambda n, d, value: pages.store_key(first + n, d, value))
+    if ops.cfg.v is not None:
+        rotated("v", heads, lambda n, d, value: pages.store_value(first + n, d, value))
 
 
 def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
@@ -196,7 +192,8 @@ def rope_append(cfg: RopeConfig, caps: Capabilities) -> Any:
         if cfg.k is not None:
             slot = g.tensor("slot", [t], "int32")
             k_pool = g.tensor("k_pool", [pages, a.layers, hk, *a.k_page], a.pool_dtype)
-            v_pool = None if a.latent else g.tensor("v_pool", [pages, a.layers, hk, *a.v_page], a.pool_dtype)
+            v_shape = [pages, a.layers, hk, *a.v_page]
+            v_pool = None if a.latent else g.tensor("v_pool", v_shape, a.pool_dtype)
             layer = e.scalar_arg("layer")
         q = None if cfg.q is None else g.tensor("q", [1, t, a.heads, dk], a.dtype)
         with e.root():

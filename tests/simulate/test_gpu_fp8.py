@@ -209,7 +209,7 @@ def test_sums_leave_the_matrix_units_in_time(monkeypatch: pytest.MonkeyPatch) ->
         errors[k] = relative_error(16, caps, quant_linear(cfg, caps), cfg)
     assert 1e-5 < errors[128] < 2.0**-12 and errors[1024] < 1.2 * errors[128]
     monkeypatch.setattr(qfloat, "PROMOTED", 1024)
-    monkeypatch.setattr(qgemm, "_AHEAD", 1024)
+    monkeypatch.setattr(qgemm, "_AHEAD", 128)
     layout = type(cfg.layout)
     monkeypatch.setattr(layout, "piece", property(lambda self: 1024))
     assert relative_error(16, caps, quant_linear(cfg, caps), cfg) > 3 * errors[128]

@@ -59,9 +59,9 @@ def source_of(preset: str, scheme: str, *, whole: bool) -> str:
 def check(source: str, preset: str) -> bytes:
     done = compiler.assemble(source, preset)
     kernels = resources.parse(done.log)
-    # experts on sm_100: one value of 8 bytes, stored and loaded, although registers are left
-    spared = lambda k: 16 if preset == "sm_100" and k.name.startswith("experts") else 0  # noqa: E731
-    assert kernels and not [k for k in kernels if k.spill_bytes > spared(k)]
+    # sm_90 and sm_100: ptxas may stop at 168 registers, for three blocks on a multiprocessor, and spill a value or two for it
+    spared = 16 if capabilities(preset).fp8_mma is Fp8Mma.EXPANDED else 0
+    assert kernels and not [k for k in kernels if k.spill_bytes > spared]
     assert not re.findall(r"serializ\w+|setmaxnreg|C75\d\d", done.log)
     return done.code
 
