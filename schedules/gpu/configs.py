@@ -27,6 +27,7 @@ class Way(IntEnum):
     THREADS = 1  # plain arithmetic, columns shared among warps
     UNITS = 2  # matrix units, a warp at a time
     WARPGROUPS = 3  # matrix units that four warps feed together
+    SPLIT = 4  # matrix units, columns shared among warps
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class GpuLinearSchedule:
             loads that a thread has under way. warps = 0: by the weight's size.
         tile_rows, tile_columns, warp_rows, warp_columns, stages: of UNITS: gemm.TileConfig.
         warpgroups: of WARPGROUPS, with tile_columns and stages: warpgroup_gemm.WarpgroupTile.
+        Of SPLIT: tile_rows (8 or 16) and warps, as of flat.flat_gemm.
         vectors: as in LinearSchedule; on these machines the layout is the same for all schedules.
     """
 

@@ -8,7 +8,7 @@ from tvm.tirx.script import builder as T
 
 from llmc.caps import Capabilities
 from llmc.schedules import emit as e
-from llmc.schedules.gpu import gemm, warpgroup_gemm
+from llmc.schedules.gpu import flat, gemm, warpgroup_gemm
 from llmc.schedules.gpu.configs import GpuLinearSchedule, Way, emit_by_rows, schedules_in
 from llmc.schedules.gpu.gemv import Operands, gemv, layout_of
 from llmc.schedules.gpu.many_rows import many_rows
@@ -43,6 +43,8 @@ def _run(ops: Operands, caps: Capabilities, schedule: GpuLinearSchedule, warps: 
         gemv(ops, caps, schedule.rows, schedule.warps or warps, schedule.in_flight)
     elif schedule.way == Way.WARPGROUPS:
         warpgroup_gemm.gemm(ops, caps, warpgroup_tile_of(schedule))
+    elif schedule.way == Way.SPLIT:
+        flat.flat_gemm(ops, caps, schedule.tile_rows, schedule.warps)
     else:
         gemm.gemm(ops, caps, tile_of(schedule))
 
@@ -82,16 +84,32 @@ def _untuned(ops: Operands, caps: Capabilities, warps: int, most: int) -> None:
 
 
 def _on_matrix_units(ops: Operands, caps: Capabilities, most: int) -> None:
-    """By the number of rows: a tile of 16, or larger ones that have more work per byte and leave more blocks idle."""
+    """By the number of rows: up to 16 of them, or larger tiles that have more work per byte and leave more blocks idle."""
     large = gemm.MANY_ROWS if ops.outputs >= 16 * gemm.MANY_ROWS.columns else gemm.SOME_ROWS
-    if 0 < most <= gemm.FEW_ROWS.rows:
-        gemm.gemm(ops, caps, gemm.FEW_ROWS)
+    if 0 < most <= flat.MOST_ROWS:
+        _few_rows(ops, caps, most)
         return
-    with T.If(ops.t <= gemm.FEW_ROWS.rows):
+    with T.If(ops.t <= flat.MOST_ROWS):
         with T.Then():
-            gemm.gemm(ops, caps, gemm.FEW_ROWS)
+            _few_rows(ops, caps, flat.MOST_ROWS)
         with T.Else():
             many_rows(ops, caps, large, most)
+
+
+def _few_rows(ops: Operands, caps: Capabilities, most: int) -> None:
+    """Up to 16 rows: tiles, or where these are too few, columns shared out."""
+    if not flat.pays(ops, caps):
+        gemm.gemm(ops, caps, gemm.FEW_ROWS)
+        return
+    half, warps = flat.MOST_ROWS // 2, flat.warps_for(ops.cfg.k)
+    if most <= half:
+        flat.flat_gemm(ops, caps, half, warps)
+        return
+    with T.If(ops.t <= half):
+        with T.Then():
+            flat.flat_gemm(ops, caps, half, warps)
+        with T.Else():
+            flat.flat_gemm(ops, caps, flat.MOST_ROWS, warps)
 
 
 def _warps(cfg: LinearConfig, caps: Capabilities) -> int:

@@ -81,6 +81,10 @@ class Operands:
             return value()
         return T.if_then_else(column < layout.k, value(), e.f32(0.0))
 
+    def halves(self, c: Any) -> tuple[Any, Any]:
+        """Of a gated weight's block, the rows that make its output c: gate, and what it multiplies."""
+        return c, c + WARP_ROWS // 2
+
     def store_sums(
         self, caps: Capabilities, sums: Any, block: Any, rows: Rows, shape: tuple[int, int, int], thread: Any
     ) -> None:
@@ -105,15 +109,16 @@ class Operands:
             r, c = e.let(i // per_block), e.let(i % per_block)
             column = e.let(block * per_block + c)
             with g.when(T.And(rows.inside(r), column < cfg.n)):
-                found, row = [total(r, c)], rows.at(r)
+                own, other = self.halves(c) if cfg.gated else (c, c)
+                found, row = [total(r, own)], rows.at(r)
                 if cfg.gated:
-                    found.append(total(r, c + per_block))
+                    found.append(total(r, other))
                     if cfg.gate_second:
                         found.reverse()
                 if self.row_scales is not None and self.groups == 1:
                     found = [e.let(f * self.row_scales[row]) for f in found]
                 if cfg.layout.outliers:
-                    halves = (c, c + per_block) if cfg.gated else (c,)
+                    halves = (own, other) if cfg.gated else (c,)
                     halves = halves[::-1] if cfg.gate_second else halves
                     found = [
                         self._with_outliers(f, row, block, r) for f, r in zip(found, halves, strict=True)

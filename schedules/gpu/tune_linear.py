@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from llmc.caps import Capabilities
-from llmc.schedules.gpu import gemm, warpgroup_gemm
+from llmc.schedules.gpu import flat, gemm, warpgroup_gemm
 from llmc.schedules.gpu.configs import GpuLinearSchedule, Way, shared_limit
 from llmc.schedules.gpu.emit import WARP
 from llmc.schedules.gpu.gemv import ROWS
@@ -13,6 +13,7 @@ from llmc.schedules.gpu.linear import linear, tile_of, warpgroup_tile_of
 from llmc.schedules.gpu.many_rows import WARPGROUP_ROWS
 from llmc.schedules.gpu.spaces import OneOf, fits_registers
 from llmc.schedules.linear import LinearConfig
+from llmc.schedules.qlayout import UNIT, WARP_ROWS
 from llmc.schedules.tunable import Bucket, Knob, Space, balance
 from llmc.schedules.tune_linear import TunableLinear
 
@@ -44,6 +45,8 @@ class TunableGpuLinear(TunableLinear):
             parts += (_threads(task, bucket, caps),)
         if on_units and bucket.high != 1:
             parts += (_units(task, bucket, caps),)
+        if on_units and 1 < bucket.high <= flat.MOST_ROWS:
+            parts += (_split(task, bucket),)
         if warpgroup_gemm.takes(task, caps) and not 0 < bucket.high < WARPGROUP_ROWS:
             parts += (_warpgroups(caps),)
         return OneOf(GpuLinearSchedule(), (), parts=parts)
@@ -64,6 +67,20 @@ class TunableGpuLinear(TunableLinear):
                 "warp_reuse": tile.warp_rows * tile.warp_columns / (tile.warp_rows + tile.warp_columns),
                 "bytes_ahead": tile.shared_bytes * (tile.stages - 1) / tile.stages,
                 "wasted_rows": -(-rows // tile.rows) * tile.rows / rows,
+            }
+        if schedule.way == Way.SPLIT:
+            passes = -(-rows // schedule.tile_rows)
+            shared = 4 * schedule.warps * schedule.tile_rows * (WARP_ROWS + 1)
+            threads = schedule.warps * WARP
+            return {
+                **block_terms(
+                    -(-outputs // WARP_ROWS) * passes, threads, shared, 3 * schedule.tile_rows, caps
+                ),
+                "units": 3.0,
+                "reuse": float(schedule.tile_rows),
+                "bytes_ahead": 64.0 * threads,
+                "turns": task.k / (schedule.warps * UNIT),
+                "wasted_rows": passes * schedule.tile_rows / rows,
             }
         if schedule.way == Way.WARPGROUPS:
             wide = warpgroup_tile_of(schedule)
@@ -114,6 +131,13 @@ def _units(task: LinearConfig, bucket: Bucket, caps: Capabilities) -> Space:
         Way.UNITS, 0, 0, 0, few.rows, few.columns, few.warp_rows, few.warp_columns, few.stages
     )
     return Space(first, knobs, lambda s: tile_fits(s, caps))
+
+
+def _split(task: LinearConfig, bucket: Bucket) -> Space:
+    most = flat.warps_for(task.k)
+    rows = Knob("tile_rows", (8, 16) if bucket.high > 8 else (8,))
+    warps = Knob("warps", tuple(w for w in (1, 2, 4, 8, 16) if w <= most))
+    return Space(GpuLinearSchedule(Way.SPLIT, tile_rows=rows.values[0], warps=most), (rows, warps))
 
 
 def _warpgroups(caps: Capabilities) -> Space:

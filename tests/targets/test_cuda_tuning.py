@@ -120,7 +120,7 @@ def test_spaces_hold_what_the_machine_can_run(name: str, preset: str) -> None:
         assert {m.groups for m in space} == ({0, 1, 2, 3} if preset == "sm_90a" else {0})
     if name == "linear":
         ways = lambda low: {m.way for m in tunable.space(task, bucket_of(low), caps)}  # noqa: E731
-        few, many = {"sm_75": ({1}, {1}), "sm_90": ({1, 2}, {2}), "sm_90a": ({1, 2}, {2, 3})}[preset]
+        few, many = {"sm_75": ({1}, {1}), "sm_90": ({1, 2, 4}, {2}), "sm_90a": ({1, 2, 4}, {2, 3})}[preset]
         assert ways(4) == {0, *few} and ways(600) == {0, *many} and ways(1) == {0, 1}
 
 
