@@ -392,22 +392,20 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
     params: Annotated[bool, typer.Option("--params", help="List every parameter.")] = False,
     kernels: Annotated[
-        bool, typer.Option("--kernels", help="List the kernels of each function, with bytes and operations.")
+        bool,
+        typer.Option(
+            "--kernels", help="List the kernels: bytes, operations; of a GPU also registers, spills."
+        ),
     ] = False,
     context: Annotated[
         int | None, typer.Option(help="With --kernels: tokens per sequence (default: up to 1024).")
     ] = None,
-    device: Annotated[
-        bool, typer.Option("--device", help="List the device's kernels: registers, shared memory, spills.")
-    ] = False,
 ) -> None:
     """Show what an artifact is: target, functions, KV plan, parameters, sizes, quality, versions."""
     with guard():
         from llmc.cli.inspect import run_inspect
 
-        run_inspect(
-            artifact, as_json=json, all_params=params, kernels=kernels, context=context, device=device
-        )
+        run_inspect(artifact, as_json=json, all_params=params, kernels=kernels, context=context)
 
 
 debug = typer.Typer(no_args_is_help=True, help="Tools that look inside a compile.")

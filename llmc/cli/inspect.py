@@ -33,13 +33,12 @@ def run_inspect(
     all_params: bool,
     kernels: bool = False,
     context: int | None = None,
-    device: bool = False,
 ) -> None:
     """Print the artifact at `path`.
 
     Args:
         kernels: print the kernels of its functions instead, for sequences of `context` tokens (default: 1024, or as
-            many as the artifact takes).
+            many as the artifact takes), and what a device's assembler said of them.
 
     Raises:
         LlmcError: see llmc.inspect.inspect; an artifact that does not list its kernels; a context that is too long.
@@ -56,6 +55,8 @@ def run_inspect(
         for table in kernel_tables(report.manifest, context):
             console.print(table)
             console.print()
+        if report.manifest.device is not None:
+            console.print(device_table(report.manifest.device))
         return
     for table in (
         overview(report),
@@ -68,8 +69,6 @@ def run_inspect(
     ):
         console.print(table)
         console.print()
-    if device:
-        console.print(device_table(report.manifest))
     for problem in report.problems:
         console.print(f"[bold red]problem:[/bold red] {problem}")
 
@@ -133,14 +132,14 @@ def device_text(device: DeviceCode) -> str:
     most = max((k.registers for k in device.kernels), default=0)
     return (
         f"{images} by {device.compiler}; {len(device.kernels)} kernels, at most {most} registers, "
-        f"{len(spilling)} with spills; --device lists them"
+        f"{len(spilling)} with spills; --kernels lists them"
     )
 
 
-def device_table(manifest: Manifest) -> Table:
-    """The device's kernels as the assembler reports them."""
-    table = _table("kernels", "kernel", "arch", "registers", "shared", "stack", "spilled")
-    for k in manifest.device.kernels if manifest.device is not None else ():
+def device_table(device: DeviceCode) -> Table:
+    """The device's kernels as the assembler reports them: one of the tables above becomes one or several launches."""
+    table = _table("device code", "kernel", "arch", "registers", "shared", "stack", "spilled")
+    for k in sorted(device.kernels, key=lambda k: (k.arch, k.name)):
         table.add_row(
             k.name,
             k.arch,

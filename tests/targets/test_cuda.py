@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tvm
+from typer.testing import CliRunner
 
 import llmc
 from llmc import cuda_driver
 from llmc.artifact import MANIFEST, DeviceKernel, Manifest
+from llmc.cli.app import app
 from llmc.cli.compile import summary_table
 from llmc.cli.format import human_bytes
 from llmc.cuda_driver import CudaDevice, CudaDriver
@@ -181,6 +184,9 @@ def test_a_tiny_model_becomes_an_artifact(
     code = sum(p.stat().st_size for p in out.iterdir() if p.suffix in (".so", ".bin"))
     size = next(cell for cell in summary_table(out, []).columns[1].cells if "code" in str(cell))
     assert f"code {human_bytes(code)}" in str(size)  # the kernels are code too
+    shown = CliRunner().invoke(app, ["inspect", str(out), "--kernels"]).output
+    for k in manifest.device.kernels:
+        assert re.search(rf"^{k.name} +{k.arch} +{k.registers} ", shown, re.MULTILINE)
     with pytest.raises(
         LlmcError, match=rf"is for cuda/{presets}, and there is no NVIDIA driver.*\[no-cuda-device\]"
     ):
