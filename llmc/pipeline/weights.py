@@ -38,7 +38,7 @@ def search_schemes(model: Any, spec: CompileSpec, runner: StageRunner) -> QuantS
         windows,
         max_increase_percent=spec.max_ppl_increase,
         schemes=SEARCHED[spec.quant],
-        fixed=_with_absorbed(spec.rules(), model, spec),
+        fixed=_with_absorbed(spec, source),
         probe=probe,
         dtype=spec.dtype.value if spec.dtype else None,
         uniform=True,
@@ -46,16 +46,18 @@ def search_schemes(model: Any, spec: CompileSpec, runner: StageRunner) -> QuantS
     )
 
 
-def _with_absorbed(rules: QuantRules, model: Any, spec: CompileSpec) -> QuantRules:
-    """The rules, with those weights left as they are that AbsorbLatent takes: no kernel reads codes of them."""
+def _with_absorbed(spec: CompileSpec, source: SourceModel) -> QuantRules:
+    """The spec's rules, with those weights left as they are that AbsorbLatent takes: no kernel reads codes of them."""
+    from llmc.frontend.capture import capture
     from llmc.passes.absorb_latent import AbsorbLatent
     from llmc.passes.step_module import LoweredGraph
-    from llmc.pipeline.lower import capture_graph
 
+    rules = spec.rules()
     if AbsorbLatent.__name__ in spec.disable_passes:
         return rules
-    absorbed = AbsorbLatent()(LoweredGraph.from_model(capture_graph(model, spec)[1]))
-    names = dict.fromkeys(name for p in absorbed.params if p.expression is not None for name in p.sources)
+    graph = LoweredGraph.from_model(capture(source, max_seq_len=spec.max_seq_len))
+    absorbed = [p for p in AbsorbLatent()(graph).params if p.expression is not None]
+    names = dict.fromkeys(name for p in absorbed for name in p.sources)
     kept = tuple((glob.escape(name.removesuffix(".weight")), NONE) for name in names)
     return QuantRules(rules.default, (*rules.patterns, *kept))
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from llmc.ops import NormAttrs
+from llmc.schedules.choice import ByRows
 from llmc.schedules.gpu import emit as g
 from llmc.schedules.gpu import gemm, matrix_unit
 from llmc.schedules.gpu.attention import attention_prefill
+from llmc.schedules.gpu.configs import GpuLinearSchedule, Way
 from llmc.schedules.gpu.linear import linear
 from llmc.schedules.gpu.norm import norm
 from llmc.schedules.layout import linear_layout
@@ -33,10 +35,12 @@ def run_norm() -> None:
     kernel(TOOLS.tensor(x), TOOLS.tensor(x.copy()))
 
 
-def run_linear(rows: int, dtype: str = "bfloat16") -> np.ndarray:
+def run_linear(rows: int, way: Way = Way.UNTUNED, dtype: str = "bfloat16") -> np.ndarray:
     rng = np.random.default_rng(0)
     weight, x = TOOLS.random(rng, (64, 256), dtype), TOOLS.random(rng, (rows, 256), dtype)
-    kernel = TOOLS.build(CAPS, k=linear(LinearConfig(64, 256, dtype, dtype, "float32"), CAPS))["k"]
+    schedule = GpuLinearSchedule(way, 0, 0, 0, *astuple(gemm.FEW_ROWS)) if way else GpuLinearSchedule()
+    cfg = LinearConfig(64, 256, dtype, dtype, "float32", schedule=ByRows((schedule,)))
+    kernel = TOOLS.build(CAPS, k=linear(cfg, CAPS))["k"]
     y = TOOLS.tensor(np.full((rows, 64), np.nan, np.float32))
     kernel(TOOLS.tensor(x), TOOLS.tensor(linear_layout(dtype, CAPS).pack(weight)), y)
     return y.numpy()
@@ -59,7 +63,8 @@ def run_attention(**changes: Any) -> None:
 CASES: dict[str, tuple[Callable[[], Any], range]] = {
     "norm": (run_norm, range(3)),
     "gemv": (lambda: run_linear(1), range(1)),
-    "gemm": (lambda: run_linear(16), range(1, 2)),
+    "gemm": (lambda: run_linear(16, Way.UNITS), range(1)),
+    "flat": (lambda: run_linear(16), range(2, 3)),
     "attention": (run_attention, range(4)),
 }
 
@@ -89,11 +94,11 @@ def test_without_a_barrier_there_is_a_race(case: str, number: int, monkeypatch: 
 
 
 def test_a_copy_that_is_not_waited_for_is_a_race(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert np.isfinite(run_linear(16)).all()
+    assert np.isfinite(run_linear(16, Way.UNITS)).all()
     original = matrix_unit.wait
     monkeypatch.setattr(matrix_unit, "wait", lambda groups: original(groups + 1))
     with pytest.raises(SimulationError, match="simulate-race"):
-        run_linear(16)
+        run_linear(16, Way.UNITS)
 
 
 def test_a_tile_must_fit_its_warps() -> None:
