@@ -108,8 +108,9 @@ def test_pages_of_codes_equal_the_cpu_artifacts(architecture: str, kv_dtype: str
 
 @pytest.mark.e2e
 @pytest.mark.slow
-@pytest.mark.parametrize("quant", ["none", "q4g32", "w8a8", "fp8a8"])
-def test_a_long_prompt_on_warpgroups(quant: str) -> None:
+# bf16 activations fall to other sides of e4m3's steps than float32 ones: as much as the scheme itself changes, 0.29
+@pytest.mark.parametrize(("quant", "bound"), [("none", 0.2), ("q4g32", 0.2), ("w8a8", 0.2), ("fp8a8", 0.4)])
+def test_a_long_prompt_on_warpgroups(quant: str, bound: float) -> None:
     """More rows than the kernels for warps take: as near to float32 as without warpgroups."""
     model, limits = tiny_model("llama"), Limits(96, 1, 96)
     ids = np.random.default_rng(0).integers(0, VOCAB, 72).tolist()
@@ -120,7 +121,7 @@ def test_a_long_prompt_on_warpgroups(quant: str) -> None:
         errors.append(np.abs(found.logits([ids], 71)[0] - exact).max())
         wide = [use.shared_bytes > 48 << 10 for name, use in found.simulated.uses.items() if "linear" in name]
         assert all(wide) if target.endswith("a") else not any(wide)
-    assert errors[1] < 1.2 * errors[0] < 0.2
+    assert errors[1] < 1.2 * errors[0] < bound
 
 
 @pytest.mark.e2e
