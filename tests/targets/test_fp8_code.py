@@ -59,8 +59,8 @@ def source_of(preset: str, scheme: str, *, whole: bool) -> str:
 def check(source: str, preset: str) -> bytes:
     done = compiler.assemble(source, preset)
     kernels = resources.parse(done.log)
-    # sm_90 and sm_100: ptxas may stop at 168 registers, for three blocks on a multiprocessor, and spill a value or two for it
-    spared = 16 if capabilities(preset).fp8_mma is Fp8Mma.EXPANDED else 0
+    # without units of that type ptxas may stop at 64 or 168 registers, for more blocks at a time, and spill a few values
+    spared = 0 if capabilities(preset).fp8_mma is Fp8Mma.UNITS else 32
     assert kernels and not [k for k in kernels if k.spill_bytes > spared]
     assert not re.findall(r"serializ\w+|setmaxnreg|C75\d\d", done.log)
     return done.code
