@@ -21,7 +21,7 @@ from llmc.link import export_objects, link_objects
 from llmc.runtime import cuda
 from llmc.runtime.library import ffi
 
-_FEW_SPILLED = 32  # bytes per thread
+FEW_SPILLED = 32  # bytes per thread that the assembler may trade for more blocks at a time
 _HOST, _KERNELS, _ABOUT = "host.so", "kernels.json", "about.json"
 
 
@@ -71,7 +71,7 @@ def unfit(path: Path) -> str:
 
     A few bytes are mostly spilled outside of the loop, and such a candidate may be the best.
     """
-    spilled = {k.name: k.spill_bytes for k in kernels_of(path) if k.spill_bytes > _FEW_SPILLED}
+    spilled = {k.name: k.spill_bytes for k in kernels_of(path) if k.spill_bytes > FEW_SPILLED}
     said = ", ".join(f"{name} {count} bytes" for name, count in sorted(spilled.items()))
     return f"registers are spilled: {said}" if spilled else ""
 

@@ -108,13 +108,19 @@ def test_pages_of_codes_equal_the_cpu_artifacts(architecture: str, kv_dtype: str
 
 @pytest.mark.e2e
 @pytest.mark.slow
-# bf16 activations fall to other sides of e4m3's steps than float32 ones: as much as the scheme itself changes, 0.29
-@pytest.mark.parametrize(("quant", "bound"), [("none", 0.2), ("q4g32", 0.2), ("w8a8", 0.2), ("fp8a8", 0.4)])
-def test_a_long_prompt_on_warpgroups(quant: str, bound: float) -> None:
-    """More rows than the kernels for warps take: as near to float32 as without warpgroups."""
+@pytest.mark.parametrize("quant", ["none", "q4g32", "w8a8", "fp8a8"])
+def test_a_long_prompt_on_warpgroups(quant: str) -> None:
+    """More rows than the kernels for warps take: as near to float32 as without warpgroups.
+
+    And near by itself. What rounding to e4m3 changes bounds fp8a8: bf16 activations fall to other sides of its steps.
+    """
     model, limits = tiny_model("llama"), Limits(96, 1, 96)
     ids = np.random.default_rng(0).integers(0, VOCAB, 72).tolist()
     exact = simulated(model, "f32", quant=quant, limits=limits).logits([ids], 71)[0]
+    bound = 0.2
+    if quant == "fp8a8":
+        plain = simulated(model, "f32", limits=limits).logits([ids], 71)[0]
+        bound = 1.5 * np.abs(exact - plain).max()
     errors = []
     for target in ("cuda/sm_90", "cuda/sm_90a"):
         found = simulated(model, "bf16", quant=quant, target=target, limits=limits)

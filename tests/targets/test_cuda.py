@@ -37,12 +37,10 @@ from llmc.targets.backend import get
 from llmc.targets.cuda import compiler, resources
 from llmc.targets.cuda.backend import BACKEND, capabilities, tvm_target
 from llmc.targets.cuda.build import ptx_of, source_only
+from llmc.targets.cuda.library import FEW_SPILLED
 from tools.tiny_configs import tiny_model
 
 H100 = CudaDevice(0, "NVIDIA H100", 90, 132, 80 << 30)
-
-
-_FEW_BYTES = 20
 
 
 def has_compiler() -> bool:
@@ -86,8 +84,8 @@ def test_kernels_assemble_without_spills(preset: str) -> None:
             for name, layout in ((s, quant_layout(by_name(s), 4096, 4096, caps)) for s in ("q4g32", "w4a8"))
         },
     )
-    # a few registers of tiles of many rows of codes, and of 16 warps that share the columns out
-    assert not [k for k in kernels if k.spill_bytes > _FEW_BYTES * k.name.startswith(("q4g32", "linear"))]
+    # the assembler spares registers of large blocks; what it spills for that is bounded as for candidates of the tuner
+    assert not [k for k in kernels if k.spill_bytes > FEW_SPILLED * k.name.startswith(("q4g32", "linear"))]
     resources.check(kernels, {k.name: 256 for k in kernels})
 
 
@@ -97,7 +95,7 @@ def test_kernels_assemble_without_spills(preset: str) -> None:
 )
 def test_sampling_kernels_assemble(preset: str) -> None:
     kernels = assembled(preset, sample=sample(SampleConfig(128256), capabilities(preset)))
-    assert not [k for k in kernels if k.spill_bytes > 32]
+    assert not [k for k in kernels if k.spill_bytes > FEW_SPILLED]
     resources.check(kernels, {k.name: 256 for k in kernels})
 
 

@@ -1,4 +1,4 @@
-"""Kernels with e4m3 activations, assembled with no GPU: no spills, and the products that each architecture has."""
+"""Kernels with e4m3 activations, assembled with no GPU: next to no spills, and the products that each architecture has."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from llmc.targets import simt
 from llmc.targets.cuda import compiler, resources
 from llmc.targets.cuda.backend import BACKEND, capabilities, tvm_target
 from llmc.targets.cuda.build import source_only
+from llmc.targets.cuda.library import FEW_SPILLED
 from tests.targets.test_cuda import needs_compiler
 
 # what the machine code multiplies with, beside wgmma
@@ -59,8 +60,8 @@ def source_of(preset: str, scheme: str, *, whole: bool) -> str:
 def check(source: str, preset: str) -> bytes:
     done = compiler.assemble(source, preset)
     kernels = resources.parse(done.log)
-    # without units of that type ptxas may stop at 64 or 168 registers, for more blocks at a time, and spill a few values
-    spared = 0 if capabilities(preset).fp8_mma is Fp8Mma.UNITS else 32
+    # the assembler spares registers of large blocks (512 threads with 64 each), where no units for e4m3 keep the count low
+    spared = 0 if capabilities(preset).fp8_mma is Fp8Mma.UNITS else FEW_SPILLED
     assert kernels and not [k for k in kernels if k.spill_bytes > spared]
     assert not re.findall(r"serializ\w+|setmaxnreg|C75\d\d", done.log)
     return done.code
